@@ -1,0 +1,1 @@
+"""Building: obeying the plan, byte for byte."""

@@ -1,0 +1,164 @@
+"""Writing the planned file: slices of what stays as it is, encodings of what changes type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune.decide.plan import Plan
+from edgeprune.device.probe import cores
+from edgeprune.errors import BadFile
+from edgeprune.files import atomic_writer, file_digest, require_space
+from edgeprune.measure.statistics import Statistics
+from edgeprune.model import ggml
+from edgeprune.model.architecture import Architecture, Tensor, read_architecture
+from edgeprune.model.gguf import GgufFile, align
+from edgeprune.model.layout import layout
+
+Bytes = npt.NDArray[np.uint8]
+# Weights that are decoded at once: bounds memory to a few hundred MB whatever the tensor's size.
+_CHUNK_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Build:
+    """A finished file: where, how large, its SHA-256 and that of the plan it obeys."""
+
+    path: str
+    nbytes: int
+    sha256: str
+    plan_digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _kept_slices(raw: Bytes, tensor: Tensor, kept: Sequence[int]) -> Iterator[Bytes]:
+    """The bytes of ``tensor`` expert by expert for the ``kept`` ids; all at once if it is not sliced."""
+    if not tensor.sliced:
+        yield raw
+        return
+    by_expert = raw.reshape(tensor.shape[-1], -1)
+    for expert in kept:
+        yield by_expert[expert]
+
+
+def _row_chunks(raw: Bytes, kind: ggml.GgmlType, width: int) -> Iterator[Bytes]:
+    """One matrix in runs of whole rows, each of at most ``_CHUNK_WEIGHTS`` weights."""
+    row_bytes = kind.row_bytes(width)
+    step = max(1, _CHUNK_WEIGHTS // width) * row_bytes
+    for start in range(0, raw.size, step):
+        yield raw[start : start + step]
+
+
+def _encode_jobs(
+    raw: Bytes,
+    tensor: Tensor,
+    target: ggml.GgmlType,
+    kept: Sequence[int],
+    means: npt.NDArray[np.float32] | None,
+) -> Iterator[Callable[[], Bytes]]:
+    """Encoding jobs in file order; an expert is encoded with its own importance row."""
+    kind, width = ggml.BY_NAME[tensor.type], tensor.shape[0]
+    matrices = kept if tensor.sliced else range(tensor.matrices)
+    by_matrix = raw.reshape(tensor.matrices, -1)
+    for matrix in matrices:
+        importance = None if means is None else means[matrix if len(means) > 1 else 0]
+        if importance is None and target.needs_imatrix:
+            importance = np.ones(width, np.float32)
+        for chunk in _row_chunks(by_matrix[matrix], kind, width):
+
+            def job(chunk: Bytes = chunk, importance: Any = importance) -> Bytes:
+                return ggml.encode(target, ggml.decode(kind, chunk, width), importance, tensor.name)
+
+            yield job
+
+
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], Bytes]], ahead: int) -> Iterator[Bytes]:
+    """Results of ``jobs`` in order, with at most ``ahead`` of them under way."""
+    pending: list[Any] = []
+    for job in jobs:
+        pending.append(pool.submit(job))
+        if len(pending) >= ahead:
+            yield pending.pop(0).result()
+    for future in pending:
+        yield future.result()
+
+
+def build(
+    model: str,
+    plan: dict[str, Any],
+    output: str,
+    statistics: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write the file that ``plan`` describes. A task for a child process.
+
+    Args:
+        model: the source GGUF.
+        statistics: of the calibration, for the importance of each weight's inputs; may be empty when
+            no tensor changes type.
+        progress: called with bytes written and bytes in all.
+
+    Returns:
+        a ``Build`` as JSON.
+
+    Raises:
+        BadFile: the plan does not fit the model, or a tensor is not finite.
+    """
+    file = GgufFile(Path(model))
+    architecture = read_architecture(file)
+    obeyed = Plan.from_json(plan, "plan")
+    obeyed.check(architecture)
+    made = layout(file, architecture, obeyed.kept, obeyed.types, obeyed.records())
+    moments = Statistics.load(Path(statistics)).moments if statistics else {}
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    require_space(path.parent, made.nbytes)
+    with atomic_writer(path) as stream, ThreadPoolExecutor(cores()) as pool:
+        stream.write(made.header)
+        for tensor, target in zip(architecture.tensors, made.tensors, strict=True):
+            kept = obeyed.keep.get(tensor.layer, tuple(range(architecture.experts)))
+            moment = moments.get(tensor.name)
+            means = None if moment is None else moment.mean()
+            written = 0
+            for piece in _pieces(file, tensor, target.type, kept, means, pool):
+                written += stream.write(piece.tobytes() if not piece.flags.c_contiguous else piece.data)
+            if written != target.nbytes:
+                raise BadFile(f"{tensor.name}: wrote {written:,} bytes, planned {target.nbytes:,}")
+            stream.write(bytes(align(written, made.alignment) - written))
+            file.release(tensor.name)
+            if progress is not None:
+                progress(stream.tell(), made.nbytes)
+    return Build(str(path), path.stat().st_size, file_digest(path), obeyed.digest).to_json()
+
+
+def _pieces(
+    file: GgufFile,
+    tensor: Tensor,
+    target: str,
+    kept: Sequence[int],
+    means: npt.NDArray[np.float32] | None,
+    pool: ThreadPoolExecutor,
+) -> Iterator[Bytes]:
+    raw = file.raw(tensor.name)
+    if target == tensor.type:
+        yield from _kept_slices(raw, tensor, kept)
+        return
+    jobs = _encode_jobs(raw, tensor, ggml.BY_NAME[target], kept, means)
+    yield from _in_order(pool, jobs, ahead=2 * cores())
+
+
+def describe(architecture: Architecture, plan: Plan) -> str:
+    """A file name for the planned model: name, experts kept, bits per weight."""
+    stem = "".join(c if c.isalnum() or c in "-._" else "-" for c in architecture.name).strip("-") or "model"
+    weights = sum(int(np.prod(tensor.kept_shape(plan.kept), dtype=np.int64)) for tensor in architecture.tensors)
+    bits = 8 * plan.predicted.file_bytes / weights
+    experts = f"-K{plan.kept}of{plan.experts}" if plan.kept < plan.experts else ""
+    return f"{stem}{experts}-{bits:.2f}bpw.gguf"

@@ -1,0 +1,234 @@
+"""The commands: each parses its options, calls the pipeline and prints the result."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgeprune.units import parse_bytes
+
+if TYPE_CHECKING:
+    from edgeprune.pipeline import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Size(click.ParamType[int]):
+    """A number of bytes with a unit."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return value if isinstance(value, int) else parse_bytes(value)
+
+
+_TARGET = (
+    click.option("--device", metavar="PROFILE", help="Device profile, a profile file, or 'auto' for this machine."),
+    click.option("--memory", type=_Size(), help="Usable memory instead of a device, for example 9.5GiB."),
+    click.option("--file-size", type=_Size(), help="Most bytes of the GGUF instead of a device, for example 12MB."),
+    click.option("--context", type=click.IntRange(16), help="Context in tokens; the profile's by default."),
+    click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), help="Type of the KV cache."),
+)
+_CHOICE = (
+    click.option("--keep", type=click.IntRange(1), metavar="K", help="Keep exactly K experts per layer."),
+    click.option("--types", metavar="T,T", help="Use only these GGML types, for example Q4_K,Q6_K."),
+    click.option("--method", default="reap", show_default=True, help="Expert score: reap, frequency or random."),
+)
+_TEXT = (
+    click.option("--text", multiple=True, metavar="[NAME=]FILE", help="Calibration text; repeatable."),
+    click.option("--eval-text", multiple=True, metavar="[NAME=]FILE", help="Held-out text; repeatable."),
+    click.option("--tokens", type=click.IntRange(64), help="Most calibration tokens."),
+)
+_COMMON = (
+    click.option("-o", "--output", metavar="DIR", help="Run directory; runs/MODEL-DEVICE by default."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+)
+
+
+def _with(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
+    options = [option for group in groups for option in group]
+
+    def decorate(function: F) -> F:
+        return functools.reduce(lambda inner, option: option(inner), reversed(options), function)
+
+    return decorate
+
+
+def _settings(source: str, options: dict[str, Any]) -> Settings:
+    from edgeprune.pipeline import Settings
+
+    types = options.get("types")
+    chosen: dict[str, Any] = {
+        "source": source,
+        "device": options.get("device"),
+        "memory_bytes": options.get("memory"),
+        "file_bytes": options.get("file_size"),
+        "context": options.get("context"),
+        "kv_type": options.get("kv_type"),
+        "texts": tuple(options.get("text") or ()),
+        "evaluation_texts": tuple(options.get("eval_text") or ()),
+        "keep": options.get("keep"),
+        "types": tuple(name.strip() for name in types.split(",") if name.strip()) if types else (),
+        "method": options.get("method") or "reap",
+        "output": options.get("output"),
+    }
+    if options.get("tokens"):
+        chosen["calibration_tokens"] = options["tokens"]
+    return Settings(**chosen)
+
+
+def _print(value: Any, lines: list[str], as_json: bool) -> None:
+    from edgeprune.files import to_json
+
+    click.echo(to_json(value), nl=False) if as_json else click.echo("\n".join(lines))
+
+
+@click.command()
+@click.argument("source")
+@_with(_TARGET, _CHOICE, _TEXT, _COMMON)
+def fit(source: str, **options: Any) -> None:
+    """Do everything: measure SOURCE, decide, build the GGUF, prove it, write the report.
+
+    SOURCE is 'demo', a folder with a Hugging Face checkpoint, or a GGUF file of any MoE model.
+
+    \b
+    edgeprune fit demo --device auto
+    edgeprune fit demo --file-size 5MB -o small
+    """
+    from edgeprune import pipeline
+    from edgeprune.cli import show
+    from edgeprune.cli.console import Console
+
+    report, folder = pipeline.fit(_settings(source, options), Console())
+    _print(report.to_json(), show.report(report, folder), options["as_json"])
+
+
+@click.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def inspect(model: str, as_json: bool) -> None:
+    """What MODEL is, what its parts weigh, and which profiles it fits. Reads headers only.
+
+    \b
+    edgeprune inspect model.gguf
+    """
+    from edgeprune.cli import show
+    from edgeprune.inspection import inspect_model
+
+    found = inspect_model(model)
+    _print(found.to_json(), show.inspection(found), as_json)
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def profiles(name: str | None, as_json: bool) -> None:
+    """List the device profiles, or show the one called NAME ('auto' probes this machine)."""
+    from edgeprune.cli import show
+    from edgeprune.device.probe import this_machine
+    from edgeprune.device.profile import find_profile, known_profiles
+    from edgeprune.measure import child
+
+    if name == "auto":
+        found = [this_machine(child.call("edgeprune.measure.llama:backend_devices", {}))]
+    else:
+        found = [find_profile(each) for each in ([name] if name else known_profiles())]
+    lines = show.profile(found[0]) if name else show.profile_list(found)
+    _print([profile.to_json() for profile in found], lines, as_json)
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--type", "base", type=click.Choice(["auto", "f32", "f16", "bf16"]), default="auto", show_default=True)
+def convert(checkpoint: Path, output: Path, base: str) -> None:
+    """Convert a Hugging Face CHECKPOINT folder to the GGUF file OUTPUT."""
+    from edgeprune.cli.console import Console
+    from edgeprune.measure import child
+
+    with Console().progress("convert") as progress:
+        child.call(
+            "edgeprune.model.convert:convert_task",
+            {"folder": str(checkpoint.resolve()), "output": str(output.resolve()), "base": base},
+            progress,
+        )
+    click.echo(str(output))
+
+
+@click.command()
+@click.argument("source")
+@_with(_TEXT, _COMMON)
+def calibrate(source: str, **options: Any) -> None:
+    """Run SOURCE over the calibration text once and save the statistics and the imatrix."""
+    from edgeprune import pipeline
+    from edgeprune.cli import show
+    from edgeprune.cli.console import Console
+
+    settings = _settings(source, {**options, "device": "auto"})
+    with pipeline.opened(settings, Console()) as run:
+        statistics = run.statistics
+        lines = show.statistics(statistics, run.folder.path)
+    value = {"tokens": statistics.tokens, "domains": statistics.domains, "folder": str(settings.folder)}
+    _print(value, lines, options["as_json"])
+
+
+@click.command()
+@click.argument("source")
+@_with(_TARGET, _CHOICE, _TEXT, _COMMON)
+def plan(source: str, **options: Any) -> None:
+    """Choose experts and types for SOURCE within the budget; print and save plan.json.
+
+    \b
+    edgeprune plan demo --file-size 5MB -o small
+    """
+    from edgeprune import pipeline
+    from edgeprune.cli import show
+    from edgeprune.cli.console import Console
+
+    settings = _settings(source, options)
+    settings.check()
+    with pipeline.opened(settings, Console()) as run:
+        chosen = run.plan()
+        lines = show.plan(chosen, run)
+    _print(chosen.to_json(), lines, options["as_json"])
+
+
+@click.command()
+@click.argument("source")
+@_with(_TARGET, _CHOICE, _TEXT, _COMMON)
+def build(source: str, **options: Any) -> None:
+    """Build the file that plan.json in the run directory describes, making the plan first if need be."""
+    from edgeprune import pipeline
+    from edgeprune.cli.console import Console
+
+    settings = _settings(source, options)
+    settings.check()
+    with pipeline.opened(settings, Console()) as run:
+        made = run.build(run.plan())
+    _print(made.to_json(), [f"{made.path}  {made.nbytes:,} bytes  sha256 {made.sha256}"], options["as_json"])
+
+
+@click.command()
+@click.argument("source")
+@_with(_TARGET, _CHOICE, _TEXT, _COMMON)
+def verify(source: str, **options: Any) -> None:
+    """Measure the built file against the plan's predictions and the stock presets; write the report."""
+    from edgeprune import pipeline
+    from edgeprune.cli import show
+    from edgeprune.cli.console import Console
+
+    settings = _settings(source, options)
+    settings.check()
+    with pipeline.opened(settings, Console()) as run:
+        chosen = run.plan()
+        report = run.verify(chosen, run.build(chosen))
+        pipeline.raise_if_broken(report, run.folder.page)
+        lines = show.report(report, run.folder.path)
+    _print(report.to_json(), lines, options["as_json"])
+
+
+COMMANDS = [fit, inspect, profiles, convert, calibrate, plan, build, verify]

@@ -1,0 +1,167 @@
+"""Results as lines of text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.decide.plan import Plan, folded
+from edgeprune.device.profile import Profile
+from edgeprune.inspection import Inspection
+from edgeprune.measure.statistics import Statistics
+from edgeprune.prove.report import Report
+from edgeprune.units import format_bytes
+
+if TYPE_CHECKING:
+    from edgeprune.pipeline import Run
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> list[str]:
+    """Rows as aligned columns: the first to the left, the others to the right."""
+    everything = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
+    widths = [max(len(row[column]) for row in everything) for column in range(len(everything[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in everything
+    ]
+
+
+def report(found: Report, folder: Path) -> list[str]:
+    """The outcome of a fit on one screen."""
+    lines = [found.title, "", found.verdict, ""]
+    lines += table(
+        [
+            (p.name, p.predicted or "-", p.measured, "" if p.verdict == "information" else p.verdict)
+            for p in found.promises
+        ],
+        ("", "predicted", "measured", ""),
+    )
+    rows = [("shipped", found.build["nbytes"], found.quality)]
+    rows += [(rival.preset, rival.nbytes, rival.quality) for rival in found.baselines]
+    lines += ["", "against the source on held-out text:"]
+    lines += table(
+        [
+            (
+                name,
+                format_bytes(nbytes),
+                f"{q['kl_mean']:.5f}",
+                f"{q['kl_99']:.4f}",
+                f"{100 * q['same_top']:.1f} %",
+            )
+            for name, nbytes, q in rows
+        ],
+        ("", "size", "KL mean", "KL 99 %", "same top token"),
+    )
+    kept = found.plan["kept"]
+    lines += ["", f"experts kept: {kept} of {found.plan['experts']} per layer", *found.folded]
+    lines += ["", f"file    {folder / found.build['path']}", f"report  {folder / 'report.html'}"]
+    lines += [
+        "",
+        f"run it:  {found.launch_line.replace(found.build['path'], str(folder / found.build['path']))}",
+    ]
+    return lines
+
+
+def plan(chosen: Plan, run: Run) -> list[str]:
+    """A plan, its budget and the candidates it was chosen from."""
+    from edgeprune.files import read_json
+
+    predicted = chosen.predicted
+    lines = ["budget", *table(run.budget.rows()), f"({run.budget.basis})", ""]
+    path = run.folder.path / "candidates.json"
+    if path.is_file():
+        rows = [
+            (
+                f"K={row['kept']}",
+                format_bytes(row["file_bytes"]),
+                f"{row['nats']:.4g}",
+                f"{row['nats_drop']:.4g}",
+                f"{row['nats_quant']:.4g}",
+                f"{row['decode_per_s']:.3g}",
+            )
+            for row in read_json(path)
+        ]
+        lines += table(rows, ("candidates", "file", "nats/token", "dropping", "types", "tokens/s"))
+    lines += [
+        "",
+        f"chosen: {chosen.kept} of {chosen.experts} experts per layer ({chosen.method}), "
+        f"{format_bytes(predicted.file_bytes)}, {predicted.nats:.4g} nats per token predicted",
+        *folded(chosen, run.architecture),
+        "",
+        f"plan    {run.folder.plan}",
+        f"run it:  {chosen.launch.command('FILE')}",
+    ]
+    return lines
+
+
+def statistics(found: Statistics, folder: Path) -> list[str]:
+    """What a calibration pass saw."""
+    rows = []
+    for layer, sums in sorted(found.layers.items()):
+        routed = sums.total("routed")
+        unused = int((routed == 0).sum())
+        share = routed.max() / routed.sum()
+        rows.append((f"layer {layer}", f"{unused}", f"{100 * share:.1f} %"))
+    return [
+        f"{found.tokens:,} tokens in {len(found.domains)} domains: {', '.join(found.domains)}",
+        *table(rows, ("", "experts never used", "busiest expert")),
+        "",
+        f"saved in {folder}: statistics.safetensors, imatrix.gguf",
+    ]
+
+
+def profile_list(found: Sequence[Profile]) -> list[str]:
+    """All profiles, a line each."""
+    width = max(len(profile.name) for profile in found)
+    return [
+        f"{profile.name:<{width}}  {format_bytes(profile.usable_bytes):>9} usable  {profile.summary}"
+        for profile in found
+    ]
+
+
+def profile(found: Profile) -> list[str]:
+    """One profile in full."""
+    rows = [
+        ("RAM", format_bytes(found.ram.total_bytes)),
+        ("  reserve", format_bytes(found.ram.reserve_bytes)),
+    ]
+    if found.working_set_bytes:
+        rows.append(("  GPU may use", format_bytes(found.working_set_bytes)))
+    rows.append(("  bandwidth", f"{found.ram.bandwidth_bytes_per_s / 1e9:.1f} GB/s"))
+    if found.vram is not None:
+        rows.append(("VRAM", format_bytes(found.vram.total_bytes)))
+        rows.append(("  reserve", format_bytes(found.vram.reserve_bytes)))
+        rows.append(("  bandwidth", f"{found.vram.bandwidth_bytes_per_s / 1e9:.1f} GB/s"))
+    rows += [
+        ("usable for a model", format_bytes(found.usable_bytes)),
+        ("backend", found.backend),
+        ("threads", str(found.threads)),
+        ("context", f"{found.context} tokens"),
+        ("KV cache type", found.kv_type),
+        ("types avoided", ", ".join(found.avoid) or "none"),
+    ]
+    return [found.name, found.summary, "", *table(rows), *(f"- {line}" for line in found.why)]
+
+
+def inspection(found: Inspection) -> list[str]:
+    """A model's shape, weights and fit."""
+    lines = table([(label, figure) for label, figure in found.facts])
+    lines += [
+        "",
+        *table(
+            [(role, format_bytes(n), f"{100 * n / max(1, found.nbytes):.1f} %") for role, n in found.roles.items()],
+            ("weights", "size", "share"),
+        ),
+    ]
+    lines += [
+        "",
+        *table(
+            [(f.profile, format_bytes(f.usable_bytes), f.verdict) for f in found.fits],
+            ("profile", "usable", "fits"),
+        ),
+    ]
+    return lines

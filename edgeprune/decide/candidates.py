@@ -1,0 +1,239 @@
+"""Candidate plans: for every allowed number of experts, the best types within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune.decide.keep import keep_set
+from edgeprune.decide.placement import Placement, place
+from edgeprune.decide.plan import Plan, Prediction
+from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
+from edgeprune.device.budget import Budget
+from edgeprune.device.profile import Profile
+from edgeprune.errors import DoesNotFit, UsageError
+from edgeprune.measure.launch import Launch
+from edgeprune.measure.sensitivity import Sensitivity
+from edgeprune.model import ggml
+from edgeprune.model.architecture import Architecture, Tensor
+from edgeprune.model.gguf import GgufFile, align
+from edgeprune.model.layout import Layout, layout
+from edgeprune.units import format_bytes
+
+# Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
+_PACKING_STEP = 0.02
+_PACKING_TRIES = 25
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a plan is chosen for and from.
+
+    Attributes:
+        file: the source GGUF.
+        ranked: experts of each layer, best first, int [E].
+        drop_nats: measured cost of keeping K experts, nats per token, by K; 0 for all.
+        types: GGML types that may be used (besides each tensor's own).
+        launch: settings before placement.
+        made_from: digests for the plan.
+    """
+
+    file: GgufFile
+    architecture: Architecture
+    sensitivity: Sensitivity
+    ranked: Mapping[int, npt.NDArray[np.intp]]
+    drop_nats: Mapping[int, float]
+    types: frozenset[str]
+    budget: Budget
+    profile: Profile
+    launch: Launch
+    method: str
+    made_from: dict[str, Any]
+
+
+def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:
+    """Types that the solver may choose: all useful ones that the profile does not avoid, or ``forced``.
+
+    Raises:
+        UsageError: a forced type that is unknown or not for weights.
+    """
+    if not forced:
+        return frozenset(ggml.CHOICES) - set(profile.avoid)
+    names = [name.upper() for name in forced]
+    unknown = [name for name in names if name not in ggml.CHOICES]
+    if unknown:
+        raise UsageError(f"unknown or unsuitable type {unknown[0]}", hint=f"choose from {', '.join(ggml.CHOICES)}")
+    return frozenset(names)
+
+
+def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[Choice]:
+    """Ways to store ``tensor``: its own type, and every allowed measured one."""
+    names = [name for name in problem.sensitivity.distortions[tensor.name] if name in problem.types]
+    if not forced or not names:
+        names.append(tensor.type)
+    shape = tensor.kept_shape(kept)
+    return undominated(
+        [
+            Choice(
+                name,
+                align(ggml.tensor_bytes(name, shape), problem.file.alignment),
+                problem.sensitivity.nats(tensor, name),
+            )
+            for name in names
+        ]
+    )
+
+
+def _layout(problem: Problem, kept: int, types: Mapping[str, str]) -> tuple[Plan, Layout]:
+    """A plan without predictions, and the file it leads to."""
+    plan = Plan(
+        arch=problem.architecture.arch,
+        experts=problem.architecture.experts,
+        kept=kept,
+        keep=keep_set(problem.ranked, problem.architecture, kept),
+        types=dict(types),
+        launch=problem.launch,
+        method=problem.method if kept < problem.architecture.experts else "all experts kept",
+        origin="solver",
+        predicted=Prediction(),
+        made_from=problem.made_from,
+    )
+    return plan, layout(problem.file, problem.architecture, kept, types, plan.records())
+
+
+def _limits(problem: Problem, kept: int) -> tuple[int, int]:
+    """(bytes for quantisable tensors, bytes of all others) with ``kept`` experts."""
+    _, bare = _layout(problem, kept, {})
+    quantisable = {tensor.name for tensor in problem.architecture.tensors if tensor.quantisable}
+    fixed = sum(align(t.nbytes, bare.alignment) for t in bare.tensors if t.name not in quantisable)
+    limit = problem.budget.weights_bytes - fixed
+    if problem.budget.file_limit_bytes is not None:
+        limit = min(limit, problem.budget.file_limit_bytes - len(bare.header) - fixed)
+    return limit, fixed
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and the exact layout of its file."""
+
+    plan: Plan
+    layout: Layout
+
+
+def candidate(problem: Problem, kept: int, *, forced_types: bool = False) -> Candidate | None:
+    """The best plan with ``kept`` experts, or None when none fits."""
+    tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
+    items = [_choices(problem, tensor, kept, forced_types) for tensor in tensors]
+    limit, _ = _limits(problem, kept)
+    for attempt in range(_PACKING_TRIES):
+        solution = solve(items, int(limit * (1 - _PACKING_STEP * attempt)))
+        if solution is None:
+            return None
+        types = {
+            tensor.name: choices[pick].type
+            for tensor, choices, pick in zip(tensors, items, solution.picks, strict=True)
+            if choices[pick].type != tensor.type
+        }
+        found = priced(problem, kept, types, solution)
+        if found is not None:
+            return found
+    return None
+
+
+def priced(
+    problem: Problem, kept: int, types: Mapping[str, str], solution: Solution | None = None
+) -> Candidate | None:
+    """The plan with ``kept`` experts and ``types``, with its predictions, or None when it has no place."""
+    plan, made = _layout(problem, kept, types)
+    nbytes = {tensor.name: tensor.nbytes for tensor in made.tensors}
+    where = place(problem.architecture, kept, nbytes, problem.budget, problem.profile, problem.launch)
+    too_big = problem.budget.file_limit_bytes is not None and made.nbytes > problem.budget.file_limit_bytes
+    if where is None or too_big:
+        return None
+    quant = sum(
+        problem.sensitivity.nats(tensor, types[tensor.name])
+        for tensor in problem.architecture.tensors
+        if tensor.name in types
+    )
+    drop = problem.drop_nats[kept]
+    return Candidate(_promised(plan, made, where, drop, quant, solution.gap if solution else 0.0), made)
+
+
+def _promised(plan: Plan, made: Layout, where: Placement, drop: float, quant: float, gap: float) -> Plan:
+    from dataclasses import replace
+
+    prediction = Prediction(
+        file_bytes=made.nbytes,
+        pool_bytes=where.pool_bytes,
+        nats=drop + quant,
+        nats_drop=drop,
+        nats_quant=quant,
+        decode_per_s=where.decode_per_s,
+        gap=gap,
+    )
+    return replace(plan, launch=where.launch, predicted=prediction)
+
+
+def candidates(
+    problem: Problem,
+    counts: Sequence[int],
+    *,
+    forced_types: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Candidate]:
+    """The best plan for each of ``counts``, least predicted nats first.
+
+    Raises:
+        DoesNotFit: there is none; says by how much, and what the smallest plan is.
+    """
+    found = []
+    for number, kept in enumerate(counts):
+        best = candidate(problem, kept, forced_types=forced_types)
+        if best is not None:
+            found.append(best)
+        if progress is not None:
+            progress(number + 1, len(counts))
+    if not found:
+        raise _does_not_fit(problem, counts, forced_types)
+    # Equal nats: the smaller file wins.
+    return sorted(found, key=lambda c: (c.plan.predicted.nats, c.plan.predicted.file_bytes))
+
+
+def _does_not_fit(problem: Problem, counts: Sequence[int], forced_types: bool) -> DoesNotFit:
+    kept = min(counts)
+    tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
+    items = [_choices(problem, tensor, kept, forced_types) for tensor in tensors]
+    limit, fixed = _limits(problem, kept)
+    smallest = smallest_bytes(items) + fixed
+    budget = limit + fixed
+    types = sorted({choices[0].type for choices in items}, key=lambda n: ggml.BY_NAME[n].bits_per_weight)
+    return DoesNotFit(
+        f"{problem.architecture.name} does not fit {_budget_name(problem)}",
+        rows=[
+            ("smallest plan", f"K={kept}, {types[0]}"),
+            ("its weights", format_bytes(smallest)),
+            ("left for weights", format_bytes(budget)),
+            ("short of", format_bytes(smallest - budget)),
+        ],
+        hint=_way_out(problem),
+    )
+
+
+def _budget_name(problem: Problem) -> str:
+    limit = problem.budget.file_limit_bytes
+    return f"a file of {format_bytes(limit)}" if limit is not None else problem.profile.name
+
+
+def _way_out(problem: Problem) -> str:
+    cache = sum(line.nbytes for pool in problem.budget.pools for line in pool.lines if line.name == "KV cache")
+    if problem.budget.file_limit_bytes is None and cache:
+        half = problem.launch.context // 2
+        return (
+            f"`--context {half}` frees {format_bytes(cache / 2)}; "
+            "`edgeprune inspect MODEL` lists the profiles that it fits"
+        )
+    return "raise the limit; `edgeprune inspect MODEL` lists the profiles that it fits"

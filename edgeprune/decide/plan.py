@@ -1,0 +1,217 @@
+"""The plan: a value that says everything about the file to be built, and cannot be unloadable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgeprune.decide.keep import KeepSet
+from edgeprune.errors import BadFile
+from edgeprune.files import check_keys, digest, read_json, to_json, write_text
+from edgeprune.measure.launch import Launch
+from edgeprune.model import ggml
+from edgeprune.model.architecture import Architecture
+from edgeprune.model.gguf import Entry, make_entry
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the plan promises.
+
+    Attributes:
+        file_bytes: exact size of the file.
+        pool_bytes: peak memory by pool.
+        nats: KL divergence from the source, nats per token: ``nats_drop`` measured by masking plus
+            ``nats_quant`` predicted from sensitivities.
+        decode_per_s: tokens per second at the start of the context.
+        gap: proven relative gap to the best choice of types.
+    """
+
+    file_bytes: int = 0
+    pool_bytes: dict[str, int] = field(default_factory=dict)
+    nats: float = 0.0
+    nats_drop: float = 0.0
+    nats_quant: float = 0.0
+    decode_per_s: float = 0.0
+    gap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which experts stay, which type each tensor has, how to launch, what is promised.
+
+    Attributes:
+        arch: llama.cpp's architecture string.
+        experts: routed experts per layer of the source (E).
+        kept: experts per layer of the result (K).
+        keep: kept ids of the source by MoE layer, ascending; empty when all stay.
+        types: GGML type by tensor, for those that get another than they have.
+        launch: settings to run the file with.
+        method: the score that chose the experts.
+        origin: who chose: ``solver``, ``user`` or a stock preset's name.
+        predicted: the promise.
+        made_from: digests of what the plan was made from.
+
+    Raises:
+        BadFile: counts or ids that no GGUF can express.
+    """
+
+    arch: str
+    experts: int
+    kept: int
+    keep: KeepSet
+    types: dict[str, str]
+    launch: Launch
+    method: str
+    origin: str
+    predicted: Prediction
+    made_from: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kept <= self.experts:
+            raise BadFile(f"the plan keeps {self.kept} of {self.experts} experts")
+        if bool(self.keep) != (self.kept < self.experts):
+            raise BadFile(f"the plan keeps {self.kept} of {self.experts} experts but lists {len(self.keep)} layers")
+        for layer, ids in self.keep.items():
+            if list(ids) != sorted(set(ids)) or len(ids) != self.kept or not 0 <= ids[0] <= ids[-1] < self.experts:
+                raise BadFile(
+                    f"the plan's experts of layer {layer} are not {self.kept} ascending ids below {self.experts}",
+                    hint="llama.cpp loads one expert count for the whole model; which ones may differ by layer",
+                )
+        for name, type_name in self.types.items():
+            if type_name not in ggml.BY_NAME:
+                raise BadFile(f"the plan gives {name} the unknown type {type_name}")
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuse a plan that does not fit ``architecture`` or that llama.cpp would not load.
+
+        Raises:
+            BadFile: says what is wrong.
+        """
+        if (self.arch, self.experts) != (architecture.arch, architecture.experts):
+            raise BadFile(
+                f"the plan is for {self.arch} with {self.experts} experts, "
+                f"the model is {architecture.arch} with {architecture.experts}"
+            )
+        if not architecture.count_allowed(self.kept):
+            reason = architecture.obstacle or f"{architecture.used} used, {architecture.groups} groups"
+            raise BadFile(f"{self.kept} of {self.experts} experts cannot be kept: {reason}")
+        if self.keep and set(self.keep) != set(architecture.moe_layers):
+            raise BadFile("the plan must list the kept experts of every MoE layer")
+        self._check_groups(architecture)
+        tensors = {tensor.name: tensor for tensor in architecture.tensors}
+        for name, type_name in self.types.items():
+            tensor = tensors.get(name)
+            if tensor is None or not (tensor.quantisable or type_name == tensor.type):
+                raise BadFile(f"the plan changes {name}, which is not a quantisable tensor of the model")
+            if tensor.shape[0] % ggml.BY_NAME[type_name].block:
+                raise BadFile(f"the plan gives {name} {type_name}, whose blocks do not divide {tensor.shape[0]}")
+
+    def _check_groups(self, architecture: Architecture) -> None:
+        if architecture.groups <= 1 or not self.keep:
+            return
+        size, share = architecture.experts // architecture.groups, self.kept // architecture.groups
+        for layer, ids in self.keep.items():
+            for group in range(architecture.groups):
+                if sum(1 for expert in ids if expert // size == group) != share:
+                    raise BadFile(f"the plan keeps unequal numbers per routing group in layer {layer}")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what determines the file: kept experts and types, and the source."""
+        identity = {
+            "arch": self.arch,
+            "kept": self.kept,
+            "keep": {str(layer): list(ids) for layer, ids in self.keep.items()},
+            "types": self.types,
+            "source": self.made_from.get("source"),
+        }
+        return digest(identity)
+
+    def records(self) -> list[Entry]:
+        """Metadata that the built file carries about its making."""
+        entries = [
+            make_entry("edgeprune.plan_digest", "str", self.digest),
+            make_entry("edgeprune.source_experts", "u32", self.experts),
+        ]
+        if self.keep:
+            flat = [expert for _, ids in sorted(self.keep.items()) for expert in ids]
+            entries.append(make_entry("edgeprune.kept_experts", "[u16]", flat))
+            entries.append(make_entry("edgeprune.kept_layers", "[u16]", sorted(self.keep)))
+        return entries
+
+    def with_prediction(self, **changes: Any) -> Plan:
+        """The plan with some predictions replaced."""
+        return replace(self, predicted=replace(self.predicted, **changes))
+
+    def to_json(self) -> dict[str, Any]:
+        value = asdict(self)
+        value["keep"] = {str(layer): list(ids) for layer, ids in self.keep.items()}
+        value["launch"] = self.launch.to_json()
+        value["digest"] = self.digest
+        return value
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str) -> Plan:
+        """The plan in ``value``, which a person may have edited.
+
+        Raises:
+            BadFile: missing or unknown keys, or an unloadable plan.
+        """
+        names = set(cls.__dataclass_fields__)
+        check_keys(where, value, names - {"predicted"}, {"predicted", "digest"})
+        try:
+            return cls(
+                arch=str(value["arch"]),
+                experts=int(value["experts"]),
+                kept=int(value["kept"]),
+                keep={int(layer): tuple(map(int, ids)) for layer, ids in value["keep"].items()},
+                types={str(name): str(kind).upper() for name, kind in value["types"].items()},
+                launch=Launch(**value["launch"]),
+                method=str(value["method"]),
+                origin=str(value["origin"]),
+                predicted=Prediction(**value.get("predicted", {})),
+                made_from=dict(value["made_from"]),
+            )
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise BadFile(f"{where} is not a plan: {error}") from error
+
+    def save(self, path: Path) -> None:
+        write_text(path, to_json(self.to_json()))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        return cls.from_json(read_json(path), str(path))
+
+
+def _ranges(layers: Iterable[int]) -> str:
+    """``0-3,7`` for layers 0, 1, 2, 3, 7."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def folded(plan: Plan, architecture: Architecture) -> list[str]:
+    """The plan's types in a few lines: per kind of tensor, each type with the layers that have it."""
+    by_kind: dict[str, dict[str, list[int]]] = {}
+    for tensor in architecture.tensors:
+        if not tensor.quantisable:
+            continue
+        kind = tensor.name.split(".", 2)[2] if tensor.layer >= 0 else tensor.name
+        type_name = plan.types.get(tensor.name, tensor.type)
+        by_kind.setdefault(kind.removesuffix(".weight"), {}).setdefault(type_name, []).append(tensor.layer)
+    width = max(len(kind) for kind in by_kind)
+    lines = []
+    for kind, types in by_kind.items():
+        ordered = sorted(types, key=lambda name: -ggml.BY_NAME[name].bits_per_weight)
+        if len(types) == 1:
+            lines.append(f"{kind:<{width}}  {ordered[0]}")
+        else:
+            lines.append(f"{kind:<{width}}  " + "  ".join(f"{name}[{_ranges(types[name])}]" for name in ordered))
+    return lines

@@ -1,0 +1,1 @@
+"""Devices: classes of hardware as profiles, this machine as a profile, memory as a budget."""

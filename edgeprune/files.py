@@ -1,0 +1,141 @@
+"""Files: strict TOML, canonical JSON, atomic writes, digests, shipped data folders."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from edgeprune.errors import BadFile, EdgepruneError
+from edgeprune.units import format_bytes
+
+_PACKAGE = Path(__file__).resolve().parent
+PARTIAL_SUFFIX = ".partial"
+
+
+def data_folder(name: str) -> Path:
+    """Folder ``profiles``, ``converters`` or ``devices``: in the wheel, else beside the package."""
+    shipped = _PACKAGE / "data" / name
+    return shipped if shipped.is_dir() else _PACKAGE.parent / name
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in ``path``.
+
+    Raises:
+        BadFile: missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadFile(f"cannot read {path}: {error}") from error
+
+
+def check_keys(where: str, table: Mapping[str, Any], required: set[str], optional: set[str]) -> None:
+    """Refuse a table with a missing or an unknown key, so that a typo is never a silent default.
+
+    Raises:
+        BadFile: names the keys.
+    """
+    missing, unknown = required - table.keys(), table.keys() - required - optional
+    if missing:
+        raise BadFile(f"{where} lacks {', '.join(sorted(missing))}")
+    if unknown:
+        raise BadFile(
+            f"{where} has unknown keys: {', '.join(sorted(unknown))}",
+            hint=f"known keys: {', '.join(sorted(required | optional))}",
+        )
+
+
+def to_json(value: Any) -> str:
+    """Readable JSON, equal for equal values: sorted keys, newline at the end."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """The value in ``path``.
+
+    Raises:
+        BadFile: missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise BadFile(f"cannot read {path}: {error}") from error
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the whole file, 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to start writing what the disk cannot hold.
+
+    Raises:
+        EdgepruneError: less than ``needed_bytes`` are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise EdgepruneError(
+            f"not enough disk space in {folder}",
+            rows=[("needed", format_bytes(needed_bytes)), ("free", format_bytes(free))],
+            hint="free some space, or choose another folder with -o",
+        )
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """A binary stream that becomes ``path`` only when the block ends well.
+
+    The bytes go to a neighbour with the suffix ``.partial``, are flushed to the disk and renamed,
+    so that a reader sees the old file or the new one, and a failure leaves nothing behind.
+
+    Raises:
+        EdgepruneError: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise EdgepruneError(
+                f"the disk is full: writing {path} failed",
+                rows=[("free", format_bytes(shutil.disk_usage(path.parent).free))],
+                hint="free some space and run the same command again; it goes on where it was",
+            ) from error
+        raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic write of UTF-8 text."""
+    with atomic_writer(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what a killed run left half-written directly in ``folder``."""
+    for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):
+        leftover.unlink(missing_ok=True)

@@ -1,0 +1,192 @@
+"""Work in a child process: an abort, an out-of-memory kill or a hang of native code is an error here.
+
+A task is a function ``module:function`` inside this package that takes JSON-like keyword arguments,
+and optionally ``progress``, and returns a JSON-like value. Large results travel as files.
+
+The child speaks one JSON object per line on a descriptor of its own; whatever native code prints goes to
+its standard error, of which the end is kept for the message when it dies. It ends itself when its
+parent is gone, because its standard input then closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from edgeprune.errors import KINDS, EdgepruneError, NativeCrash
+
+Progress = Callable[[int, int], None]
+_LOG_LINES = 6
+_SIGNALS = {
+    signal.SIGABRT: "llama.cpp aborted on a failed check",
+    signal.SIGSEGV: "llama.cpp crashed with a memory fault",
+    signal.SIGILL: "llama.cpp was built for another processor",
+}
+if hasattr(signal, "SIGKILL"):
+    _SIGNALS[signal.SIGKILL] = "it was killed, most likely for using too much memory"
+if hasattr(signal, "SIGBUS"):
+    _SIGNALS[signal.SIGBUS] = "a mapped file changed or shrank while it was read"
+
+
+def call(task: str, arguments: dict[str, Any], progress: Progress | None = None) -> Any:
+    """The value that ``task`` returns for ``arguments``, computed in a child process.
+
+    Args:
+        task: ``"edgeprune.room.module:function"``.
+        progress: called with steps done and steps in all, as the task reports them.
+
+    Raises:
+        NativeCrash: the child died; the message has the reason and the end of its log.
+        EdgepruneError: whatever the task raised.
+    """
+    command = [sys.executable, "-m", "edgeprune.measure.child", task]
+    environment = {**os.environ, "PYTHONPATH": _python_path(), "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
+        )
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(arguments).encode() + b"\n")
+                process.stdin.flush()
+            outcome = _listen(process.stdout, progress)
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            for stream in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    if stream is not None:
+                        stream.close()
+        if outcome is None:
+            raise _crash(task, process.returncode, log)
+    if "error" in outcome:
+        kind = KINDS.get(outcome["error"], EdgepruneError)
+        raise kind(outcome["cause"], rows=[(a, b) for a, b in outcome["rows"]], hint=outcome["hint"])
+    return outcome["value"]
+
+
+def _python_path() -> str:
+    """Module path of the child, so that a checkout that is not installed works from any folder."""
+    root = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH")
+    return root if not inherited else f"{root}{os.pathsep}{inherited}"
+
+
+def _listen(stream: IO[bytes], progress: Progress | None) -> dict[str, Any] | None:
+    outcome = None
+    for line in stream:
+        message = json.loads(line)
+        if "done" in message:
+            if progress is not None:
+                progress(message["done"], message["total"])
+        else:
+            outcome = message
+    return outcome
+
+
+def _crash(task: str, code: int, log: IO[bytes]) -> NativeCrash:
+    log.seek(0)
+    lines = [line.strip() for line in log.read().decode("utf-8", errors="replace").splitlines()]
+    tail = deque((line for line in lines if line), maxlen=_LOG_LINES)
+    reason = _SIGNALS.get(signal.Signals(-code), f"signal {-code}") if code < 0 else f"exit code {code}"
+    return NativeCrash(
+        f"the child process for {task.rpartition(':')[2]} died: {reason}",
+        rows=[("log", line[:160]) for line in tail],
+        hint="free memory or choose a smaller context; if it happens again, the model file may be damaged",
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far.
+
+    Linux keeps the figure per address space in VmHWM; ``ru_maxrss`` there also remembers the parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import psutil
+
+    usage = psutil.Process().memory_info()
+    return int(getattr(usage, "peak_wset", usage.rss))
+
+
+def _end_with_parent() -> None:
+    """Exit as soon as standard input closes, which it does when the parent is gone."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1024):
+                pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _main(task: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills
+    channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    arguments = json.loads(_first_line())
+    _end_with_parent()
+    module_name, _, function_name = task.partition(":")
+    if not module_name.startswith("edgeprune."):
+        raise SystemExit(f"not a task of edgeprune: {task}")
+    function = getattr(importlib.import_module(module_name), function_name)
+    if "progress" in inspect.signature(function).parameters:
+
+        def progress(done: int, total: int) -> None:
+            channel.write(json.dumps({"done": done, "total": total}) + "\n")
+
+        arguments["progress"] = progress
+    try:
+        message: dict[str, Any] = {"value": function(**arguments)}
+    except EdgepruneError as error:
+        message = {
+            "error": type(error).__name__,
+            "cause": error.cause,
+            "rows": error.rows,
+            "hint": error.hint,
+        }
+    except MemoryError:
+        message = {
+            "error": "NativeCrash",
+            "cause": f"out of memory in {function_name}",
+            "rows": [],
+            "hint": "close other programs, or choose a smaller context",
+        }
+    channel.write(json.dumps(message) + "\n")
+    channel.close()
+    # llama.cpp frees its backends at exit in an order that can crash after the work is done.
+    os._exit(0)
+
+
+def _first_line() -> bytes:
+    """One line of standard input, unbuffered, so that the watcher sees what follows."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        chunk = os.read(0, 65536)
+        if not chunk:
+            os._exit(1)
+        line += chunk
+    return bytes(line)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

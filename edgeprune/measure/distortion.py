@@ -1,0 +1,109 @@
+"""How much each GGML type distorts each tensor, from a sample of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune.device.probe import cores
+from edgeprune.measure.statistics import Statistics
+from edgeprune.model import ggml
+from edgeprune.model.architecture import Tensor, read_architecture
+from edgeprune.model.gguf import GgufFile
+
+_SAMPLED_WEIGHTS = 131_072
+_SAMPLED_MATRICES = 4
+Floats = npt.NDArray[np.float32]
+
+
+def candidate_types(tensor: Tensor) -> list[str]:
+    """Types worth trying: smaller than what the tensor has now, and dividing its rows.
+
+    Where 256-blocks divide the rows, their types dominate the 32-block types of the same bits.
+    """
+    own = ggml.BY_NAME[tensor.type].bits_per_weight
+    fitting = [ggml.BY_NAME[name] for name in ggml.CHOICES if tensor.shape[0] % ggml.BY_NAME[name].block == 0]
+    if any(kind.block == 256 for kind in fitting):
+        fitting = [kind for kind in fitting if kind.block == 256 or kind.name == "Q8_0"]
+    return [kind.name for kind in fitting if kind.bits_per_weight < own]
+
+
+def _sample(file: GgufFile, tensor: Tensor, random: np.random.Generator) -> list[tuple[int, Floats]]:
+    """Random rows of a few matrices: pairs of matrix index and float32 [rows, width]."""
+    kind, width = ggml.BY_NAME[tensor.type], tensor.shape[0]
+    row_bytes = kind.row_bytes(width)
+    rows_per_matrix = tensor.nbytes // row_bytes // tensor.matrices
+    chosen = random.choice(tensor.matrices, min(_SAMPLED_MATRICES, tensor.matrices), replace=False)
+    count = min(rows_per_matrix, max(8, _SAMPLED_WEIGHTS // width // len(chosen)))
+    raw = file.raw(tensor.name).reshape(tensor.matrices, rows_per_matrix, row_bytes)
+    samples = []
+    for matrix in sorted(chosen.tolist()):
+        rows = np.sort(random.choice(rows_per_matrix, count, replace=False))
+        samples.append((matrix, ggml.decode(kind, raw[matrix, rows].reshape(-1), width)))
+    file.release(tensor.name)
+    return samples
+
+
+def relative_error(exact: Floats, approximate: Floats, importance: Floats) -> tuple[float, float]:
+    """Weighted squared error and weighted energy of rows [rows, width] under ``importance`` [width].
+
+    With the second moment of the input as importance, their quotient is the expected squared error of
+    the product relative to its energy, if the inputs' channels are uncorrelated.
+    """
+    error = np.square(approximate - exact, dtype=np.float64) @ importance.astype(np.float64)
+    energy = np.square(exact, dtype=np.float64) @ importance.astype(np.float64)
+    return float(error.sum()), float(energy.sum())
+
+
+def _distortions(
+    file: GgufFile, tensor: Tensor, means: Floats | None, types: list[str], seed: int
+) -> dict[str, list[float]]:
+    """By type: relative squared error as a product's weight, and as a lookup table (unweighted)."""
+    samples = _sample(file, tensor, np.random.default_rng(seed))
+    results = {}
+    for name in types:
+        kind = ggml.BY_NAME[name]
+        weighted, plain = np.zeros(2), np.zeros(2)
+        for matrix, rows in samples:
+            flat = np.ones(rows.shape[1], np.float32)
+            importance = flat if means is None else means[matrix if len(means) > 1 else 0]
+            encoded = ggml.encode(kind, rows, importance, tensor.name)
+            decoded = ggml.decode(kind, encoded.reshape(-1), rows.shape[1])
+            weighted += relative_error(rows, decoded, importance)
+            plain += relative_error(rows, decoded, flat)
+        results[name] = [float(pair[0] / pair[1]) if pair[1] else 0.0 for pair in (weighted, plain)]
+    return results
+
+
+def measure(
+    model: str,
+    statistics: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """Distortion of every quantisable tensor for every candidate type. A task for a child process.
+
+    Returns:
+        by tensor, by type: [as a product's weight, as a lookup table], relative squared errors.
+    """
+    file = GgufFile(Path(model))
+    tensors = [tensor for tensor in read_architecture(file).tensors if tensor.quantisable]
+    moments = Statistics.load(Path(statistics)).moments
+    results: dict[str, dict[str, list[float]]] = {}
+
+    def one(item: tuple[int, Tensor]) -> Any:
+        index, tensor = item
+        moment = moments.get(tensor.name)
+        means = None if moment is None else moment.mean()
+        return tensor.name, _distortions(file, tensor, means, candidate_types(tensor), index)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        for name, by_type in pool.map(one, enumerate(tensors)):
+            results[name] = by_type
+            if progress is not None:
+                progress(len(results), len(tensors))
+    return results

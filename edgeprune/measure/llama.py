@@ -1,0 +1,358 @@
+"""llama.cpp through its C interface, as far as edgeprune needs it. Only ever used in a child process.
+
+llama-cpp-python's high-level class exposes neither the eval callback nor memory-free loading, so this
+goes through its ctypes layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as binding
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune.device.probe import cores
+from edgeprune.errors import BadFile, EdgepruneError, NativeCrash
+from edgeprune.measure.launch import Launch
+from edgeprune.model import ggml
+
+MAX_SOURCES = 10
+LOAD_NONE, LOAD_MMAP = 0, 1
+_DEBUG = 1  # enum ggml_log_level
+FLASH_ATTENTION_AUTO, FLASH_ATTENTION_ON = -1, 1
+
+
+class TensorStruct(ctypes.Structure):
+    """``struct ggml_tensor`` (ggml.h). The size is checked against the library when it is loaded."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * MAX_SOURCES),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 8),
+    )
+
+
+class Node:
+    """A tensor of the running graph, seen from the eval callback."""
+
+    __slots__ = ("pointer", "struct")
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+        self.struct = TensorStruct.from_address(pointer)
+
+    @property
+    def name(self) -> str:
+        return bytes(self.struct.name).decode("utf-8", errors="replace")
+
+    @property
+    def op(self) -> str:
+        return str(_library().ggml_op_name(self.struct.op).decode())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extents in ggml's order."""
+        return tuple(self.struct.ne)
+
+    def source(self, index: int) -> Node | None:
+        pointer = self.struct.src[index]
+        return Node(pointer) if pointer else None
+
+    def read(self) -> npt.NDArray[Any]:
+        """The values, F32 or I32, as an array [ne3, ne2, ne1, ne0], honouring strides."""
+        dtype = {0: np.dtype(np.float32), 26: np.dtype(np.int32)}.get(self.struct.type)
+        if dtype is None:
+            raise EdgepruneError(f"tensor {self.name} has type {self.struct.type}, not F32 or I32")
+        count = int(_library().ggml_nbytes(self.pointer))
+        buffer = np.empty(count, np.uint8)
+        _library().ggml_backend_tensor_get(self.pointer, buffer.ctypes.data, 0, count)
+        strides = tuple(reversed(tuple(self.struct.nb)))
+        return np.lib.stride_tricks.as_strided(buffer.view(dtype), tuple(reversed(self.shape)), strides)
+
+    def write(self, values: npt.NDArray[np.float32]) -> None:
+        """Replace the values of a contiguous F32 tensor."""
+        source = np.ascontiguousarray(values, np.float32)
+        _library().ggml_backend_tensor_set(self.pointer, source.ctypes.data, 0, source.nbytes)
+
+
+def _library() -> Any:
+    return _declared(ggml.library())
+
+
+def _declared(handle: Any) -> Any:
+    if getattr(handle, "_edgeprune_declared", False):
+        return handle
+    for name in ("ggml_op_name", "ggml_backend_dev_name", "ggml_backend_dev_description"):
+        getattr(handle, name).restype = ctypes.c_char_p
+    handle.ggml_op_name.argtypes = [ctypes.c_int]
+    handle.ggml_nbytes.restype = ctypes.c_size_t
+    handle.ggml_nbytes.argtypes = [ctypes.c_void_p]
+    for name in ("ggml_backend_tensor_get", "ggml_backend_tensor_set"):
+        getattr(handle, name).restype = None
+        getattr(handle, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    handle.ggml_backend_dev_count.restype = ctypes.c_size_t
+    handle.ggml_backend_dev_get.restype = ctypes.c_void_p
+    handle.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    handle.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
+        getattr(handle, name).argtypes = [ctypes.c_void_p]
+    handle.ggml_backend_dev_memory.restype = None
+    handle.ggml_backend_dev_memory.argtypes = [
+        ctypes.c_void_p,
+        ctypes.POINTER(ctypes.c_size_t),
+        ctypes.POINTER(ctypes.c_size_t),
+    ]
+    handle.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+    handle.ggml_tensor_overhead.restype = ctypes.c_size_t
+    if handle.ggml_tensor_overhead() != ctypes.sizeof(TensorStruct) + 32:
+        raise NativeCrash(
+            "this llama-cpp-python lays out its tensors in an unknown way",
+            hint="install the version that edgeprune's constraints name",
+        )
+    handle._edgeprune_declared = True
+    return handle
+
+
+class _BufferOverride(ctypes.Structure):
+    """``struct llama_model_tensor_buft_override``: where tensors matching a pattern are kept."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+@dataclass
+class Log:
+    """What llama.cpp said, kept for error messages and for the sizes it reports."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._callback = binding.llama_log_callback(self._append)
+        binding.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _append(self, level: int, text: bytes, _: Any) -> None:
+        if level == _DEBUG:
+            return
+        self.lines.append(text.decode("utf-8", errors="replace").rstrip("\n"))
+        del self.lines[:-5000]
+
+    def errors(self) -> list[str]:
+        interesting = [line for line in self.lines if "error" in line or "failed" in line or "invalid" in line]
+        return interesting[-3:] or self.lines[-3:]
+
+
+def _expert_override(layers: int) -> ctypes.Array[_BufferOverride]:
+    """Overrides that keep the experts of blocks 0 to ``layers`` - 1 in host memory."""
+    cpu = _library().ggml_backend_cpu_buffer_type()
+    patterns = [rf"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps".encode() for layer in range(layers)]
+    array = (_BufferOverride * (layers + 1))(*[_BufferOverride(pattern, cpu) for pattern in patterns])
+    return array
+
+
+EvalCallback = Callable[[Node, bool], bool]
+
+
+class Session:
+    """A loaded model with one context.
+
+    Args:
+        path: a GGUF file.
+        launch: how to start.
+        observer: called before each graph node with ``ask=True`` to say whether it wants to see the
+            node, and after it was computed with ``ask=False``; an exception in it is kept and raised by
+            the next call of ``run``.
+        no_alloc: only price the memory, load nothing.
+        vocab_only: load the tokenizer alone, without weights or context.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        launch: Launch,
+        observer: EvalCallback | None = None,
+        *,
+        no_alloc: bool = False,
+        vocab_only: bool = False,
+    ) -> None:
+        self.log = Log()
+        self._failure: BaseException | None = None
+        self._observer = observer
+        _library()
+        binding.llama_backend_init()
+        self.model = self._load(path, launch, no_alloc, vocab_only)
+        self.vocabulary = binding.llama_model_get_vocab(self.model)
+        self.vocabulary_size = int(binding.llama_vocab_n_tokens(self.vocabulary))
+        self.launch = launch
+        if not vocab_only:
+            self.context = self._start(path, launch)
+
+    def _load(self, path: Path, launch: Launch, no_alloc: bool, vocab_only: bool) -> Any:
+        params = binding.llama_model_default_params()
+        params.n_gpu_layers = launch.gpu_layers
+        params.use_extra_bufts = launch.repack
+        params.no_alloc = no_alloc
+        params.vocab_only = vocab_only
+        params.load_mode = LOAD_MMAP if launch.mmap and not no_alloc else LOAD_NONE
+        if launch.cpu_experts:
+            self._overrides = _expert_override(launch.cpu_experts)
+            params.tensor_buft_overrides = ctypes.addressof(self._overrides)
+        model = binding.llama_model_load_from_file(str(path).encode(), params)
+        if not model:
+            raise BadFile(f"llama.cpp cannot load {path}", rows=[("llama.cpp", line) for line in self.log.errors()])
+        return model
+
+    def _start(self, path: Path, launch: Launch) -> Any:
+        params = binding.llama_context_default_params()
+        params.n_ctx = launch.context
+        params.n_batch = params.n_ubatch = min(launch.batch, launch.context)
+        params.n_seq_max = 1
+        params.type_k = params.type_v = ggml.type_named(launch.kv_type).id
+        params.flash_attn_type = FLASH_ATTENTION_AUTO if launch.kv_type == "F16" else FLASH_ATTENTION_ON
+        params.no_perf = True
+        if launch.threads:
+            params.n_threads = params.n_threads_batch = launch.threads
+        else:
+            params.n_threads = params.n_threads_batch = cores()
+        if self._observer is not None:
+            self._callback = binding.ggml_backend_sched_eval_callback(self._on_node)
+            params.cb_eval = self._callback
+        context = binding.llama_init_from_model(self.model, params)
+        if not context:
+            raise EdgepruneError(
+                f"llama.cpp cannot create a context of {launch.context} tokens for {path}",
+                rows=[("llama.cpp", line) for line in self.log.errors()],
+            )
+        return context
+
+    def _on_node(self, pointer: int, ask: bool, _: Any) -> bool:
+        # Returning False after a node aborts the rest of the graph silently, and an exception in a
+        # ctypes callback counts as False; so failures are kept for run() and True is returned.
+        try:
+            assert self._observer is not None
+            wanted = self._failure is None and self._observer(Node(pointer), ask)
+            return wanted if ask else True
+        except BaseException as error:
+            self._failure = error
+            return not ask
+
+    def run(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits float32 [len(tokens), vocabulary] of ``tokens`` as a sequence of its own.
+
+        The array is llama.cpp's own buffer, valid until the next call. Every token is an output, so that
+        the last MoE layer sees all of them.
+        """
+        self.clear()
+        return self.extend(tokens, 0)
+
+    def clear(self) -> None:
+        """Empty the KV cache."""
+        binding.llama_memory_clear(binding.llama_get_memory(self.context), True)
+
+    def extend(self, tokens: Sequence[int], start: int, *, all_logits: bool = True) -> npt.NDArray[np.float32]:
+        """Decode ``tokens`` at positions from ``start`` on; logits of all of them, or of the last."""
+        count = len(tokens)
+        batch = binding.llama_batch_init(count, 0, 1)
+        try:
+            batch.n_tokens = count
+            for index, token in enumerate(tokens):
+                batch.token[index] = token
+                batch.pos[index] = start + index
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = 0
+                batch.logits[index] = all_logits or index == count - 1
+            status = binding.llama_decode(self.context, batch)
+        finally:
+            binding.llama_batch_free(batch)
+        if self._failure is not None:
+            raise self._failure
+        if status != 0:
+            raise EdgepruneError(
+                f"llama.cpp could not decode {count} tokens (status {status})",
+                rows=[("llama.cpp", line) for line in self.log.errors()],
+            )
+        rows = count if all_logits else 1
+        pointer = binding.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary_size))
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of ``text``, framed as the model wants it (BOS kept); ``special``: parse special tokens."""
+        encoded = text.encode("utf-8")
+        room = len(encoded) + 16
+        buffer = (binding.llama_token * room)()
+        count = binding.llama_tokenize(self.vocabulary, encoded, len(encoded), buffer, room, special, special)
+        if count < 0:
+            raise EdgepruneError(f"llama.cpp could not tokenize {len(encoded)} bytes of text")
+        return list(buffer[:count])
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        if hasattr(self, "context"):
+            binding.llama_free(self.context)
+        binding.llama_model_free(self.model)
+
+
+@contextmanager
+def session(
+    path: Path, launch: Launch, observer: EvalCallback | None = None, *, no_alloc: bool = False
+) -> Iterator[Session]:
+    """A ``Session`` that is closed at the end of the block."""
+    opened = Session(path, launch, observer, no_alloc=no_alloc)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def backend_devices() -> list[dict[str, Any]]:
+    """llama.cpp's compute devices: name, description, kind (cpu, gpu, igpu, accel), memory in bytes.
+
+    A task for ``edgeprune.measure.child``.
+    """
+    binding.llama_backend_init()
+    handle = _library()
+    devices = []
+    for index in range(handle.ggml_backend_dev_count()):
+        device = handle.ggml_backend_dev_get(index)
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        handle.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        kind = ("cpu", "gpu", "igpu", "accel", "meta")[handle.ggml_backend_dev_type(device)]
+        devices.append(
+            {
+                "name": handle.ggml_backend_dev_name(device).decode(),
+                "description": handle.ggml_backend_dev_description(device).decode(),
+                "kind": kind,
+                "free_bytes": free.value,
+                "total_bytes": total.value,
+            }
+        )
+    return devices
+
+
+_MIB_LINE = re.compile(r"([A-Za-z0-9_]+)\s+(KV|RS|compute|output)\s+buffer size\s*=\s*([0-9.]+) MiB")
+
+
+def buffer_sizes(lines: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Bytes by backend and kind (``KV``, ``RS``, ``compute``, ``output``) from llama.cpp's log."""
+    sizes: dict[str, dict[str, int]] = {}
+    for line in lines:
+        for backend, kind, amount in _MIB_LINE.findall(line):
+            kinds = sizes.setdefault(backend, {})
+            kinds[kind] = kinds.get(kind, 0) + int(float(amount) * 2**20)
+    return sizes

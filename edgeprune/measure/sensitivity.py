@@ -1,0 +1,179 @@
+"""What a relative error at each weight's output costs, in nats per token.
+
+Noise of known size is added to the output of one weight at a time through the eval callback, and the
+KL divergence of the logits is read. Two sizes are measured, so that the cost of a given error is
+interpolated and its linearity is seen, not assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.model.architecture import Architecture, Tensor
+
+SMALL, LARGE = 0.01, 0.1
+MOST_LAYERS_MEASURED = 12
+# Cost is never taken to grow slower than the error to this power, nor faster than to that one.
+_EXPONENTS = (0.6, 1.4)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where quantisation error enters: a weight's product, or the embedding's row lookup."""
+
+    weight: str
+    lookup: bool
+
+    @property
+    def key(self) -> str:
+        return f"{self.weight} (lookup)" if self.lookup else self.weight
+
+
+@dataclass(frozen=True)
+class Response:
+    """Measured cost at one site.
+
+    Attributes:
+        small, large: nats per token at relative squared errors ``SMALL`` and ``LARGE``.
+        interpolated: taken from neighbouring layers instead of measured.
+    """
+
+    small: float
+    large: float
+    interpolated: bool = False
+
+    @property
+    def exponent(self) -> float:
+        """d log(nats) / d log(error) between the two points; 1 where cost is linear in squared error."""
+        if self.small <= 0 or self.large <= 0:
+            return 1.0
+        slope = math.log(self.large / self.small) / math.log(LARGE / SMALL)
+        return min(max(slope, _EXPONENTS[0]), _EXPONENTS[1])
+
+    def nats(self, relative_square: float) -> float:
+        """Predicted cost of an error: linear below the small point, the measured power above it."""
+        if relative_square <= SMALL:
+            return self.small * relative_square / SMALL
+        return self.small * float((relative_square / SMALL) ** self.exponent)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Cost and distortion of every quantisable tensor.
+
+    Attributes:
+        responses: by site key.
+        distortions: by tensor and type: relative squared error [as product weight, as lookup table].
+        drops: by score and number of kept experts: nats per token, measured by masking the router.
+        made_from: digests of model, statistics and settings.
+    """
+
+    responses: dict[str, Response]
+    distortions: dict[str, dict[str, list[float]]]
+    drops: dict[str, dict[int, float]]
+    made_from: dict[str, Any]
+
+    def nats(self, tensor: Tensor, type_name: str) -> float:
+        """Predicted cost in nats per token of giving ``tensor`` the type ``type_name``."""
+        if type_name == tensor.type:
+            return 0.0
+        product, lookup = self.distortions[tensor.name][type_name]
+        cost = 0.0
+        for site, error in ((Site(tensor.name, False), product), (Site(tensor.name, True), lookup)):
+            if site.key in self.responses:
+                cost += self.responses[site.key].nats(error)
+        return cost
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "responses": {
+                key: {"small": r.small, "large": r.large, "interpolated": r.interpolated}
+                for key, r in self.responses.items()
+            },
+            "distortions": self.distortions,
+            "drops": {name: {str(kept): nats for kept, nats in own.items()} for name, own in self.drops.items()},
+            "made_from": self.made_from,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Sensitivity:
+        responses = {key: Response(**entry) for key, entry in value["responses"].items()}
+        drops = {name: {int(kept): nats for kept, nats in own.items()} for name, own in value["drops"].items()}
+        return cls(responses, value["distortions"], drops, value["made_from"])
+
+
+def all_sites(architecture: Architecture) -> list[Site]:
+    """Every site of the model: a tied embedding matrix is two, lookup and output product."""
+    has_output = any(tensor.role == "output" for tensor in architecture.tensors)
+    sites = []
+    for tensor in architecture.tensors:
+        if not tensor.quantisable:
+            continue
+        if tensor.role == "embedding":
+            sites.append(Site(tensor.name, True))
+            if has_output:
+                continue
+        sites.append(Site(tensor.name, False))
+    return sites
+
+
+def measured_layers(layers: int) -> list[int]:
+    """Layers whose sites are measured: all of a shallow model, an even spread with both ends of a deep one."""
+    if layers <= MOST_LAYERS_MEASURED:
+        return list(range(layers))
+    step = (layers - 1) / (MOST_LAYERS_MEASURED - 1)
+    return sorted({round(index * step) for index in range(MOST_LAYERS_MEASURED)})
+
+
+def sites_to_measure(architecture: Architecture) -> list[Site]:
+    """The sites outside the blocks, and those of the measured layers."""
+    layer_of = {tensor.name: tensor.layer for tensor in architecture.tensors}
+    wanted = set(measured_layers(architecture.layers)) | {-1}
+    return [site for site in all_sites(architecture) if layer_of[site.weight] in wanted]
+
+
+def site_settings(sites: Sequence[Site]) -> list[dict[str, Any]]:
+    """Arguments of ``tasks.disturb``: each site with the small error, then each with the large one."""
+    return [
+        {"weight": site.weight, "lookup": site.lookup, "relative_square": size}
+        for size in (SMALL, LARGE)
+        for site in sites
+    ]
+
+
+def responses(architecture: Architecture, sites: Sequence[Site], costs: Sequence[float]) -> dict[str, Response]:
+    """Responses of all sites: measured ones from ``costs`` (as ``site_settings`` orders them), the others
+    interpolated between layers on a logarithmic scale, tensor kind by tensor kind."""
+    count = len(sites)
+    measured = {site.key: Response(costs[index], costs[count + index]) for index, site in enumerate(sites)}
+    layer_of = {tensor.name: tensor.layer for tensor in architecture.tensors}
+    by_kind: dict[str, list[tuple[int, Response]]] = {}
+    for site in sites:
+        by_kind.setdefault(_kind(site.key), []).append((layer_of[site.weight], measured[site.key]))
+    for site in all_sites(architecture):
+        if site.key not in measured and _kind(site.key) in by_kind:
+            measured[site.key] = _between(by_kind[_kind(site.key)], layer_of[site.weight])
+    return measured
+
+
+def _kind(key: str) -> str:
+    """The site without its layer: ``blk.3.attn_q.weight`` is of kind ``attn_q.weight``."""
+    return key.split(".", 2)[2] if key.startswith("blk.") else key
+
+
+def _between(known: list[tuple[int, Response]], layer: int) -> Response:
+    ordered = sorted(known, key=lambda pair: pair[0])
+    below = [pair for pair in ordered if pair[0] <= layer] or ordered[:1]
+    above = [pair for pair in ordered if pair[0] >= layer] or ordered[-1:]
+    (low, first), (high, second) = below[-1], above[0]
+    share = 0.0 if high == low else (layer - low) / (high - low)
+
+    def mix(a: float, b: float) -> float:
+        if a <= 0 or b <= 0:
+            return max(a, b)
+        return math.exp((1 - share) * math.log(a) + share * math.log(b))
+
+    return Response(mix(first.small, second.small), mix(first.large, second.large), interpolated=True)

@@ -1,0 +1,280 @@
+"""The measurements as tasks for a child process: pure functions of files and numbers.
+
+Every function here runs in a child (``edgeprune.measure.child.call``) and returns JSON-like values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics as stdlib_statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.measure.child import peak_memory_bytes
+from edgeprune.measure.divergence import Quality, Reference, TokenScores, summarise
+from edgeprune.measure.launch import Launch
+from edgeprune.measure.llama import EvalCallback, Session, buffer_sizes, session
+from edgeprune.measure.observers import Collector, Disturbance, RouterMask
+from edgeprune.measure.statistics import Statistics
+from edgeprune.measure.text import TextFile, Window, windows
+
+Progress = Callable[[int, int], None]
+
+
+def _texts(rows: list[dict[str, str]]) -> list[TextFile]:
+    return [TextFile(**row) for row in rows]
+
+
+def _launch(window: int, threads: int) -> Launch:
+    return Launch(context=window, batch=window, threads=threads)
+
+
+def _chosen(opened: Session, texts: list[dict[str, str]], split: str, window: int, most: int) -> list[Window]:
+    return windows(_texts(texts), split, window, most, opened.tokenize)
+
+
+def collect(
+    model: str,
+    output: str,
+    texts: list[dict[str, str]],
+    window: int,
+    most_tokens: int,
+    weights: list[str],
+    experts: int,
+    arch: str,
+    made_from: dict[str, Any],
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """One pass over the calibration text; writes ``Statistics`` to ``output``.
+
+    Returns:
+        tokens seen and peak memory in bytes.
+    """
+    domains = list(dict.fromkeys(text["domain"] for text in texts))
+    collector = Collector(set(weights), experts, len(domains), gates_input=arch == "llama4")
+    with session(Path(model), _launch(window, threads), collector) as opened:
+        chosen = _chosen(opened, texts, "calibration", window, most_tokens)
+        for index, part in enumerate(chosen):
+            collector.domain = domains.index(part.domain)
+            opened.run(part.tokens)
+            if progress is not None:
+                progress(index + 1, len(chosen))
+    tokens = sum(len(part.tokens) for part in chosen)
+    layers, moments = dict(sorted(collector.layers.items())), collector.moments
+    Statistics(domains, tokens, window, layers, moments, made_from).save(Path(output))
+    return {"tokens": tokens, "peak_bytes": peak_memory_bytes()}
+
+
+def reference(
+    model: str,
+    output: str,
+    texts: list[dict[str, str]],
+    split: str,
+    window: int,
+    most_tokens: int,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """Log-probabilities of ``model`` over the ``split`` of the text, for later comparisons."""
+    partial = Path(output + ".partial")
+    partial.unlink(missing_ok=True)
+    with session(Path(model), _launch(window, threads)) as opened:
+        chosen = _chosen(opened, texts, split, window, most_tokens)
+        kept = Reference(partial, opened.vocabulary_size)
+        for index, part in enumerate(chosen):
+            kept.append(opened.run(part.tokens))
+            if progress is not None:
+                progress(index + 1, len(chosen))
+    partial.replace(output)
+    return {"tokens": sum(len(part.tokens) for part in chosen), "windows": len(chosen)}
+
+
+def _compare(
+    opened: Session, chosen: list[Window], kept: Reference, progress: Progress | None
+) -> Iterator[TokenScores]:
+    kept.rewind()
+    for index, part in enumerate(chosen):
+        yield kept.compare(opened.run(part.tokens), part.tokens)
+        if progress is not None:
+            progress(index + 1, len(chosen))
+
+
+def divergence(
+    model: str,
+    reference: str,
+    texts: list[dict[str, str]],
+    split: str,
+    window: int,
+    most_tokens: int,
+    masks: list[dict[str, list[int]] | None],
+    experts: int = 0,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Quality of ``model`` against the stored reference, once for each router mask.
+
+    Args:
+        masks: each None, or kept expert ids by layer (as text, JSON has no integer keys).
+
+    Returns:
+        for each mask ``{"all": Quality, "domains": {name: Quality}}`` as JSON.
+    """
+    results = []
+    observer = _Switch()
+    with session(Path(model), _launch(window, threads), observer) as opened:
+        chosen = _chosen(opened, texts, split, window, most_tokens)
+        kept = Reference(Path(reference), opened.vocabulary_size)
+        for number, mask in enumerate(masks):
+            keep = {int(layer): ids for layer, ids in (mask or {}).items()}
+            observer.current = RouterMask(keep, experts) if keep else None
+            report = _scaled(progress, number, len(masks))
+            scores = list(_compare(opened, chosen, kept, report))
+            results.append(_by_domain(scores, chosen))
+    return results
+
+
+def _by_domain(scores: list[TokenScores], chosen: list[Window]) -> dict[str, Any]:
+    domains: dict[str, list[TokenScores]] = {}
+    for score, part in zip(scores, chosen, strict=True):
+        domains.setdefault(part.domain, []).append(score)
+    return {
+        "all": summarise(scores).to_json(),
+        "domains": {name: summarise(own).to_json() for name, own in domains.items()},
+    }
+
+
+class _Switch:
+    """An observer whose behaviour can be exchanged between passes of one session."""
+
+    def __init__(self) -> None:
+        self.current: EvalCallback | None = None
+
+    def __call__(self, node: Any, ask: bool) -> bool:
+        return self.current is not None and self.current(node, ask)
+
+
+def _scaled(progress: Progress | None, number: int, count: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(number * total + done, count * total)
+
+
+def disturb(
+    model: str,
+    reference: str,
+    texts: list[dict[str, str]],
+    split: str,
+    window: int,
+    most_tokens: int,
+    sites: list[dict[str, Any]],
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Mean KL divergence in nats per token, for noise at each of ``sites`` in turn.
+
+    Args:
+        sites: each ``{"weight": name, "lookup": bool, "relative_square": size of the error}``.
+    """
+    results = []
+    observer = _Switch()
+    with session(Path(model), _launch(window, threads), observer) as opened:
+        chosen = _chosen(opened, texts, split, window, most_tokens)
+        kept = Reference(Path(reference), opened.vocabulary_size)
+        for number, site in enumerate(sites):
+            disturbance = Disturbance(
+                site["weight"],
+                lookup=site["lookup"],
+                relative_square=site["relative_square"],
+                seed=number,
+            )
+            observer.current = disturbance
+            quality: Quality = summarise(list(_compare(opened, chosen, kept, None)))
+            results.append(quality.kl_mean if disturbance.touched else 0.0)
+            if progress is not None:
+                progress(number + 1, len(sites))
+    return results
+
+
+def price(shadow: str, launch: dict[str, Any]) -> dict[str, Any]:
+    """What llama.cpp would allocate beside the weights, without loading any.
+
+    Args:
+        shadow: a GGUF whose header is real and whose data need not be.
+
+    Returns:
+        ``buffers``: bytes by backend and kind; ``kv_bytes``: of the whole cache; ``runtime_bytes``: peak
+        memory of this process, which holds the libraries and the vocabulary but no weights.
+    """
+    with session(Path(shadow), Launch(**launch), no_alloc=True) as opened:
+        lines = opened.log.lines
+        return {
+            "buffers": buffer_sizes(lines),
+            "kv_bytes": _cache_bytes(lines),
+            "runtime_bytes": peak_memory_bytes(),
+        }
+
+
+def _cache_bytes(lines: list[str]) -> int:
+    """Bytes of the KV cache from the ``size = ... MiB`` lines; sliding-window models print two."""
+    total = 0.0
+    for line in lines:
+        if line.startswith("llama_kv_cache") and "size =" in line and "cells" in line:
+            total += float(line.split("size =")[1].split("MiB")[0])
+    return int(total * 2**20)
+
+
+def benchmark(
+    model: str, launch: dict[str, Any], prompt_tokens: int, generated_tokens: int, repeats: int = 3
+) -> dict[str, Any]:
+    """Speed and peak memory with the plan's own launch settings.
+
+    The prompt is deterministic and spread over the vocabulary, so that many experts take part.
+
+    Returns:
+        prefill and decode tokens per second (medians over ``repeats``), the first token's delay in
+        seconds, and peak memory in bytes.
+    """
+    settings = Launch(**launch)
+    prefill, decode = [], []
+    with session(Path(model), settings) as opened:
+        random = np.random.default_rng(0)
+        prompt = random.integers(0, opened.vocabulary_size, prompt_tokens).tolist()
+        batch = min(settings.batch, settings.context)
+        for _ in range(repeats):
+            started = time.perf_counter()
+            logits = _fill(opened, prompt, batch)
+            prefill.append(prompt_tokens / (time.perf_counter() - started))
+            token = int(logits[-1].argmax())
+            started = time.perf_counter()
+            for step in range(generated_tokens):
+                token = int(opened.extend([token], prompt_tokens + step)[-1].argmax())
+            decode.append(generated_tokens / (time.perf_counter() - started))
+        finite = bool(np.isfinite(logits).all())
+    return {
+        "prefill_per_s": stdlib_statistics.median(prefill),
+        "decode_per_s": stdlib_statistics.median(decode),
+        "first_token_seconds": prompt_tokens / stdlib_statistics.median(prefill),
+        "peak_bytes": peak_memory_bytes(),
+        "finite": finite,
+    }
+
+
+def _fill(opened: Session, prompt: list[int], batch: int) -> Any:
+    """Decode ``prompt`` from an empty cache; logits of its last token."""
+    opened.clear()
+    logits = None
+    for start in range(0, len(prompt), batch):
+        logits = opened.extend(prompt[start : start + batch], start, all_logits=False)
+    return logits
+
+
+def tokenize(model: str, texts: list[str], special: bool = False) -> list[list[int]]:
+    """llama.cpp's token ids of each text, from the vocabulary alone."""
+    opened = Session(Path(model), Launch(), vocab_only=True)
+    with contextlib.closing(opened):
+        return [opened.tokenize(text, special=special) for text in texts]

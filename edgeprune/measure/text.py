@@ -1,0 +1,164 @@
+"""Calibration and held-out text: documents by domain, as token windows.
+
+Files hold documents separated by lines of ``%%%%``; a file without them is one document. Every fourth
+document of a domain (of a single document: every fourth window) is held out: quality is measured on
+text that no choice was made with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import BadFile, UsageError
+
+SEPARATOR = "%%%%"
+HELD_OUT_EVERY = 4
+SHORTEST_WINDOW = 16
+_SHIPPED = Path(__file__).resolve().parent / "text"
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One domain's text.
+
+    Attributes:
+        split: ``shared`` (part calibrates, part is held out), ``calibration`` or ``held_out``.
+    """
+
+    domain: str
+    path: str
+    split: str = "shared"
+
+    def to_json(self) -> dict[str, str]:
+        return {"domain": self.domain, "path": self.path, "split": self.split}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of consecutive tokens of one document, decoded as a sequence of its own."""
+
+    domain: str
+    tokens: tuple[int, ...]
+
+
+def shipped_texts() -> list[TextFile]:
+    """The default text: several domains and human languages, written for edgeprune."""
+    return [TextFile(path.stem, str(path)) for path in sorted(_SHIPPED.glob("*.txt"))]
+
+
+def parse_texts(values: Sequence[str], split: str = "shared") -> list[TextFile]:
+    """``FILE`` or ``name=FILE`` arguments as text files.
+
+    Raises:
+        UsageError: a file that does not exist, or a domain named twice.
+    """
+    texts = []
+    for value in values:
+        name, separator, rest = value.partition("=")
+        path = Path(rest if separator else value)
+        if not path.is_file():
+            raise UsageError(f"no text file {path}")
+        texts.append(TextFile(name if separator else path.stem, str(path.resolve()), split))
+    domains = [text.domain for text in texts]
+    if len(set(domains)) < len(domains):
+        raise UsageError("two texts have the same domain", hint="name them: --text NAME=FILE")
+    return texts
+
+
+def texts_digest(texts: Sequence[TextFile]) -> str:
+    """SHA-256 over domains, splits and contents."""
+    state = hashlib.sha256()
+    for text in texts:
+        state.update(f"{text.domain}\0{text.split}\0".encode() + Path(text.path).read_bytes())
+    return state.hexdigest()
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents in ``path``.
+
+    Raises:
+        BadFile: not UTF-8, or empty.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"cannot read {path} as UTF-8 text: {error}") from error
+    documents = [part.strip("\n") for part in content.split(f"\n{SEPARATOR}\n")]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise BadFile(f"{path} is empty")
+    return documents
+
+
+def _windows(tokens: Sequence[int], length: int) -> list[tuple[int, ...]]:
+    parts = [tuple(tokens[start : start + length]) for start in range(0, len(tokens), length)]
+    return [part for part in parts if len(part) >= SHORTEST_WINDOW]
+
+
+def _of_split(items: list[Any], own: str, wanted: str) -> list[Any]:
+    """The items of ``wanted`` (``calibration`` or ``held_out``) from a file of split ``own``."""
+    if own != "shared":
+        return items if own == wanted else []
+    held = [item for index, item in enumerate(items) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+    rest = [item for index, item in enumerate(items) if index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+    return held if wanted == "held_out" else rest
+
+
+def _taking_turns(by_domain: list[list[Window]], most_tokens: int) -> list[Window]:
+    """Windows of every domain in turn until ``most_tokens`` are reached.
+
+    A domain that is not used up gives windows spread over its whole text, not its beginning: joined
+    collections change their subject along the way.
+    """
+    counts, total = [0] * len(by_domain), 0
+    for turn in zip_longest(*by_domain):
+        for index, window in enumerate(turn):
+            if window is not None and total + len(window.tokens) <= most_tokens:
+                counts[index] += 1
+                total += len(window.tokens)
+    spread = [
+        [own[position * len(own) // count] for position in range(count)]
+        for own, count in zip(by_domain, counts, strict=True)
+        if count
+    ]
+    return [window for turn in zip_longest(*spread) for window in turn if window is not None]
+
+
+def windows(
+    texts: Sequence[TextFile],
+    split: str,
+    length: int,
+    most_tokens: int,
+    tokenize: Callable[[str], list[int]],
+) -> list[Window]:
+    """Windows of at most ``length`` tokens, domains taking turns, ``most_tokens`` in all.
+
+    Args:
+        split: ``calibration`` or ``held_out``.
+        tokenize: text to token ids.
+
+    Raises:
+        BadFile: the text is too short to give a single window.
+    """
+    by_domain: list[list[Window]] = []
+    for text in texts:
+        documents = read_documents(Path(text.path))
+        if len(documents) >= HELD_OUT_EVERY:
+            parts = [_windows(tokenize(d), length) for d in _of_split(documents, text.split, split)]
+            chosen = [part for document in parts for part in document]
+        else:
+            parts = [_windows(tokenize(document), length) for document in documents]
+            chosen = _of_split([part for document in parts for part in document], text.split, split)
+        by_domain.append([Window(text.domain, tokens) for tokens in chosen])
+    taken = _taking_turns(by_domain, most_tokens)
+    if not taken:
+        raise BadFile(
+            f"the text gives no {split.replace('_', '-')} windows of {SHORTEST_WINDOW} tokens or more",
+            hint="give a longer text, a few hundred kB is good",
+        )
+    return taken

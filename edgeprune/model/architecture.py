@@ -1,0 +1,251 @@
+"""The model as numbers: what a GGUF header says about layers, experts, router and tensors.
+
+Dimension letters used throughout edgeprune: ``L`` layers, ``E`` experts, ``K`` kept experts,
+``k`` experts used per token, ``D`` model width, ``F`` expert width, ``T`` tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgeprune.errors import BadFile, Unsupported
+from edgeprune.model.gguf import GgufFile, TensorInfo
+
+# Weights that every llama.cpp backend multiplies with in any type. Everything else (norms, routers,
+# convolutions, state-space vectors, lookup tables) keeps the type it has.
+_QUANTISABLE = re.compile(
+    r"(?:blk\.\d+\.(?:attn_(?:q|k|v|qkv|output|gate|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)"
+    r"|ffn_(?:gate|up|down)(?:_exps|_shexp|_chexps)?|ffn_gate_up_exps|ssm_in|ssm_out)|token_embd|output)\.weight"
+)
+_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+_EXPERT_WEIGHT = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight")
+_EXPERT_VECTOR = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(bias|scale|input_scale)")
+# gemma4's ffn_gate_inp.scale is a vector over the model width, not over experts.
+_ROUTER = re.compile(r"ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?|exp_probs_b_vl\.bias")
+# Hard limits of llama.cpp (src/llama-hparams.h); beyond them it aborts its process.
+MOST_EXPERTS = 1024
+MOST_LAYERS = 512
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor and its part in the model.
+
+    Attributes:
+        shape: extents in ggml's order: row width first, experts last.
+        layer: block index, or -1 outside the blocks.
+        role: ``expert_gate``, ``expert_up``, ``expert_gate_up``, ``expert_down``, ``expert_vector``,
+            ``router``, ``attention``, ``shared``, ``dense``, ``embedding``, ``output``, ``norm`` or ``other``.
+        sliced: the last axis counts experts, so dropping experts shortens it.
+        quantisable: may be given any type whose block divides the row width.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
+    layer: int
+    role: str
+    sliced: bool
+    quantisable: bool
+
+    @property
+    def is_expert(self) -> bool:
+        return self.role in ("expert_gate", "expert_up", "expert_gate_up", "expert_down")
+
+    @property
+    def matrices(self) -> int:
+        """Independent matrices in the tensor: experts for expert tensors, else 1 or the outer extent."""
+        return self.shape[2] if len(self.shape) > 2 else 1
+
+    def kept_shape(self, kept: int) -> tuple[int, ...]:
+        """Shape after dropping all but ``kept`` experts."""
+        return (*self.shape[:-1], kept) if self.sliced else self.shape
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What matters about a model for pruning, sizing and placing it; read from the header alone.
+
+    Attributes:
+        name: of the model, for people.
+        arch: llama.cpp's architecture string.
+        layers: transformer blocks (L), without multi-token-prediction blocks.
+        experts: routed experts per MoE layer (E).
+        used: experts per token (k).
+        width: of the residual stream (D).
+        expert_width: hidden width of one expert (F).
+        groups: routing groups; 1 means ungrouped.
+        groups_used: routing groups that a token may choose from.
+        moe_layers: block indices that have routed experts.
+        context_length: trained context, tokens.
+        vocabulary: tokens.
+        obstacle: why experts of this model cannot be dropped, or "".
+        tensors: all tensors in file order.
+    """
+
+    name: str
+    arch: str
+    layers: int
+    experts: int
+    used: int
+    width: int
+    expert_width: int
+    groups: int
+    groups_used: int
+    moe_layers: tuple[int, ...]
+    context_length: int
+    vocabulary: int
+    obstacle: str
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        return next(tensor for tensor in self.tensors if tensor.name == name)
+
+    def allowed_counts(self) -> tuple[int, ...]:
+        """Numbers of experts per layer worth trying, all experts first.
+
+        Powers of two and multiples of 32 suit the kernels (CUDA's fused top-k exists for powers of
+        two); small models get finer steps. Every count keeps the router's rules: at least the used
+        experts, equal counts per group, two or more per group.
+        """
+        if self.obstacle:
+            return (self.experts,)
+        step = 32 if self.experts > 64 else 16 if self.experts > 32 else 8 if self.experts > 16 else 2
+        counts = set(range(step, self.experts, step)) | {2**power for power in range(11)}
+        return (
+            self.experts,
+            *sorted((n for n in counts if n < self.experts and self.count_allowed(n)), reverse=True),
+        )
+
+    def count_allowed(self, kept: int) -> bool:
+        """Whether llama.cpp loads and routes correctly with ``kept`` experts per layer."""
+        if kept == self.experts:
+            return True
+        if self.obstacle or not self.used <= kept < self.experts:
+            return False
+        if self.groups <= 1:
+            return True
+        per_group = kept // self.groups
+        return kept % self.groups == 0 and per_group >= 2 and per_group * self.groups_used >= self.used
+
+
+def _role(name: str) -> tuple[int, str, bool]:
+    """(layer, role, sliced) of the tensor called ``name``."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        outer = {"token_embd.weight": "embedding", "output.weight": "output"}
+        return -1, outer.get(name, "norm" if "norm" in name else "other"), False
+    layer, rest = int(match[1]), match[2]
+    if expert := _EXPERT_WEIGHT.fullmatch(rest):
+        return layer, f"expert_{expert[1]}", True
+    if _EXPERT_VECTOR.fullmatch(rest):
+        return layer, "expert_vector", True
+    if _ROUTER.fullmatch(rest):
+        return layer, "router", True
+    if "norm" in rest:
+        return layer, "norm", False
+    if rest.startswith("attn_"):
+        return layer, "attention", False
+    if "shexp" in rest:
+        return layer, "shared", False
+    if re.fullmatch(r"ffn_(gate|up|down)\.weight", rest):
+        return layer, "dense", False
+    return layer, "other", False
+
+
+def _described(info: TensorInfo) -> Tensor:
+    layer, role, sliced = _role(info.name)
+    return Tensor(
+        name=info.name,
+        shape=info.shape,
+        type=info.type,
+        nbytes=info.nbytes,
+        layer=layer,
+        role=role,
+        sliced=sliced,
+        quantisable=_QUANTISABLE.fullmatch(info.name) is not None and len(info.shape) >= 2,
+    )
+
+
+def _scalar(file: GgufFile, key: str, default: int) -> int:
+    """A metadata number that may be a per-layer array; the first layer counts (facts of llama.cpp)."""
+    value = file.get(key, default)
+    try:
+        return int(value[0]) if isinstance(value, np.ndarray) else int(value)
+    except (TypeError, ValueError, IndexError):
+        raise BadFile(f"{file.path}: metadata {key} is not a number") from None
+
+
+def _obstacle(file: GgufFile, arch: str, tensors: tuple[Tensor, ...]) -> str:
+    """Why dropping experts would be unsafe for this file, or ""."""
+    names = {tensor.name for tensor in tensors}
+    if any("chexps" in name for name in names):
+        return "its experts share chunk experts (grovemoe)"
+    if any("tid2eid" in name for name in names):
+        return "some layers route by a token table"
+    if _scalar(file, f"{arch}.nextn_predict_layers", 0) > 0:
+        return "its multi-token-prediction blocks hold experts that text does not exercise"
+    if isinstance(file.get(f"{arch}.expert_used_count"), np.ndarray):
+        return "its experts per token vary by layer"
+    return ""
+
+
+def read_architecture(file: GgufFile) -> Architecture:
+    """The architecture that the header of ``file`` describes.
+
+    Raises:
+        BadFile: metadata that contradict the tensors, or that llama.cpp would abort on.
+        Unsupported: not a Mixture-of-Experts model.
+    """
+    arch = str(file.get("general.architecture", ""))
+    if not arch:
+        raise BadFile(f"{file.path} names no architecture; it is no language model")
+    tensors = tuple(_described(info) for info in file.tensors.values())
+    experts = _scalar(file, f"{arch}.expert_count", 0)
+    layers = _scalar(file, f"{arch}.block_count", 0) - _scalar(file, f"{arch}.nextn_predict_layers", 0)
+    expert_tensors = [tensor for tensor in tensors if tensor.is_expert]
+    if experts == 0 or not expert_tensors:
+        raise Unsupported(
+            f"{Path(file.path).name} is a dense {arch} model: it has no experts to choose from",
+            hint="use llama-quantize for dense models",
+        )
+    used = _scalar(file, f"{arch}.expert_used_count", 0)
+    groups = _scalar(file, f"{arch}.expert_group_count", 1)
+    if not (0 < layers <= MOST_LAYERS and 0 < experts <= MOST_EXPERTS and 0 < used <= experts):
+        raise BadFile(f"{file.path}: impossible metadata: {layers} layers, {experts} experts, {used} used per token")
+    if groups > 1 and experts % groups:
+        raise BadFile(f"{file.path}: {experts} experts do not divide into {groups} groups")
+    for tensor in tensors:
+        if tensor.sliced and tensor.shape[-1] != experts:
+            raise BadFile(f"{file.path}: {tensor.name} has {tensor.shape[-1]} experts, the metadata {experts}")
+    down = next((t for t in expert_tensors if t.role == "expert_down"), expert_tensors[0])
+    embedding = next((t for t in tensors if t.role == "embedding"), None)
+    return Architecture(
+        name=str(file.get("general.name", "") or Path(file.path).stem),
+        arch=arch,
+        layers=layers,
+        experts=experts,
+        used=used,
+        width=_scalar(file, f"{arch}.embedding_length", 0),
+        expert_width=down.shape[0],
+        groups=max(groups, 1),
+        groups_used=_scalar(file, f"{arch}.expert_group_used_count", 1),
+        moe_layers=tuple(sorted({tensor.layer for tensor in expert_tensors})),
+        context_length=_scalar(file, f"{arch}.context_length", 0),
+        vocabulary=embedding.shape[1] if embedding else 0,
+        obstacle=_obstacle(file, arch, tensors),
+        tensors=tensors,
+    )

@@ -1,0 +1,158 @@
+"""Hugging Face checkpoints on disk: configuration, and tensors by name over one or many safetensors.
+
+Nothing is ever unpickled and no file outside the checkpoint's folder is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.errors import BadFile, Unsupported
+from edgeprune.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LARGEST_HEADER = 100_000_000
+
+
+@dataclass
+class Checkpoint:
+    """A folder as ``save_pretrained`` writes it.
+
+    Attributes:
+        folder: of the checkpoint.
+        config: ``config.json``.
+        shard_of: file name by tensor name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shard_of: dict[str, str]
+    _open: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of tensor ``name`` in PyTorch's order."""
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Tensor ``name``, read from disk now."""
+        import safetensors
+
+        try:
+            tensor: torch.Tensor = self._handle(name).get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise BadFile(f"{self.folder / self.shard_of[name]}: tensor {name}: {error}") from error
+        return tensor
+
+    def _handle(self, name: str) -> Any:
+        shard = self.shard_of[name]
+        if shard not in self._open:
+            self._open = {shard: _open_shard(self.folder / shard)}
+        return self._open[shard]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the small files whole, and over each shard's header, size and samples of its data."""
+        state = hashlib.sha256()
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
+                state.update(path.name.encode() + path.read_bytes())
+        for shard in sorted(set(self.shard_of.values())):
+            state.update(_shard_sample(self.folder / shard))
+        return state.hexdigest()
+
+
+def _shard_sample(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        sample = stream.read(min(length, LARGEST_HEADER))
+        for part in range(64):
+            stream.seek(8 + length + (size - 8 - length) * part // 64)
+            sample += stream.read(4096)
+    return sample + str(size).encode()
+
+
+def _open_shard(path: Path) -> Any:
+    import safetensors
+
+    try:
+        return safetensors.safe_open(str(path), framework="pt")
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise BadFile(
+            f"{path} is not a complete safetensors file: {error}", hint="download this file again"
+        ) from error
+
+
+def _shard_names(path: Path) -> list[str]:
+    """Tensor names in one safetensors file, after checking that the file is as long as it says."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 0 < length <= min(LARGEST_HEADER, size - 8):
+            raise BadFile(f"{path} is not a safetensors file, or is truncated ({size:,} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadFile(f"{path} has a corrupt header: {error}") from error
+    if needed > size:
+        raise BadFile(
+            f"{path} is truncated: its header describes {needed:,} bytes, the file has {size:,}",
+            hint="the download was cut off; get this file again",
+        )
+    return list(header)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, with every shard present and complete.
+
+    Raises:
+        BadFile: no ``config.json`` or weights, a missing, truncated or corrupt shard.
+        Unsupported: weights only as pickles.
+    """
+    if not (folder / "config.json").is_file():
+        raise BadFile(f"{folder} holds no config.json; it is no Hugging Face checkpoint")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise BadFile(f"{folder / 'config.json'} is not a table")
+    shards = _shards(folder)
+    shard_of: dict[str, str] = {}
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise BadFile(
+                f"{folder} lacks {shard}, one of its {len(shards)} files of weights",
+                hint="the download is incomplete; get the missing file",
+            )
+        for name in _shard_names(folder / shard):
+            shard_of[name] = shard
+    return Checkpoint(folder, config, shard_of)
+
+
+def _shards(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise BadFile(f"{folder / INDEX} has no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise BadFile(f"{folder / INDEX} points outside its folder: {outside[0]}")
+        return names
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise Unsupported(
+            f"{folder} has its weights as Python pickles, which can run code when they are opened",
+            hint="save it again with safe_serialization=True",
+        )
+    raise BadFile(f"{folder} holds no {SINGLE}")

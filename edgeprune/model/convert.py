@@ -1,0 +1,247 @@
+"""A Hugging Face checkpoint as one GGUF file, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.errors import BadFile, Unsupported
+from edgeprune.files import atomic_writer, require_space
+from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
+from edgeprune.model.converter import Converter, Source, converter_for
+from edgeprune.model.gguf import (
+    DEFAULT_ALIGNMENT,
+    Entry,
+    TensorShape,
+    align,
+    file_bytes,
+    header,
+    make_entry,
+)
+from edgeprune.model.tokenizer import tokenizer_entries
+from edgeprune.model.transforms import TRANSFORMS, Heads
+
+if TYPE_CHECKING:
+    import torch
+
+BASE_TYPES = ("auto", "f32", "f16", "bf16")
+SOURCE_KEY = "edgeprune.source_digest"
+LARGEST_F16 = 65504.0
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One GGUF tensor and the checkpoint tensors that it is made of, in order."""
+
+    target: TensorShape
+    sources: tuple[str, ...]
+    transform: str
+
+
+def lookup(config: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """The first of ``keys`` that the configuration has with a value; dots descend into tables."""
+    for key in keys:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    return None
+
+
+def _required(config: dict[str, Any], keys: tuple[str, ...], folder: Path) -> Any:
+    value = lookup(config, keys)
+    if value is None:
+        raise BadFile(f"{folder / 'config.json'} has none of: {', '.join(keys)}")
+    return value
+
+
+def _check_assumptions(converter: Converter, config: dict[str, Any]) -> None:
+    for key, expected in converter.require.items():
+        wanted = None if expected == "null" else expected
+        # A key that older checkpoints lack has the default that the converter expects.
+        if key in config and config[key] != wanted:
+            raise Unsupported(
+                f"this {converter.name} checkpoint has {key} = {config[key]!r}; "
+                f"llama.cpp's {converter.arch} assumes {wanted!r}"
+            )
+
+
+def _metadata(converter: Converter, config: dict[str, Any], folder: Path) -> list[Entry]:
+    entries = []
+    for key, field in converter.metadata.items():
+        value = lookup(config, field.config)
+        if value is None and field.optional:
+            continue
+        if value is None:
+            value = _required(config, field.config, folder)
+        try:
+            entries.append(make_entry(f"{converter.arch}.{key}", field.type, value))
+        except Exception as error:
+            raise BadFile(f"{folder / 'config.json'}: {field.config[0]} = {value!r} does not fit {key}") from error
+    return entries
+
+
+def _rope_entries(converter: Converter, config: dict[str, Any]) -> list[Entry]:
+    """Base frequency and scaling of the rotary embedding, from either place where they are kept."""
+    rope = lookup(config, ("rope_parameters", "rope_scaling")) or {}
+    base = lookup(config, ("rope_parameters.rope_theta", "rope_theta"))
+    entries = [make_entry(f"{converter.arch}.rope.freq_base", "f32", float(base or 10000.0))]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("default", None):
+        return entries
+    if kind not in ("linear", "yarn"):
+        raise Unsupported(f"rotary embedding scaling '{kind}' is not supported")
+    entries.append(make_entry(f"{converter.arch}.rope.scaling.type", "str", kind))
+    entries.append(make_entry(f"{converter.arch}.rope.scaling.factor", "f32", float(rope["factor"])))
+    original = rope.get("original_max_position_embeddings")
+    if original is not None:
+        key = f"{converter.arch}.rope.scaling.original_context_length"
+        entries.append(make_entry(key, "u32", int(original)))
+    return entries
+
+
+def _gguf_type(name: str, dimensions: int, base: str) -> str:
+    """Norms, vectors and routers stay F32, as llama.cpp expects; matrices get the base type."""
+    return "F32" if dimensions == 1 or "ffn_gate_inp" in name else base.upper()
+
+
+def _choose(checkpoint: Checkpoint, sources: tuple[Source, ...], layer: int) -> Source | None:
+    for source in sources:
+        if source.name.format(layer=layer, expert=0) in checkpoint.shard_of:
+            return source
+    return None
+
+
+def _planned(
+    converter: Converter, checkpoint: Checkpoint, layers: int, experts: int, base: str
+) -> Iterator[_Planned]:
+    """All tensors of the GGUF, outer ones first, then block by block."""
+    outer = [name for name in converter.tensors if "{layer}" not in name]
+    inner = [name for name in converter.tensors if "{layer}" in name]
+    for layer, template in [(0, n) for n in outer] + [(i, n) for i in range(layers) for n in inner]:
+        source = _choose(checkpoint, converter.tensors[template], layer)
+        name = template.format(layer=layer)
+        if source is None:
+            if template in converter.optional:
+                continue
+            wanted = converter.tensors[template][0].name.format(layer=layer, expert=0)
+            raise BadFile(f"{checkpoint.folder} lacks tensor {wanted}")
+        count = experts if "{expert}" in source.name else 1
+        names = tuple(source.name.format(layer=layer, expert=expert) for expert in range(count))
+        missing = [name for name in names if name not in checkpoint.shard_of]
+        if missing:
+            raise BadFile(f"{checkpoint.folder} lacks tensor {missing[0]}")
+        shape = TRANSFORMS[source.transform].shape(checkpoint.shape(names[0]), count)
+        target = TensorShape(name, tuple(reversed(shape)), _gguf_type(name, len(shape), base))
+        yield _Planned(target, names, source.transform)
+
+
+def _unclaimed(checkpoint: Checkpoint, planned: list[_Planned]) -> list[str]:
+    """Checkpoint tensors that no GGUF tensor uses; buffers that can be recomputed do not count."""
+    used = {name for plan in planned for name in plan.sources} | {"lm_head.weight"}
+    return sorted(n for n in checkpoint.shard_of if n not in used and "rotary_emb" not in n)
+
+
+def _piece_bytes(piece: torch.Tensor, kind: str, name: str) -> bytes:
+    """``piece`` as little-endian bytes of type ``kind``, refused when it is not finite."""
+    import torch
+
+    if not bool(torch.isfinite(piece.float() if piece.dtype.itemsize == 1 else piece).all()):
+        raise BadFile(
+            f"tensor {name} holds values that are NaN or infinite",
+            hint="the checkpoint is damaged or overflowed when it was saved; get it again",
+        )
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+    if kind == "F16" and piece.numel() and float(piece.abs().max()) > LARGEST_F16:
+        raise Unsupported(f"tensor {name} does not fit F16", hint="convert with --type bf16")
+    contiguous = piece.to(dtype).contiguous()
+    return contiguous.view(torch.uint8).numpy().tobytes()
+
+
+def _base_type(base: str, checkpoint: Checkpoint) -> str:
+    """The float type of the matrices: as asked, or the checkpoint's own."""
+    import torch
+
+    if base != "auto":
+        return base
+    matrix = next(name for name in checkpoint.shard_of if len(checkpoint.shape(name)) > 1)
+    own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+    dtype = checkpoint.tensor(matrix).dtype
+    if dtype not in own:
+        raise Unsupported(f"{checkpoint.folder} stores its weights as {dtype}; F32, F16 and BF16 are supported")
+    return own[dtype]
+
+
+def convert_task(
+    folder: str, output: str, base: str = "auto", name: str = "", progress: Progress | None = None
+) -> None:
+    """``convert`` as a task for a child process."""
+    convert(Path(folder), Path(output), base, name, progress)
+
+
+def convert(folder: Path, output: Path, base: str = "auto", name: str = "", progress: Progress | None = None) -> None:
+    """Write the checkpoint in ``folder`` as the GGUF ``output``.
+
+    Args:
+        base: type of the matrices, one of ``BASE_TYPES``; ``auto`` keeps the checkpoint's.
+        name: of the model, for people; the folder's by default.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        BadFile: something is missing, damaged or not finite.
+        Unsupported: no converter, or a configuration that llama.cpp cannot represent.
+    """
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
+    converter = converter_for(str(config.get("model_type", "")))
+    _check_assumptions(converter, config)
+    layers = int(_required(config, converter.layers, folder))
+    experts = int(_required(config, converter.experts, folder))
+    planned = list(_planned(converter, checkpoint, layers, experts, _base_type(base, checkpoint)))
+    if unclaimed := _unclaimed(checkpoint, planned):
+        raise Unsupported(f"{folder} has {len(unclaimed)} tensors that {converter.name} does not: {unclaimed[0]}")
+    vocabulary = next(p.target.shape[1] for p in planned if p.target.name == "token_embd.weight")
+    entries = [
+        make_entry("general.architecture", "str", converter.arch),
+        make_entry("general.type", "str", "model"),
+        make_entry("general.name", "str", name or folder.resolve().name),
+        *_metadata(converter, config, folder),
+        *_rope_entries(converter, config),
+        *tokenizer_entries(folder, config, vocabulary),
+        make_entry("general.quantization_version", "u32", 2),
+        make_entry(SOURCE_KEY, "str", checkpoint.fingerprint()),
+    ]
+    heads = int(_required(config, ("num_attention_heads",), folder))
+    counts = Heads(heads, int(config.get("num_key_value_heads") or heads))
+    _write(checkpoint, planned, entries, output, counts, progress)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    planned: list[_Planned],
+    entries: list[Entry],
+    output: Path,
+    heads: Heads,
+    progress: Progress | None,
+) -> None:
+    targets = [plan.target for plan in planned]
+    top = header(entries, targets, DEFAULT_ALIGNMENT)
+    total = file_bytes(len(top), targets, DEFAULT_ALIGNMENT)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    require_space(output.parent, total)
+    with atomic_writer(output) as stream:
+        stream.write(top)
+        for plan in planned:
+            written = 0
+            for source in plan.sources:
+                for piece in TRANSFORMS[plan.transform].apply(checkpoint.tensor(source), heads):
+                    written += stream.write(_piece_bytes(piece, plan.target.type, source))
+            if written != plan.target.nbytes:
+                raise BadFile(f"{plan.target.name}: the experts differ in shape")
+            stream.write(bytes(align(written, DEFAULT_ALIGNMENT) - written))
+            if progress is not None:
+                progress(stream.tell(), total)

@@ -1,0 +1,1 @@
+"""Proving: what was promised, measured; and the flat baseline beside it."""

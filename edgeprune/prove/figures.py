@@ -1,0 +1,176 @@
+"""The report's pictures as inline SVG: each has a title for screen readers and takes its colours from the
+page, so that light and dark both work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from edgeprune.model import ggml
+from edgeprune.units import format_bytes
+
+_WIDTH = 720
+
+
+def _svg(height: int, title: str, body: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>{''.join(body)}</svg>"
+    )
+
+
+def _text(x: float, y: float, content: str, anchor: str = "start", css: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(content)}</text>'
+
+
+def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int]) -> str:
+    """One bar per pool: what is reserved, what the runtime takes, the weights, and what stays free."""
+    body, y = [], 18
+    for name, lines in budget["pools"].items():
+        total = lines["total"]
+        parts = [(label, count) for label, count in lines.items() if label not in ("total", "left for weights")]
+        parts.append(("weights", weights.get(name, 0)))
+        used = sum(count for _, count in parts)
+        parts.append(("free", max(0, total - used)))
+        body.append(_text(0, y, f"{name.upper()} {format_bytes(total)}", css="label"))
+        x = 0.0
+        for index, (label, count) in enumerate(parts):
+            width = _WIDTH * count / max(total, used)
+            css = "free" if label == "free" else f"c{index % 6}"
+            tip = f"{label}: {format_bytes(count)}"
+            body.append(
+                f'<rect x="{x:.1f}" y="{y + 8}" width="{max(width, 0.5):.1f}" height="26" class="{css}">'
+                f"<title>{escape(tip)}</title></rect>"
+            )
+            x += width
+        y += 52
+        legend_x = 0
+        for index, (label, count) in enumerate(parts):
+            content = f"{label} {format_bytes(count)}"
+            length = 22 + 7 * len(content)
+            if legend_x and legend_x + length > _WIDTH:
+                legend_x, y = 0, y + 20
+            css = "free" if label == "free" else f"c{index % 6}"
+            body.append(f'<rect x="{legend_x}" y="{y - 10}" width="12" height="12" class="{css}"/>')
+            body.append(_text(legend_x + 17, y, content))
+            legend_x += length
+        y += 34
+    return _svg(y - 10, "Memory budget of the device and what the model takes of it", body)
+
+
+def curve(
+    points: Sequence[Mapping[str, Any]],
+    presets: Sequence[Mapping[str, Any]],
+    chosen: Mapping[str, Any],
+) -> str:
+    """File size against KL divergence: candidates (predicted), presets and the shipped file (measured)."""
+    marks = [(p["file_bytes"], p["nats"], f"K={p['kept']}", "c1") for p in points]
+    marks += [(p["nbytes"], p["quality"]["kl_mean"], p["preset"], "c3") for p in presets]
+    marks.append((chosen["file_bytes"], chosen["kl_mean"], "shipped", "c4"))
+    least = min((nats for _, nats, _, _ in marks if nats > 0), default=1e-4)
+    floor = least / 3
+    sizes = [size for size, _, _, _ in marks]
+    low, high = min(sizes) * 0.96, max(sizes) * 1.04
+    bottom = math.log10(floor)
+    top = math.log10(max(max(nats for _, nats, _, _ in marks), floor * 10)) + 0.15
+    left, right, upper, lower = 64, _WIDTH - 70, 16, 270
+
+    def place(size: float, nats: float) -> tuple[float, float]:
+        x = left + (right - left) * (size - low) / (high - low)
+        y = lower - (lower - upper) * (math.log10(max(nats, floor)) - bottom) / (top - bottom)
+        return x, y
+
+    body = [f'<line x1="{left}" y1="{lower}" x2="{right}" y2="{lower}" class="axis"/>']
+    for power in range(math.ceil(bottom), math.floor(top) + 1):
+        y = place(low, 10.0**power)[1]
+        body.append(f'<line x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" class="grid"/>')
+        body.append(_text(left - 6, y + 4, f"{10.0**power:g}", "end"))
+    for share in (0.0, 0.5, 1.0):
+        x = left + (right - left) * share
+        anchor = ("start", "middle", "end")[int(share * 2)]
+        body.append(_text(x, lower + 18, format_bytes(low + (high - low) * share), anchor))
+    body.append(_text(left, lower + 38, "file size; vertical: KL divergence, nats per token, logarithmic"))
+    for index, (size, nats, label, css) in enumerate(marks):
+        x, y = place(size, nats)
+        tip = f"{label}: {format_bytes(size)}, {nats:.4g} nats per token"
+        radius = 7 if label == "shipped" else 5
+        body.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"><title>{escape(tip)}</title></circle>'
+        )
+        offset = -9 if index % 2 else 16
+        body.append(_text(min(x, right), y + offset, label, "middle", "small"))
+    for index, (css, label) in enumerate(
+        (("c1", "candidates, predicted"), ("c3", "stock presets, measured"), ("c4", "shipped, measured"))
+    ):
+        body.append(f'<circle cx="{left + 6 + index * 210}" cy="{lower + 56}" r="5" class="{css}"/>')
+        body.append(_text(left + 17 + index * 210, lower + 60, label))
+    return _svg(lower + 70, "File size against KL divergence", body)
+
+
+def keep_map(importance: Mapping[str, Sequence[float]], keep: Mapping[str, Sequence[int]]) -> str:
+    """Layers by experts: darker is more important, a cross marks a dropped expert."""
+    layers = sorted(importance, key=int)
+    experts = len(next(iter(importance.values())))
+    left = 60
+    size = min(26.0, (_WIDTH - left) / experts)
+    body = []
+    for row, layer in enumerate(layers):
+        scores = importance[layer]
+        most = max(max(scores), 1e-12)
+        kept = set(keep.get(layer, range(experts)))
+        y = row * size + 4
+        body.append(_text(left - 8, y + size * 0.7, f"layer {layer}", "end", "small"))
+        for expert, score in enumerate(scores):
+            x = left + expert * size
+            state = "kept" if expert in kept else "dropped"
+            tip = f"layer {layer}, expert {expert}: importance {score:.4g}, {state}"
+            shade = 0.12 + 0.88 * score / most
+            body.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{size - 1:.1f}" height="{size - 1:.1f}" '
+                f'class="c0" fill-opacity="{shade:.2f}"><title>{escape(tip)}</title></rect>'
+            )
+            if expert not in kept:
+                body.append(
+                    f'<path d="M{x + 2:.1f} {y + 2:.1f} L{x + size - 3:.1f} {y + size - 3:.1f} '
+                    f'M{x + size - 3:.1f} {y + 2:.1f} L{x + 2:.1f} {y + size - 3:.1f}" class="cross"/>'
+                )
+    return _svg(int(len(layers) * size + 10), "Experts by layer: importance, and which were kept", body)
+
+
+def type_map(types: Mapping[str, str]) -> str:
+    """Layers by kind of tensor, each cell with its GGML type."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, kind in types.items():
+        layer, part = name.split(".", 2)[1:] if name.startswith("blk.") else ("", name)
+        rows.setdefault(layer, {})[part.removesuffix(".weight")] = kind
+    layered = sorted((layer for layer in rows if layer), key=int)
+    kinds = list(dict.fromkeys(kind for layer in layered for kind in rows[layer]))
+    left, height, top = 60, 20, 26
+    width = (_WIDTH - left) / max(1, len(kinds))
+    body = [
+        _text(left + (i + 0.5) * width, 14, kind.removeprefix("ffn_").removeprefix("attn_"), "middle", "small")
+        for i, kind in enumerate(kinds)
+    ]
+    for row, layer in enumerate(layered):
+        y = top + row * height
+        body.append(_text(left - 8, y + 14, f"layer {layer}", "end", "small"))
+        for column, kind in enumerate(kinds):
+            if kind in rows[layer]:
+                body.append(_type_cell(left + column * width, y, width, height, rows[layer][kind]))
+    y = top + len(layered) * height + 8
+    outer = rows.get("", {})
+    for index, (name, kind) in enumerate(outer.items()):
+        body.append(_type_cell(left + index * 2 * width, y, 2 * width, height, f"{kind}", f"{name}: "))
+    return _svg(y + height + 6, "GGML type of every tensor", body)
+
+
+def _type_cell(x: float, y: float, width: float, height: float, kind: str, prefix: str = "") -> str:
+    bits = ggml.BY_NAME[kind].bits_per_weight
+    shade = min(1.0, 0.08 + math.log2(max(bits, 1.0)) / 5)
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{height - 1:.1f}" class="c1" '
+        f'fill-opacity="{shade:.2f}"><title>{escape(prefix + kind)}, {bits:.4g} bits per weight</title></rect>'
+        + _text(x + width / 2, y + height * 0.7, prefix + kind, "middle", "cell")
+    )

@@ -1,0 +1,156 @@
+"""The report: predicted beside measured, each line with a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgeprune.units import format_bytes
+
+KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
+# A prediction of speed or divergence is a guide, not a promise; size and memory are promises.
+_MEMORY_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One line of the report.
+
+    Attributes:
+        name: what was measured.
+        predicted, measured: figures as text.
+        verdict: ``kept``, ``broken`` or ``information``.
+    """
+
+    name: str
+    predicted: str
+    measured: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A stock preset, built and measured beside the plan: its name, bytes and quality."""
+
+    preset: str
+    nbytes: int
+    quality: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured about a build.
+
+    Attributes:
+        title: name of the model and the device.
+        verdict: one line.
+        shipped: what is in the folder: ``plan`` or a preset's name.
+        promises: predicted beside measured.
+        quality: of the shipped file against the source, over all text.
+        domains: the same by domain.
+        baselines: presets of at most the same bytes.
+        budget: ``Budget`` as JSON.
+        plan: ``Plan`` as JSON.
+        folded: the plan's types in a few lines.
+        curve: candidates by number of experts: kept, bytes, predicted nats.
+        importance: score by MoE layer, [layers][E].
+        build: ``Build`` as JSON.
+        source: name, bytes and shape of the source model.
+        launch_line: the ``llama-server`` line.
+        conditions: machine, versions and commands of the measurement.
+        made_from: digests.
+    """
+
+    title: str
+    verdict: str
+    shipped: str
+    promises: list[Promise]
+    quality: dict[str, Any]
+    domains: dict[str, dict[str, Any]]
+    baselines: list[Baseline]
+    budget: dict[str, Any]
+    plan: dict[str, Any]
+    folded: list[str]
+    curve: list[dict[str, Any]]
+    importance: dict[str, list[float]]
+    build: dict[str, Any]
+    source: dict[str, Any]
+    launch_line: str
+    conditions: dict[str, str]
+    made_from: dict[str, Any]
+
+    @property
+    def broken(self) -> list[Promise]:
+        """The promises that were not kept."""
+        return [promise for promise in self.promises if promise.verdict == BROKEN]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Report:
+        fields = dict(value)
+        fields["promises"] = [Promise(**row) for row in fields["promises"]]
+        fields["baselines"] = [Baseline(**row) for row in fields["baselines"]]
+        return cls(**fields)
+
+
+def promises(
+    plan: Mapping[str, Any],
+    build_bytes: int,
+    quality: Mapping[str, Any],
+    speed: Mapping[str, Any],
+    budget: Mapping[str, Any],
+    *,
+    on_device: bool,
+) -> list[Promise]:
+    """The lines of the report.
+
+    Args:
+        plan: ``Plan`` as JSON.
+        speed: result of ``tasks.benchmark``.
+        on_device: whether this machine is the device; otherwise its memory and speed only inform.
+    """
+    predicted = plan["predicted"]
+    limit = budget["file_limit_bytes"]
+    exact = build_bytes == predicted["file_bytes"] and (limit is None or build_bytes <= limit)
+    lines = [
+        Promise(
+            "file size",
+            f"{predicted['file_bytes']:,} bytes",
+            f"{build_bytes:,} bytes",
+            KEPT if exact else BROKEN,
+        )
+    ]
+    memory = sum(predicted["pool_bytes"].values())
+    available = sum(pool["total"] for pool in budget["pools"].values())
+    reserve = sum(
+        pool.get("system and applications", 0) + pool.get("desktop and driver", 0)
+        for pool in budget["pools"].values()
+    )
+    within = speed["peak_bytes"] <= (memory - reserve) * (1 + _MEMORY_TOLERANCE)
+    fits = speed["peak_bytes"] + reserve <= available
+    verdict = (KEPT if within and fits else BROKEN) if limit is None and on_device else INFORMATION
+    lines.append(Promise("peak memory", format_bytes(memory - reserve), format_bytes(speed["peak_bytes"]), verdict))
+    lines.append(
+        Promise("output is finite", "yes", "yes" if speed["finite"] else "no", KEPT if speed["finite"] else BROKEN)
+    )
+    lines.append(
+        Promise(
+            "KL divergence from the source (nats per token)",
+            f"{predicted['nats']:.4g}",
+            f"{quality['kl_mean']:.4g}",
+            INFORMATION,
+        )
+    )
+    lines.append(
+        Promise(
+            "decode (tokens per second)",
+            f"{predicted['decode_per_s']:.3g}",
+            f"{speed['decode_per_s']:.3g}",
+            INFORMATION,
+        )
+    )
+    lines.append(Promise("prefill (tokens per second)", "", f"{speed['prefill_per_s']:.3g}", INFORMATION))
+    return lines

@@ -1,0 +1,101 @@
+"""The run directory: one folder per model and device, locked while in use, every file with its origin.
+
+A stage is skipped iff what its file was made from equals what it would be made from now; when not, the
+field that changed is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import Busy
+from edgeprune.files import remove_partials
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line per field that differs: name, old and new value, digests shortened."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            lines.append(f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return f"{text[:12]}..." if len(text) > 60 else text
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of the files in a run directory."""
+
+    path: Path
+
+    @property
+    def source(self) -> Path:
+        return self.path / "source.gguf"
+
+    @property
+    def statistics(self) -> Path:
+        return self.path / "statistics.safetensors"
+
+    @property
+    def imatrix(self) -> Path:
+        return self.path / "imatrix.gguf"
+
+    @property
+    def sensitivity(self) -> Path:
+        return self.path / "sensitivity.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    @property
+    def scratch(self) -> Path:
+        return self.path / "scratch"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process, and clear away what a killed run left half-written.
+
+        The lock is the operating system's and ends with the process, however it ends.
+
+        Raises:
+            Busy: another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(self.path / ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise Busy(
+                f"another edgeprune is working in {self.path}",
+                hint="wait for it, or choose another folder with -o",
+            ) from None
+        try:
+            remove_partials(self.path)
+            if self.scratch.is_dir():
+                remove_partials(self.scratch)
+            yield
+        finally:
+            lock.release()

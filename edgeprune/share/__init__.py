@@ -1,0 +1,1 @@
+"""Sharing: the model card that travels with the file."""
