@@ -82,10 +82,10 @@ def documentation(library: Path) -> Iterator[str]:
 
 def generated_documents(count: int, rng: random.Random) -> Iterator[str]:
     """Arithmetic and small records, two domains that the sources do not contain."""
-    names = ("Ada", "Ben", "Carla", "Deniz", "Emre", "Farah", "Goro", "Hana", "Ivo", "Jana", "Kofi", "Lena")
-    names += ("Mika", "Nora", "Omar", "Pia")
-    things = ("apples", "books", "coins", "doors", "eggs", "files", "grapes", "hats", "jars", "keys")
-    things += ("lamps", "maps", "nails")
+    names = ["Ada", "Ben", "Carla", "Deniz", "Emre", "Farah", "Goro", "Hana", "Ivo", "Jana", "Kofi", "Lena"]
+    names += ["Mika", "Nora", "Omar", "Pia"]
+    things = ["apples", "books", "coins", "doors", "eggs", "files", "grapes", "hats", "jars", "keys"]
+    things += ["lamps", "maps", "nails"]
     for index in range(count):
         lines = []
         for _ in range(24):
