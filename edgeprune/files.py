@@ -18,6 +18,11 @@ from edgeprune.units import format_bytes
 
 _PACKAGE = Path(__file__).resolve().parent
 PARTIAL_SUFFIX = ".partial"
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is too large for this file system or process",
+}
 
 
 def data_folder(name: str) -> Path:
@@ -42,8 +47,10 @@ def check_keys(where: str, table: Mapping[str, Any], required: set[str], optiona
     """Refuse a table with a missing or an unknown key, so that a typo is never a silent default.
 
     Raises:
-        BadFile: names the keys.
+        BadFile: names the keys; or ``table`` is no table at all.
     """
+    if not isinstance(table, Mapping):
+        raise BadFile(f"{where} is not a table of keys and values")
     missing, unknown = required - table.keys(), table.keys() - required - optional
     if missing:
         raise BadFile(f"{where} lacks {', '.join(sorted(missing))}")
@@ -105,21 +112,27 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     so that a reader sees the old file or the new one, and a failure leaves nothing behind.
 
     Raises:
-        EdgepruneError: the disk is full.
+        EdgepruneError: the folder cannot be written to, or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        with partial.open("wb") as stream:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = partial.open("wb")
+    except OSError as error:
+        raise EdgepruneError(
+            f"cannot write {path}: {error.strerror or error}", hint="choose another folder with -o"
+        ) from error
+    try:
+        with opened as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _NO_ROOM:
             raise EdgepruneError(
-                f"the disk is full: writing {path} failed",
+                f"{_NO_ROOM[error.errno]}: writing {path} failed",
                 rows=[("free", format_bytes(shutil.disk_usage(path.parent).free))],
                 hint="free some space and run the same command again; it goes on where it was",
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from edgeprune.errors import UsageError
 
@@ -29,14 +30,15 @@ def parse_bytes(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in _FACTORS:
         raise UsageError(f"'{text}' is not a size", hint="write a number and a unit, for example 9.5GiB or 12MB")
-    return int(float(match[1]) * _FACTORS[match[2].lower()])
+    # Decimal, because 2.01 GB in binary floating point is a byte short.
+    return int(Decimal(match[1]) * _FACTORS[match[2].lower()])
 
 
 def format_bytes(count: float) -> str:
     """``count`` bytes with three significant digits or so: ``"1.50 GiB"``, ``"820 KiB"``."""
     sign, value = ("-" if count < 0 else ""), abs(float(count))
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
+        if round(value) < 1024 or unit == "GiB":
             break
         value /= 1024
     digits = 0 if unit == "B" or value >= 100 else 1 if value >= 10 else 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
 from edgeprune.device.budget import Budget
 from edgeprune.device.profile import Profile
-from edgeprune.errors import DoesNotFit, UsageError
+from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model import ggml
@@ -60,7 +60,11 @@ def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str
 
     Raises:
         UsageError: a forced type that is unknown or not for weights.
+        BadFile: the profile avoids a type that does not exist.
     """
+    for name in profile.avoid:
+        if name not in ggml.BY_NAME:
+            raise BadFile(f"profile {profile.name} avoids the unknown type {name}")
     if not forced:
         return frozenset(ggml.CHOICES) - set(profile.avoid)
     names = [name.upper() for name in forced]
@@ -71,9 +75,12 @@ def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str
 
 
 def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[Choice]:
-    """Ways to store ``tensor``: its own type, and every allowed measured one."""
+    """Ways to store ``tensor``: its own type, and every allowed measured one.
+
+    With forced types its own one only if it is among them, or if no other is.
+    """
     names = [name for name in problem.sensitivity.distortions[tensor.name] if name in problem.types]
-    if not forced or not names:
+    if not forced or not names or tensor.type in problem.types:
         names.append(tensor.type)
     shape = tensor.kept_shape(kept)
     return undominated(
@@ -164,8 +171,6 @@ def priced(
 
 
 def _promised(plan: Plan, made: Layout, where: Placement, drop: float, quant: float, gap: float) -> Plan:
-    from dataclasses import replace
-
     prediction = Prediction(
         file_bytes=made.nbytes,
         pool_bytes=where.pool_bytes,
@@ -189,7 +194,10 @@ def candidates(
 
     Raises:
         DoesNotFit: there is none; says by how much, and what the smallest plan is.
+        UsageError: a forced type that no tensor can have.
     """
+    if forced_types:
+        _check_forced(problem)
     found = []
     for number, kept in enumerate(counts):
         best = candidate(problem, kept, forced_types=forced_types)
@@ -203,37 +211,46 @@ def candidates(
     return sorted(found, key=lambda c: (c.plan.predicted.nats, c.plan.predicted.file_bytes))
 
 
+def _check_forced(problem: Problem) -> None:
+    tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
+    possible = {name for tensor in tensors for name in (tensor.type, *problem.sensitivity.distortions[tensor.name])}
+    if impossible := sorted(problem.types - possible):
+        known = sorted(possible, key=lambda name: ggml.BY_NAME[name].bits_per_weight)
+        raise UsageError(
+            f"no tensor of {problem.architecture.name} can be given the type {impossible[0]}",
+            hint=f"measured for this model: {', '.join(known)}",
+        )
+
+
 def _does_not_fit(problem: Problem, counts: Sequence[int], forced_types: bool) -> DoesNotFit:
     kept = min(counts)
     tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
     items = [_choices(problem, tensor, kept, forced_types) for tensor in tensors]
     limit, fixed = _limits(problem, kept)
-    smallest = smallest_bytes(items) + fixed
-    budget = limit + fixed
+    smallest, budget = smallest_bytes(items) + fixed, limit + fixed
     types = sorted({choices[0].type for choices in items}, key=lambda n: ggml.BY_NAME[n].bits_per_weight)
-    return DoesNotFit(
-        f"{problem.architecture.name} does not fit {_budget_name(problem)}",
-        rows=[
-            ("smallest plan", f"K={kept}, {types[0]}"),
-            ("its weights", format_bytes(smallest)),
-            ("left for weights", format_bytes(budget)),
-            ("short of", format_bytes(smallest - budget)),
-        ],
-        hint=_way_out(problem),
-    )
+    by_file = problem.budget.file_limit_bytes is not None and budget < problem.budget.weights_bytes
+    rows = [("smallest plan", f"K={kept}, {types[0]}"), ("its weights", format_bytes(smallest))]
+    if smallest > budget:
+        rows += [("left for weights", format_bytes(budget)), ("short of", format_bytes(smallest - budget))]
+    else:  # enough in all, but not in the one pool or the other
+        rows += [(f"left in {p.pool.upper()}", format_bytes(p.weights_bytes)) for p in problem.budget.pools]
+    cause = f"{problem.architecture.name} does not fit {_limit_name(problem, by_file)}"
+    return DoesNotFit(cause, rows=rows, hint=_way_out(problem, by_file))
 
 
-def _budget_name(problem: Problem) -> str:
+def _limit_name(problem: Problem, by_file: bool) -> str:
     limit = problem.budget.file_limit_bytes
-    return f"a file of {format_bytes(limit)}" if limit is not None else problem.profile.name
+    if limit is None:
+        return problem.profile.name
+    return f"a file of {format_bytes(limit)}" if by_file else "the memory of this machine"
 
 
-def _way_out(problem: Problem) -> str:
+def _way_out(problem: Problem, by_file: bool) -> str:
     cache = sum(line.nbytes for pool in problem.budget.pools for line in pool.lines if line.name == "KV cache")
-    if problem.budget.file_limit_bytes is None and cache:
-        half = problem.launch.context // 2
-        return (
-            f"`--context {half}` frees {format_bytes(cache / 2)}; "
-            "`edgeprune inspect MODEL` lists the profiles that it fits"
-        )
-    return "raise the limit; `edgeprune inspect MODEL` lists the profiles that it fits"
+    if by_file or not cache:
+        return "raise the limit; `edgeprune inspect MODEL` lists the profiles that it fits"
+    return (
+        f"`--context {problem.launch.context // 2}` frees {format_bytes(cache / 2)}; "
+        "`edgeprune inspect MODEL` lists the profiles that it fits"
+    )

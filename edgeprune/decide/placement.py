@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,10 @@ _BANDWIDTH_SHARE = 0.6
 # Scheduling cost of one layer's graph nodes per token on a CPU.
 _SECONDS_PER_LAYER = 40e-6
 ALL_LAYERS = -1
+# What ``--n-cpu-moe`` keeps in host memory (llama.cpp, common/common.h): biases of experts too.
+_CPU_MOE = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps")
+# llama.cpp makes a second copy of a tied embedding matrix where the output product is computed.
+_OUTPUT_COPY = "token_embd.weight (output)"
 
 
 @dataclass(frozen=True)
@@ -34,39 +39,57 @@ class Placement:
     decode_per_s: float
 
 
+def _blocks(architecture: Architecture) -> int:
+    """Blocks as ``--n-gpu-layers`` counts them."""
+    return 1 + max(tensor.layer for tensor in architecture.tensors)
+
+
+def _blocks_on_gpu(architecture: Architecture, gpu_layers: int) -> int:
+    """Blocks that ``gpu_layers`` moves: the output counts as the last layer, so 1 moves it alone."""
+    blocks = _blocks(architecture)
+    return blocks if gpu_layers == ALL_LAYERS else max(0, gpu_layers - 1)
+
+
+def _has_output(architecture: Architecture) -> bool:
+    """Whether the output matrix is a tensor of its own, and not the embedding matrix."""
+    return any(tensor.role == "output" for tensor in architecture.tensors)
+
+
 def _split(
     architecture: Architecture, nbytes: Mapping[str, int], gpu_layers: int, cpu_experts: int
 ) -> dict[str, dict[str, int]]:
-    """Bytes by pool and tensor. The token embedding is looked up on the host; the output matrix is on the
-    GPU when every layer is."""
+    """Bytes by pool and tensor, as llama.cpp assigns them (``load_tensors`` in src/llama-model.cpp).
+
+    The token embedding is looked up on the host, whatever the settings.
+    """
     pools: dict[str, dict[str, int]] = {"ram": {}, "vram": {}}
-    first_on_gpu = 0 if gpu_layers == ALL_LAYERS else architecture.layers - gpu_layers
+    first_on_gpu = _blocks(architecture) - _blocks_on_gpu(architecture, gpu_layers)
     for tensor in architecture.tensors:
         if tensor.layer < 0:
-            on_gpu = gpu_layers == ALL_LAYERS and tensor.role != "embedding"
+            on_gpu = gpu_layers != 0 and tensor.role != "embedding"
+        elif tensor.layer < cpu_experts and _CPU_MOE.search(tensor.name):
+            on_gpu = False
         else:
             on_gpu = tensor.layer >= first_on_gpu
-            if tensor.is_expert and tensor.layer < cpu_experts:
-                on_gpu = False
         pools["vram" if on_gpu else "ram"][tensor.name] = nbytes[tensor.name]
-    tied = not any(tensor.role == "output" for tensor in architecture.tensors)
-    if tied and gpu_layers == ALL_LAYERS:  # llama.cpp keeps a second copy as output matrix
-        pools["vram"]["token_embd.weight (output)"] = nbytes.get("token_embd.weight", 0)
+    if gpu_layers != 0 and not _has_output(architecture):
+        pools["vram"][_OUTPUT_COPY] = nbytes.get("token_embd.weight", 0)
     return pools
 
 
-def _read_per_token(architecture: Architecture, kept: int, tensors: Mapping[str, int]) -> float:
-    """Bytes of weights read for one token out of ``tensors``."""
+def _read_per_token(
+    architecture: Architecture, kept: int, tensors: Mapping[str, int], *, embedding_is_output: bool
+) -> float:
+    """Bytes of weights read for one token out of ``tensors``; of a mere embedding a row, which is nothing."""
     described = {tensor.name: tensor for tensor in architecture.tensors}
-    has_output = any(tensor.role == "output" for tensor in architecture.tensors)
     total = 0.0
     for name, count in tensors.items():
         tensor = described.get(name)
-        if tensor is None or (tensor.role == "embedding" and not has_output):
+        if tensor is None:
             total += count
         elif tensor.is_expert:
             total += count * architecture.used / kept
-        elif tensor.role != "embedding":
+        elif tensor.role != "embedding" or embedding_is_output:
             total += count
     return total
 
@@ -77,9 +100,11 @@ def _decode_per_s(
     bandwidth = {"ram": profile.ram.bandwidth_bytes_per_s}
     if profile.vram is not None:
         bandwidth["vram"] = profile.vram.bandwidth_bytes_per_s
+    multiplied = not _has_output(architecture) and _OUTPUT_COPY not in split["vram"]
     seconds = _SECONDS_PER_LAYER * architecture.layers
     for pool, rate in bandwidth.items():
-        seconds += _read_per_token(architecture, kept, split[pool]) / (rate * _BANDWIDTH_SHARE)
+        read = _read_per_token(architecture, kept, split[pool], embedding_is_output=multiplied)
+        seconds += read / (rate * _BANDWIDTH_SHARE)
     return 1.0 / seconds
 
 
@@ -91,33 +116,36 @@ def place(
     profile: Profile,
     launch: Launch,
 ) -> Placement | None:
-    """The fastest feasible placement of tensors with ``nbytes`` each, or None.
+    """A feasible placement of tensors with ``nbytes`` each, or None.
 
     On one pool there is nothing to choose. On a discrete GPU as much as possible goes to its memory:
     everything; else the experts of the first layers stay in host memory, as few layers as needed; else
-    whole layers stay too.
+    whole layers stay too, as few as needed.
     """
     ram, vram = budget.pools[0], budget.pool("vram")
     if vram is None:
         total = sum(nbytes.values())
         if total > ram.weights_bytes:
             return None
-        settings = replace(launch, gpu_layers=ALL_LAYERS if profile.on_gpu else 0)
+        # A memory size given for a machine with a discrete GPU is that of the host.
+        unified = profile.on_gpu and profile.vram is None
+        settings = replace(launch, gpu_layers=ALL_LAYERS if unified else 0)
         split: dict[str, dict[str, int]] = {"ram": dict(nbytes), "vram": {}}
         used = sum(line.nbytes for line in ram.lines) + total
         speed = _decode_per_s(architecture, kept, split, profile)
         return Placement(settings, {"ram": used}, {"ram": total}, speed)
-    options = [(ALL_LAYERS, experts) for experts in range(architecture.layers + 1)]
-    options += [(layers, architecture.layers) for layers in range(architecture.layers - 1, -1, -1)]
+    blocks = _blocks(architecture)
+    cache = next(line.nbytes for line in vram.lines if line.name == "KV cache")
+    lines = {pool.pool: sum(line.nbytes for line in pool.lines) for pool in budget.pools}
+    options = [(ALL_LAYERS, experts) for experts in range(blocks + 1)]
+    options += [(layers, blocks) for layers in range(blocks, 0, -1)] + [(0, 0)]
     for gpu_layers, cpu_experts in options:
         split = _split(architecture, nbytes, gpu_layers, cpu_experts)
         host, device = sum(split["ram"].values()), sum(split["vram"].values())
-        cache = next(line.nbytes for line in vram.lines if line.name == "KV cache")
-        share = 1.0 if gpu_layers == ALL_LAYERS else gpu_layers / architecture.layers
-        moved = int(cache * (1 - share))  # the cache of layers on the host is on the host
+        # The cache of a block is where the block is.
+        moved = cache - cache * _blocks_on_gpu(architecture, gpu_layers) // blocks
         if device <= vram.weights_bytes + moved and host + moved <= ram.weights_bytes:
             settings = replace(launch, gpu_layers=gpu_layers, cpu_experts=cpu_experts)
-            lines = {pool.pool: sum(line.nbytes for line in pool.lines) for pool in budget.pools}
             used_bytes = {"ram": lines["ram"] + host + moved, "vram": lines["vram"] + device - moved}
             speed = _decode_per_s(architecture, kept, split, profile)
             return Placement(settings, used_bytes, {"ram": host, "vram": device}, speed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from edgeprune.measure.launch import Launch
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture
 from edgeprune.model.gguf import Entry, make_entry
+
+# llama.cpp computes with these types but has no product with a stored weight of them.
+_NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Plan:
         made_from: digests of what the plan was made from.
 
     Raises:
-        BadFile: counts or ids that no GGUF can express.
+        BadFile: counts, ids or types that no GGUF can have.
     """
 
     arch: str
@@ -83,6 +87,8 @@ class Plan:
         for name, type_name in self.types.items():
             if type_name not in ggml.BY_NAME:
                 raise BadFile(f"the plan gives {name} the unknown type {type_name}")
+            if type_name in _NOT_FOR_WEIGHTS:
+                raise BadFile(f"the plan gives {name} {type_name}, which is no type for weights")
 
     def check(self, architecture: Architecture) -> None:
         """Refuse a plan that does not fit ``architecture`` or that llama.cpp would not load.
@@ -165,9 +171,9 @@ class Plan:
         try:
             return cls(
                 arch=str(value["arch"]),
-                experts=int(value["experts"]),
-                kept=int(value["kept"]),
-                keep={int(layer): tuple(map(int, ids)) for layer, ids in value["keep"].items()},
+                experts=index(value["experts"]),
+                kept=index(value["kept"]),
+                keep={int(layer): tuple(map(index, ids)) for layer, ids in value["keep"].items()},
                 types={str(name): str(kind).upper() for name, kind in value["types"].items()},
                 launch=Launch(**value["launch"]),
                 method=str(value["method"]),

@@ -12,6 +12,7 @@ from edgeprune.errors import EdgepruneError
 
 _TIME_LIMIT_SECONDS = 20.0
 _RELATIVE_GAP = 1e-4
+_TINY_SHARE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,33 @@ def solve(items: Sequence[Sequence[Choice]], limit_bytes: int) -> Solution | Non
     """
     if smallest_bytes(items) > limit_bytes:
         return None
-    richest = tuple(int(np.argmin([choice.nats for choice in choices])) for choices in items)
-    if (best := _summed(items, richest, 0.0)).nbytes <= limit_bytes:
+    richest = tuple(_richest(choices) for choices in items)
+    if (best := _summed(items, richest)).nbytes <= limit_bytes:
         return best
-    target = limit_bytes
-    for _ in range(8):
-        solution = _milp(items, target)
-        if solution.nbytes <= limit_bytes:
-            return solution
-        # HiGHS holds constraints to a tolerance; the file size is held to the byte.
-        target -= max(solution.nbytes - limit_bytes, limit_bytes // 10**6, 1)
-    raise EdgepruneError(f"the solver did not find a choice of types within {limit_bytes:,} bytes")
+    dearest = max(choice.nats for choices in items for choice in choices)
+    solution = _milp(items, limit_bytes, dearest)
+    # HiGHS also stops at an absolute gap of 1e-6, which SciPy does not let one set: when the optimum is
+    # tiny beside the dearest choice, it has to be the unit of cost.
+    if solution.gap > _RELATIVE_GAP and 0 < solution.nats < _TINY_SHARE * dearest:
+        again = _milp(items, limit_bytes, solution.nats)
+        solution = min(solution, again, key=lambda found: found.nats)
+    return solution
 
 
-def _summed(items: Sequence[Sequence[Choice]], picks: tuple[int, ...], gap: float) -> Solution:
+def _richest(choices: Sequence[Choice]) -> int:
+    return min(range(len(choices)), key=lambda pick: (choices[pick].nats, choices[pick].nbytes))
+
+
+def _summed(items: Sequence[Sequence[Choice]], picks: tuple[int, ...], least_nats: float | None = None) -> Solution:
+    """The solution with ``picks``; its gap is that to the proven lower bound ``least_nats``, if one is given."""
     chosen = [choices[pick] for choices, pick in zip(items, picks, strict=True)]
-    return Solution(picks, sum(c.nbytes for c in chosen), sum(c.nats for c in chosen), gap)
+    nats = sum(choice.nats for choice in chosen)
+    gap = 0.0 if least_nats is None or nats <= 0 else max(0.0, (nats - least_nats) / nats)
+    return Solution(picks, sum(choice.nbytes for choice in chosen), nats, gap)
 
 
-def _milp(items: Sequence[Sequence[Choice]], limit_bytes: int) -> Solution:
-    from scipy.optimize import Bounds, LinearConstraint, milp
+def _milp(items: Sequence[Sequence[Choice]], limit_bytes: int, unit_nats: float) -> Solution:
+    from scipy.optimize import Bounds, LinearConstraint, milp  # takes long to import and is not always needed
     from scipy.sparse import csr_array
 
     sizes = [len(choices) for choices in items]
@@ -85,12 +93,12 @@ def _milp(items: Sequence[Sequence[Choice]], limit_bytes: int) -> Solution:
     nbytes = np.array([choice.nbytes for choices in items for choice in choices], float)
     item_of = np.repeat(np.arange(len(items)), sizes)
     one_each = csr_array((np.ones(len(costs)), (item_of, np.arange(len(costs)))))
-    scale = 1.0 / max(float(costs.max()), 1e-12)
     result = milp(
-        costs * scale,
+        costs / unit_nats,
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint((nbytes / limit_bytes)[None, :], -np.inf, 1.0),
+            # The tolerance of 1e-6 that HiGHS allows itself becomes 1e-9 of the limit.
+            LinearConstraint((nbytes / limit_bytes * 1e3)[None, :], -np.inf, 1e3),
         ],
         integrality=np.ones(len(costs), np.int8),
         bounds=Bounds(0, 1),
@@ -100,4 +108,26 @@ def _milp(items: Sequence[Sequence[Choice]], limit_bytes: int) -> Solution:
         raise EdgepruneError(f"the solver failed: {result.message}")
     starts = np.concatenate([[0], np.cumsum(sizes)])
     picks = tuple(int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(starts))
-    return _summed(items, picks, float(result.mip_gap or 0.0))
+    return _summed(items, _within(items, picks, limit_bytes), float(result.mip_dual_bound) * unit_nats)
+
+
+def _within(items: Sequence[Sequence[Choice]], picks: tuple[int, ...], limit_bytes: int) -> tuple[int, ...]:
+    """``picks``, made smaller at the least cost per byte until they are within the limit.
+
+    HiGHS holds constraints to a tolerance; the file size is held to the byte. Only a few small steps
+    are ever needed, and there is always one, because the smallest choices are within the limit.
+    """
+    chosen = list(picks)
+    excess = _summed(items, picks).nbytes - limit_bytes
+    while excess > 0:
+        steps = []
+        for index, choices in enumerate(items):
+            now = choices[chosen[index]]
+            for pick, choice in enumerate(choices):
+                if choice.nbytes < now.nbytes:
+                    saved = min(now.nbytes - choice.nbytes, excess)
+                    steps.append(((choice.nats - now.nats) / saved, choice.nbytes - now.nbytes, index, pick))
+        _, change, index, pick = min(steps)
+        chosen[index] = pick
+        excess += change
+    return tuple(chosen)

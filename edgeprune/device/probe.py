@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import psutil
 
 from edgeprune.device.profile import Pool, Profile
 from edgeprune.units import format_bytes
@@ -15,18 +20,49 @@ from edgeprune.units import format_bytes
 _RESERVE_SHARE = 0.15
 _LEAST_RESERVE, _MOST_RESERVE = 1 << 30, 6 << 30
 _BANDWIDTH_BUFFER = 256 << 20
+# The bandwidth of a graphics card is not measured; this is a modest discrete one's.
+_VRAM_BANDWIDTH = 300e9
+_LEAST_VRAM_RESERVE = 512 << 20
+_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "asimd", "sve", "i8mm")
 
 
-def cgroup_limit_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Memory limit of this process's control group (version 2 or 1), or None."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = root / name
-        if path.is_file():
-            text = path.read_text().strip()
-            if text.isdigit() and int(text) < 1 << 60:
-                return int(text)
-    return None
+def _control_files(controller: str, name: str, root: Path, membership: Path) -> list[str]:
+    """Contents of the file ``name`` in this process's control group and in those above it.
+
+    ``membership`` has a line ``0::/path`` for version 2, whose groups are at ``root``, and ``4:memory:/path`` for
+    a controller of version 1, with a tree of its own. In a container the path may be the host's; the
+    container's own group then is the root.
+    """
+    folders = [root, root / controller]
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or controller in controllers.split(","):
+            base = root / controller if controllers else root
+            own = base / path.lstrip("/")
+            folders += [folder for folder in (own, *own.parents) if folder.is_relative_to(base)]
+    files = (folder / name for folder in dict.fromkeys(folders))
+    return [file.read_text().strip() for file in files if file.is_file()]
+
+
+def cgroup_limit_bytes(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int | None:
+    """Tightest memory limit of this process's control groups (version 2 or 1), or None."""
+    texts = [
+        *_control_files("memory", "memory.max", root, membership),
+        *_control_files("memory", "memory.limit_in_bytes", root, membership),
+    ]
+    # Version 2 writes "max" for no limit, version 1 a number near 2^63.
+    return min((int(text) for text in texts if text.isdigit() and int(text) < 1 << 60), default=None)
+
+
+def cgroup_cores(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int | None:
+    """Cores' worth of time that this process's control groups grant (version 2 or 1), rounded up, or None."""
+    pairs = [text.split() for text in _control_files("cpu", "cpu.max", root, membership)]
+    quotas = _control_files("cpu", "cpu.cfs_quota_us", root, membership)
+    periods = _control_files("cpu", "cpu.cfs_period_us", root, membership)
+    pairs += [list(pair) for pair in zip(quotas, periods, strict=False)]
+    # No limit is "max" in version 2 and -1 in version 1.
+    return min((math.ceil(int(pair[0]) / int(pair[1])) for pair in pairs if pair[0].isdigit()), default=None)
 
 
 def instruction_sets() -> list[str]:
@@ -41,10 +77,6 @@ def memory_bandwidth_bytes_per_s(repeats: int = 5) -> float:
 
     Numpy releases the interpreter lock while it copies, so threads run at once.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
-    import numpy as np
-
     threads = cores()
     part = _BANDWIDTH_BUFFER // threads
     sources = [np.ones(part, np.uint8) for _ in range(threads)]
@@ -60,18 +92,21 @@ def memory_bandwidth_bytes_per_s(repeats: int = 5) -> float:
 
 def cores() -> int:
     """Physical cores that this process may use."""
-    import psutil
-
-    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    try:
-        return max(1, min(physical, len(psutil.Process().cpu_affinity())))
-    except AttributeError:  # macOS has no affinity
-        return int(physical)
+    usable = [psutil.cpu_count(logical=False) or psutil.cpu_count() or 1]
+    if hasattr(psutil.Process, "cpu_affinity"):  # macOS has none
+        usable.append(len(psutil.Process().cpu_affinity()))
+    if (granted := cgroup_cores()) is not None:
+        usable.append(granted)
+    return max(1, min(usable))
 
 
 def _gpu_of(devices: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    gpus = [device for device in devices if device["kind"] in ("gpu", "igpu")]
-    return max(gpus, key=lambda device: int(device["total_bytes"]), default=None)
+    """The largest discrete GPU; an integrated one only when there is no other, as in llama.cpp."""
+    for kind in ("gpu", "igpu"):
+        found = [device for device in devices if device["kind"] == kind]
+        if found:
+            return max(found, key=lambda device: int(device["total_bytes"]))
+    return None
 
 
 def _backend(device: Mapping[str, Any]) -> str:
@@ -93,8 +128,6 @@ def this_machine(devices: Sequence[Mapping[str, Any]]) -> Profile:
     Args:
         devices: llama.cpp's compute devices, as ``edgeprune.measure.llama.backend_devices`` lists them.
     """
-    import psutil
-
     memory = psutil.virtual_memory()
     limit = cgroup_limit_bytes()
     total = min(memory.total, limit) if limit else memory.total
@@ -122,10 +155,13 @@ def this_machine(devices: Sequence[Mapping[str, Any]]) -> Profile:
             working_set = size
             why.append(f"backend {backend}: {gpu['description']}, may use {format_bytes(size)} of unified memory")
         else:
-            held = size - int(gpu["free_bytes"])
-            # The bandwidth of the card is not measured; 300 GB/s is a modest discrete GPU.
-            vram = Pool("vram", size, max(held, 512 << 20), 300e9)
+            held = max(size - int(gpu["free_bytes"]), _LEAST_VRAM_RESERVE)
+            vram = Pool("vram", size, held, _VRAM_BANDWIDTH)
             why.append(f"backend {backend}: {gpu['description']} with {format_bytes(size)} of VRAM")
+            why.append(f"reserve {format_bytes(held)} of it: what is held now, at least 512 MiB")
+            why.append(f"bandwidth of the VRAM {_VRAM_BANDWIDTH / 1e9:.0f} GB/s, assumed: it is not measured")
+    context = 8192 if total > 12 << 30 else 4096
+    why.append(f"context {context} tokens: 8192 above 12 GiB of RAM, else 4096")
     return Profile(
         name="auto",
         summary=f"this machine ({platform.system()}, {format_bytes(total)} RAM)",
@@ -134,7 +170,7 @@ def this_machine(devices: Sequence[Mapping[str, Any]]) -> Profile:
         ram=ram,
         vram=vram,
         working_set_bytes=working_set,
-        context=8192 if total > 12 << 30 else 4096,
+        context=context,
         kv_type="f16",
         avoid=(),
         why=tuple(why),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 from edgeprune.errors import BadFile, UsageError
 from edgeprune.files import check_keys, data_folder, read_toml
@@ -83,13 +87,26 @@ class Profile:
         return asdict(self)
 
 
-def _bandwidth(where: str, text: str) -> float:
-    number, _, unit = text.partition(" ")
+def _size(where: str, key: str, value: Any) -> int:
+    try:
+        return parse_bytes(value)
+    except (UsageError, TypeError) as error:
+        raise BadFile(f"{where}: {key} = {value!r} is not a size such as '16 GiB'") from error
+
+
+def _count(where: str, key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise BadFile(f"{where}: {key} = {value!r} is not a positive whole number")
+    return value
+
+
+def _bandwidth(where: str, text: Any) -> float:
+    number, _, unit = str(text).partition(" ")
     try:
         value = float(number)
     except ValueError:
         value = -1.0
-    if unit != "GB/s" or value <= 0:
+    if unit != "GB/s" or not 0 < value < math.inf:
         raise BadFile(f"{where}: bandwidth '{text}' is not of the form '51.2 GB/s'")
     return value * 1e9
 
@@ -98,8 +115,8 @@ def _pool(where: str, name: str, table: dict[str, Any]) -> Pool:
     check_keys(f"{where} [pools.{name}]", table, {"total", "reserve", "bandwidth"}, set())
     pool = Pool(
         name,
-        parse_bytes(table["total"]),
-        parse_bytes(table["reserve"]),
+        _size(where, f"pools.{name}.total", table["total"]),
+        _size(where, f"pools.{name}.reserve", table["reserve"]),
         _bandwidth(where, table["bandwidth"]),
     )
     if pool.usable_bytes == 0:
@@ -125,26 +142,32 @@ def load_profile(path: Path) -> Profile:
         raise BadFile(f"{where}: the name {table['name']!r} differs from the file's")
     if table["backend"] not in BACKENDS or table["defaults"]["kv_type"] not in KV_TYPES:
         raise BadFile(f"{where}: backend must be one of {BACKENDS}, kv_type one of {KV_TYPES}")
-    vram = table["pools"].get("vram")
-    working_set = table.get("gpu", {}).get("working_set")
+    avoid = table["types"]["avoid"]
+    if not isinstance(avoid, list) or not all(isinstance(name, str) for name in avoid):
+        raise BadFile(f"{where}: types.avoid is not a list of GGML types")
+    pools = table["pools"]
+    ram = _pool(where, "ram", pools["ram"])
+    working_set = 0
+    if "working_set" in table.get("gpu", {}):
+        working_set = _size(where, "gpu.working_set", table["gpu"]["working_set"])
+        if not 0 < working_set <= ram.total_bytes:
+            raise BadFile(f"{where}: gpu.working_set is not between nothing and all of the RAM")
     return Profile(
         name=table["name"],
-        summary=table["summary"],
+        summary=str(table["summary"]),
         backend=table["backend"],
-        threads=int(table["threads"]),
-        ram=_pool(where, "ram", table["pools"]["ram"]),
-        vram=_pool(where, "vram", vram) if vram else None,
-        working_set_bytes=parse_bytes(working_set) if working_set else 0,
-        context=int(table["defaults"]["context"]),
+        threads=_count(where, "threads", table["threads"]),
+        ram=ram,
+        vram=_pool(where, "vram", pools["vram"]) if "vram" in pools else None,
+        working_set_bytes=working_set,
+        context=_count(where, "defaults.context", table["defaults"]["context"]),
         kv_type=table["defaults"]["kv_type"],
-        avoid=tuple(table["types"]["avoid"]),
+        avoid=tuple(avoid),
     )
 
 
 def user_folder() -> Path:
     """Where the user's own profiles live; a profile there wins over a shipped one of the same name."""
-    import platformdirs
-
     return Path(platformdirs.user_config_dir("edgeprune")) / "profiles"
 
 
@@ -161,8 +184,6 @@ def find_profile(name: str) -> Profile:
     Raises:
         UsageError: there is none; suggests near names.
     """
-    import difflib
-
     if name.endswith(".toml"):
         if not Path(name).is_file():
             raise UsageError(f"no profile file {name}")

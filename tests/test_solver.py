@@ -1,0 +1,139 @@
+"""The choice of types: optimal, within the limit to the byte, and honest about its gap."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from edgeprune.decide.solver import Choice, smallest_bytes, solve, undominated
+
+Items = list[list[Choice]]
+
+
+def random_items(seed: int) -> Items:
+    random = np.random.default_rng(seed)
+    return [
+        [
+            Choice(f"T{pick}", int(random.integers(1, 2000)) * 32, float(10 ** random.uniform(-6, 1)))
+            for pick in range(random.integers(1, 5))
+        ]
+        for _ in range(random.integers(1, 7))
+    ]
+
+
+def least_nats(items: Items, limit_bytes: int) -> float:
+    """By trying every combination."""
+    return min(
+        sum(choice.nats for choice in combination)
+        for combination in itertools.product(*items)
+        if sum(choice.nbytes for choice in combination) <= limit_bytes
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_solution_is_the_best_of_all_combinations(seed: int) -> None:
+    items = random_items(seed)
+    smallest = smallest_bytes(items)
+    room = sum(max(choice.nbytes for choice in choices) for choices in items) - smallest
+    for share in (0.0, 0.1, 0.4, 0.9, 1.0):
+        limit = smallest + int(share * room)
+        found, best = solve(items, limit), least_nats(items, limit)
+        assert found is not None
+        chosen = [choices[pick] for choices, pick in zip(items, found.picks, strict=True)]
+        assert found.nbytes == sum(choice.nbytes for choice in chosen) <= limit
+        assert found.nats == pytest.approx(sum(choice.nats for choice in chosen))
+        assert found.nats <= best * (1 + 1e-4 + 1e-9)
+        assert found.gap <= 1.1e-4
+        # The proven gap never promises more than is true.
+        assert found.nats * (1 - found.gap) <= best * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_byte_below_the_smallest_choices_nothing_is_possible(seed: int) -> None:
+    items = random_items(seed)
+    smallest = solve(items, smallest_bytes(items))
+    assert smallest is not None
+    assert smallest.nbytes == smallest_bytes(items)
+    assert solve(items, smallest_bytes(items) - 1) is None
+    assert solve(items, 0) is None
+    assert solve(items, -1) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_more_bytes_are_never_worse(seed: int) -> None:
+    items = random_items(seed)
+    smallest = smallest_bytes(items)
+    found = [solve(items, smallest + 4000 * step) for step in range(30)]
+    nats = [solution.nats for solution in found if solution is not None]
+    assert len(nats) == 30
+    assert all(later <= earlier * (1 + 2e-4) for earlier, later in itertools.pairwise(nats))
+
+
+def test_with_room_for_everything_each_item_takes_its_cheapest_in_nats() -> None:
+    items = [
+        [Choice("A", 10, 1.0), Choice("B", 20, 0.5), Choice("C", 30, 0.0)],
+        [Choice("A", 10, 2.0), Choice("B", 20, 0.1)],
+    ]
+    found = solve(items, 10**9)
+    assert found is not None
+    assert (found.picks, found.nbytes, found.nats, found.gap) == ((2, 1), 50, 0.1, 0.0)
+
+
+def test_choices_without_cost_take_the_fewest_bytes() -> None:
+    free = [[Choice("A", 30, 0.0), Choice("B", 10, 0.0), Choice("C", 20, 0.0)] for _ in range(3)]
+    found = solve(free, 30)
+    assert found is not None
+    assert (found.picks, found.nats) == ((1, 1, 1), 0.0)
+
+
+def large(spread: float, seed: int = 0) -> Items:
+    """61 layers of 8 tensors with 12 types each; sizes and costs of a real model, costs over ``spread`` decades."""
+    random = np.random.default_rng(seed)
+    bits = np.array([1.56, 1.75, 2.06, 2.31, 2.56, 3.06, 3.44, 4.25, 4.5, 5.5, 6.56, 8.5])
+    items = []
+    for _ in range(61 * 8):
+        weights = int(random.choice([256 * 256, 2048 * 2048, 2048 * 768 * 128]))
+        level = 10 ** random.uniform(-spread, 0)
+        sizes = (weights * bits / 8).astype(int) // 32 * 32
+        costs = level * np.exp(-1.4 * bits) * random.uniform(0.9, 1.1, len(bits))
+        items.append([Choice(str(b), int(n), float(c)) for b, n, c in zip(bits, sizes, costs, strict=True)])
+    return items
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+@pytest.mark.parametrize("share", [0.0, 1e-7, 0.3, 0.97], ids=["smallest", "almost smallest", "middle", "largest"])
+def test_a_large_model_is_solved_to_a_proven_gap(spread: float, share: float) -> None:
+    """Just above the smallest size a tensor's step is within the tolerance of HiGHS, and may not exceed the limit."""
+    items = large(spread)
+    smallest = smallest_bytes(items)
+    limit = smallest + int(share * (sum(choices[-1].nbytes for choices in items) - smallest))
+    found = solve(items, limit)
+    assert found is not None
+    assert found.nbytes <= limit
+    assert found.gap <= 1e-3
+
+
+def test_undominated_choices_trade_bytes_for_nats() -> None:
+    choices = [
+        Choice("larger and worse", 40, 5.0),
+        Choice("small", 10, 4.0),
+        Choice("as large but worse", 20, 3.5),
+        Choice("middle", 20, 3.0),
+        Choice("no better for more", 30, 3.0),
+        Choice("best", 50, 0.0),
+    ]
+    assert [choice.type for choice in undominated(choices)] == ["small", "middle", "best"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_leaving_out_dominated_choices_changes_nothing(seed: int) -> None:
+    items = random_items(seed)
+    fewer = [undominated(choices) for choices in items]
+    limit = smallest_bytes(items) + 20_000
+    whole, reduced = solve(items, limit), solve(fewer, limit)
+    assert whole is not None
+    assert reduced is not None
+    assert smallest_bytes(fewer) == smallest_bytes(items)
+    assert reduced.nats == pytest.approx(whole.nats, rel=2e-4)
