@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +85,20 @@ def _summed(items: Sequence[Sequence[Choice]], picks: tuple[int, ...], least_nat
     nats = sum(choice.nats for choice in chosen)
     gap = 0.0 if least_nats is None or nats <= 0 else max(0.0, (nats - least_nats) / nats)
     return Solution(picks, sum(choice.nbytes for choice in chosen), nats, gap)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Standard output closed to native code: HiGHS 1.12 prints debugging lines there even when told not to."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _milp(items: Sequence[Sequence[Choice]], limit_bytes: int, unit_nats: float) -> Solution:

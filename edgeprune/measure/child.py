@@ -29,7 +29,7 @@ from edgeprune.errors import KINDS, EdgepruneError, NativeCrash
 
 Progress = Callable[[int, int], None]
 _LOG_LINES = 6
-_SIGNALS = {
+_SIGNALS: dict[int, str] = {
     signal.SIGABRT: "llama.cpp aborted on a failed check",
     signal.SIGSEGV: "llama.cpp crashed with a memory fault",
     signal.SIGILL: "llama.cpp was built for another processor",
@@ -90,6 +90,8 @@ def _python_path() -> str:
 def _listen(stream: IO[bytes], progress: Progress | None) -> dict[str, Any] | None:
     outcome = None
     for line in stream:
+        if not line.endswith(b"\n"):  # the child died while it wrote
+            break
         message = json.loads(line)
         if "done" in message:
             if progress is not None:
@@ -103,7 +105,7 @@ def _crash(task: str, code: int, log: IO[bytes]) -> NativeCrash:
     log.seek(0)
     lines = [line.strip() for line in log.read().decode("utf-8", errors="replace").splitlines()]
     tail = deque((line for line in lines if line), maxlen=_LOG_LINES)
-    reason = _SIGNALS.get(signal.Signals(-code), f"signal {-code}") if code < 0 else f"exit code {code}"
+    reason = _SIGNALS.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
     return NativeCrash(
         f"the child process for {task.rpartition(':')[2]} died: {reason}",
         rows=[("log", line[:160]) for line in tail],

@@ -179,6 +179,8 @@ class Session:
             node, and after it was computed with ``ask=False``; an exception in it is kept and raised by
             the next call of ``run``.
         no_alloc: only price the memory, load nothing.
+        single_output: only the last token of a batch has logits, as in a server with one slot; the buffers
+            are smaller then.
         vocab_only: load the tokenizer alone, without weights or context.
     """
 
@@ -190,6 +192,7 @@ class Session:
         *,
         no_alloc: bool = False,
         vocab_only: bool = False,
+        single_output: bool = False,
     ) -> None:
         self.log = Log()
         self._failure: BaseException | None = None
@@ -201,7 +204,7 @@ class Session:
         self.vocabulary_size = int(binding.llama_vocab_n_tokens(self.vocabulary))
         self.launch = launch
         if not vocab_only:
-            self.context = self._start(path, launch)
+            self.context = self._start(path, launch, single_output)
 
     def _load(self, path: Path, launch: Launch, no_alloc: bool, vocab_only: bool) -> Any:
         params = binding.llama_model_default_params()
@@ -218,11 +221,12 @@ class Session:
             raise BadFile(f"llama.cpp cannot load {path}", rows=[("llama.cpp", line) for line in self.log.errors()])
         return model
 
-    def _start(self, path: Path, launch: Launch) -> Any:
+    def _start(self, path: Path, launch: Launch, single_output: bool) -> Any:
         params = binding.llama_context_default_params()
         params.n_ctx = launch.context
         params.n_batch = params.n_ubatch = min(launch.batch, launch.context)
         params.n_seq_max = 1
+        params.n_outputs_max = 1 if single_output else 0
         params.type_k = params.type_v = ggml.type_named(launch.kv_type).id
         params.flash_attn_type = FLASH_ATTENTION_AUTO if launch.kv_type == "F16" else FLASH_ATTENTION_ON
         params.no_perf = True
@@ -310,10 +314,15 @@ class Session:
 
 @contextmanager
 def session(
-    path: Path, launch: Launch, observer: EvalCallback | None = None, *, no_alloc: bool = False
+    path: Path,
+    launch: Launch,
+    observer: EvalCallback | None = None,
+    *,
+    no_alloc: bool = False,
+    single_output: bool = False,
 ) -> Iterator[Session]:
     """A ``Session`` that is closed at the end of the block."""
-    opened = Session(path, launch, observer, no_alloc=no_alloc)
+    opened = Session(path, launch, observer, no_alloc=no_alloc, single_output=single_output)
     try:
         yield opened
     finally:

@@ -23,6 +23,7 @@ from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import TextFile, Window, windows
 
 Progress = Callable[[int, int], None]
+_FILL_SECONDS = 20.0
 
 
 def _texts(rows: list[dict[str, str]]) -> list[TextFile]:
@@ -210,7 +211,7 @@ def price(shadow: str, launch: dict[str, Any]) -> dict[str, Any]:
         ``buffers``: bytes by backend and kind; ``kv_bytes``: of the whole cache; ``runtime_bytes``: peak
         memory of this process, which holds the libraries and the vocabulary but no weights.
     """
-    with session(Path(shadow), Launch(**launch), no_alloc=True) as opened:
+    with session(Path(shadow), Launch(**launch), no_alloc=True, single_output=True) as opened:
         lines = opened.log.lines
         return {
             "buffers": buffer_sizes(lines),
@@ -237,11 +238,11 @@ def benchmark(
 
     Returns:
         prefill and decode tokens per second (medians over ``repeats``), the first token's delay in
-        seconds, and peak memory in bytes.
+        seconds, peak memory in bytes with as much of the context filled as 20 seconds allow.
     """
     settings = Launch(**launch)
     prefill, decode = [], []
-    with session(Path(model), settings) as opened:
+    with session(Path(model), settings, single_output=True) as opened:
         random = np.random.default_rng(0)
         prompt = random.integers(0, opened.vocabulary_size, prompt_tokens).tolist()
         batch = min(settings.batch, settings.context)
@@ -252,14 +253,16 @@ def benchmark(
             token = int(logits[-1].argmax())
             started = time.perf_counter()
             for step in range(generated_tokens):
-                token = int(opened.extend([token], prompt_tokens + step)[-1].argmax())
+                token = int(opened.extend([token], prompt_tokens + step, all_logits=False)[-1].argmax())
             decode.append(generated_tokens / (time.perf_counter() - started))
+        filled = _fill_rest(opened, random, prompt_tokens + generated_tokens, batch)
         finite = bool(np.isfinite(logits).all())
     return {
         "prefill_per_s": stdlib_statistics.median(prefill),
         "decode_per_s": stdlib_statistics.median(decode),
         "first_token_seconds": prompt_tokens / stdlib_statistics.median(prefill),
         "peak_bytes": peak_memory_bytes(),
+        "filled_tokens": filled,
         "finite": finite,
     }
 
@@ -271,6 +274,19 @@ def _fill(opened: Session, prompt: list[int], batch: int) -> Any:
     for start in range(0, len(prompt), batch):
         logits = opened.extend(prompt[start : start + batch], start, all_logits=False)
     return logits
+
+
+def _fill_rest(opened: Session, random: np.random.Generator, start: int, batch: int) -> int:
+    """Fill the context from position ``start`` towards its end, because memory is at its peak there.
+
+    Stops after ``_FILL_SECONDS``; returns how many tokens the context then holds.
+    """
+    deadline = time.monotonic() + _FILL_SECONDS
+    while start < opened.launch.context and time.monotonic() < deadline:
+        count = min(batch, opened.launch.context - start)
+        opened.extend(random.integers(0, opened.vocabulary_size, count).tolist(), start, all_logits=False)
+        start += count
+    return start
 
 
 def tokenize(model: str, texts: list[str], special: bool = False) -> list[list[int]]:
