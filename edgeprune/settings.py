@@ -1,0 +1,92 @@
+"""What the user asked for, and who hears what is done about it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from edgeprune.errors import UsageError
+from edgeprune.units import format_bytes
+
+Progress = Callable[[int, int], None]
+
+
+class Listener(Protocol):
+    """Who hears what the pipeline does."""
+
+    def say(self, text: str) -> None:
+        """A line worth reading."""
+
+    def progress(self, title: str) -> contextlib.AbstractContextManager[Progress]:
+        """A stage that takes a while; the context gives a callback for steps done and steps in all."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for.
+
+    Attributes:
+        source: ``demo``, a checkpoint folder or a GGUF file.
+        device: profile name, profile file or ``auto``; None with ``memory_bytes`` or ``file_bytes``.
+        memory_bytes: usable memory instead of a device's.
+        file_bytes: most bytes of the file.
+        context, kv_type: of the launch; None for the profile's.
+        texts, evaluation_texts: ``FILE`` or ``NAME=FILE``; empty for the shipped text.
+        keep: forced number of experts, or None.
+        types: forced GGML types, or empty.
+        method: expert score.
+        output: run directory, or None for the default.
+        window: tokens per calibration window.
+        calibration_tokens, evaluation_tokens, sensitivity_tokens: how much text is used.
+        baselines: whether stock presets are built and measured beside the plan.
+    """
+
+    source: str
+    device: str | None = None
+    memory_bytes: int | None = None
+    file_bytes: int | None = None
+    context: int | None = None
+    kv_type: str | None = None
+    texts: tuple[str, ...] = ()
+    evaluation_texts: tuple[str, ...] = ()
+    keep: int | None = None
+    types: tuple[str, ...] = ()
+    method: str = "reap"
+    output: str | None = None
+    window: int = 512
+    calibration_tokens: int = 24_576
+    evaluation_tokens: int = 8_192
+    sensitivity_tokens: int = 2_048
+    baselines: bool = True
+
+    def check(self) -> None:
+        """Refuse a command line that contradicts itself.
+
+        Raises:
+            UsageError: says how.
+        """
+        targets = [self.device, self.memory_bytes, self.file_bytes]
+        if sum(target is not None for target in targets) != 1:
+            raise UsageError(
+                "say what to fit: exactly one of --device, --memory and --file-size",
+                hint="`--device auto` is this machine; `edgeprune profiles` lists the others",
+            )
+
+    @property
+    def target(self) -> str:
+        """Short name of the device or limit, for folders and titles."""
+        if self.file_bytes is not None:
+            return f"file-{format_bytes(self.file_bytes).replace(' ', '')}"
+        if self.memory_bytes is not None:
+            return f"memory-{format_bytes(self.memory_bytes).replace(' ', '')}"
+        return Path(self.device or "auto").stem
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        if self.output is not None:
+            return Path(self.output)
+        return Path("runs") / f"{Path(self.source).resolve().stem if self.source != 'demo' else 'demo'}-{self.target}"

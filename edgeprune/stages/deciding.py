@@ -1,0 +1,204 @@
+"""The plan: chosen, loaded, priced anew, and built."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.build.builder import Build, describe
+from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
+from edgeprune.decide.keep import rankings
+from edgeprune.decide.plan import Plan
+from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError, UsageError
+from edgeprune.files import digest, file_digest, read_json, to_json, write_text
+from edgeprune.measure import child
+from edgeprune.model.gguf import GgufFile
+from edgeprune.model.layout import layout
+from edgeprune.stages.measuring import MeasureStages
+from edgeprune.units import format_bytes
+
+
+@dataclass
+class DecideStages(MeasureStages):
+    """Candidates, the plan, and the file that obeys it."""
+
+    def _counts(self) -> list[int]:
+        keep = self.settings.keep
+        if keep is None:
+            return list(self.architecture.allowed_counts())
+        if not self.architecture.count_allowed(keep):
+            reason = self.architecture.obstacle or (
+                f"the router uses {self.architecture.used} of {self.architecture.experts} experts"
+                f" in {self.architecture.groups} group(s)"
+            )
+            raise UsageError(f"--keep {keep} is not possible: {reason}")
+        return [keep]
+
+    def _made_from(self) -> dict[str, Any]:
+        profile = self.profile
+        local = self.settings.device in (None, "auto")
+        return {
+            "source": self.fingerprint,
+            "statistics": digest(self.statistics.made_from),
+            "sensitivity": digest(self.sensitivity.made_from),
+            # The free memory and bandwidth of this machine vary from run to run.
+            "device": digest(profile.ram.total_bytes if local else profile.to_json()),
+            "memory": self.settings.memory_bytes,
+            "file_size": self.settings.file_bytes,
+            "context": self.launch.context,
+            "kv_type": self.launch.kv_type,
+            "keep": self.settings.keep,
+            "types": sorted(self.settings.types),
+            "method": self.settings.method,
+        }
+
+    def problem(self, counts: Sequence[int]) -> Problem:
+        """Everything that candidates are chosen from."""
+        return Problem(
+            file=self.file,
+            architecture=self.architecture,
+            sensitivity=self.sensitivity,
+            ranked=rankings(self.statistics, self.architecture, self.settings.method)
+            if len(counts) > 1 or counts[0] != self.architecture.experts
+            else {},
+            drop_nats=self.drop_nats(counts),
+            types=allowed_types(self.profile, self.settings.types),
+            budget=self.budget,
+            profile=self.profile,
+            launch=self.launch,
+            method=self.settings.method,
+            made_from=self._made_from(),
+        )
+
+    def candidates(self) -> list[Candidate]:
+        """The best plan for each allowed number of experts, best first.
+
+        Raises:
+            DoesNotFit: no plan fits.
+        """
+        self._fail_early()
+        counts = self._counts()
+        problem = self.problem(counts)
+        with self.listener.progress("solve") as progress:
+            return candidates(problem, counts, forced_types=bool(self.settings.types), progress=progress)
+
+    def _fail_early(self) -> None:
+        """Refuse a budget without room for any weights before anything is measured.
+
+        Raises:
+            DoesNotFit: the pools are used up before the first weight.
+        """
+        if self.budget.weights_bytes <= 0:
+            raise DoesNotFit(
+                f"{self.architecture.name} does not fit {self.profile.name}: nothing is left for weights",
+                rows=self.budget.rows(),
+                hint="shorten the context with --context, or choose a quantised cache with --kv-type q8_0",
+            )
+
+    def plan(self) -> Plan:
+        """The plan in the folder if it is still right, else the best candidate, saved."""
+        self._fail_early()
+        made_from = self._made_from()
+        if self.folder.plan.is_file():
+            found = Plan.load(self.folder.plan)
+            if found.made_from == made_from:
+                return self._obeyed(found)
+            self._changed("plan", found.made_from, made_from)
+        found_candidates = self.candidates()
+        self._save_curve(found_candidates)
+        best = found_candidates[0].plan
+        best.save(self.folder.plan)
+        return best
+
+    def _save_curve(self, found: Sequence[Candidate]) -> None:
+        rows = [
+            {
+                "kept": c.plan.kept,
+                "file_bytes": c.plan.predicted.file_bytes,
+                "nats": c.plan.predicted.nats,
+                "nats_drop": c.plan.predicted.nats_drop,
+                "nats_quant": c.plan.predicted.nats_quant,
+                "decode_per_s": c.plan.predicted.decode_per_s,
+            }
+            for c in found
+        ]
+        write_text(self.folder.path / "candidates.json", to_json(rows))
+
+    def _obeyed(self, plan: Plan) -> Plan:
+        """A loaded plan, priced anew if a person has edited it."""
+        plan.check(self.architecture)
+        stored = read_json(self.folder.plan).get("digest")
+        if stored == plan.digest:
+            return plan
+        self.listener.say("plan.json was edited by hand; it is obeyed, and its predictions are made anew")
+        return self.repriced(plan)
+
+    def repriced(self, plan: Plan) -> Plan:
+        """``plan`` with predictions made from its kept experts and types.
+
+        Raises:
+            DoesNotFit: it exceeds the budget.
+        """
+        known = {**self.sensitivity.drops.get(plan.method, {}), plan.experts: 0.0}
+        if plan.kept not in known:
+            known[plan.kept] = 0.0
+        problem = replace(self.problem([plan.experts]), drop_nats=known)
+        changed = {name: kind for name, kind in plan.types.items() if kind != self.architecture.tensor(name).type}
+        measured = self.sensitivity.distortions
+        costed = {name: kind for name, kind in changed.items() if kind in measured.get(name, {})}
+        if costed != changed:
+            name = next(iter(changed.keys() - costed.keys()))
+            raise BadFile(f"the plan gives {name} {changed[name]}, which is no smaller than what it has")
+        edited = replace(plan, types=changed)
+        made = layout(self.file, self.architecture, plan.kept, changed, edited.records())
+        whole = priced(replace(problem, ranked=self._ranked_like(plan)), plan.kept, changed)
+        if whole is None:
+            raise DoesNotFit(
+                f"the plan needs a file of {format_bytes(made.nbytes)}, more than the budget allows",
+                rows=self.budget.rows(),
+            )
+        return replace(edited, launch=whole.plan.launch, predicted=whole.plan.predicted)
+
+    def _ranked_like(self, plan: Plan) -> dict[int, Any]:
+        """A ranking that leads to the plan's own kept experts."""
+
+        ranked = {}
+        for layer, ids in plan.keep.items():
+            rest = [expert for expert in range(plan.experts) if expert not in set(ids)]
+            ranked[layer] = np.array([*ids, *rest])
+        return ranked
+
+    def build(self, plan: Plan) -> Build:
+        """The planned file, or the one in the folder if it is exactly that."""
+        output = self.folder.path / describe(self.architecture, plan)
+        found = self._built(output, plan)
+        if found is not None:
+            return found
+        with self.listener.progress("build") as progress:
+            value = child.call(
+                "edgeprune.build.builder:build",
+                {
+                    "model": str(self.source),
+                    "plan": plan.to_json(),
+                    "output": str(output),
+                    "statistics": str(self.folder.statistics) if plan.types else "",
+                },
+                progress,
+            )
+        for other in self.folder.path.glob("*bpw.gguf"):
+            if other != output and GgufFile(other).get("edgeprune.plan_digest"):
+                other.unlink()
+        return Build(**value)
+
+    def _built(self, output: Path, plan: Plan) -> Build | None:
+        if not output.is_file() or output.stat().st_size != plan.predicted.file_bytes:
+            return None
+        with contextlib.suppress(EdgepruneError):
+            if GgufFile(output).get("edgeprune.plan_digest") == plan.digest:
+                return Build(str(output), output.stat().st_size, file_digest(output), plan.digest)
+        return None

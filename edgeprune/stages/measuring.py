@@ -1,0 +1,190 @@
+"""Everything that is measured before a choice is made."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edgeprune.decide.keep import keep_set, rankings
+from edgeprune.errors import BadFile, EdgepruneError
+from edgeprune.files import digest, read_json, to_json, write_text
+from edgeprune.measure import child
+from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
+from edgeprune.measure.statistics import Statistics, write_imatrix
+from edgeprune.measure.text import TextFile, parse_texts, shipped_texts, texts_digest
+from edgeprune.stages.source import SourceStages
+
+
+@dataclass
+class MeasureStages(SourceStages):
+    """Statistics, sensitivities, and the quality of any file against the source."""
+
+    @cached_property
+    def texts(self) -> list[TextFile]:
+        """Calibration and held-out text."""
+        if self.settings.evaluation_texts:
+            chosen = parse_texts(self.settings.texts, "calibration") or [
+                replace(text, split="calibration") for text in shipped_texts()
+            ]
+            return chosen + parse_texts(self.settings.evaluation_texts, "held_out")
+        return parse_texts(self.settings.texts) or shipped_texts()
+
+    def _text_arguments(self, split: str, tokens: int) -> dict[str, Any]:
+        return {
+            "texts": [text.to_json() for text in self.texts],
+            "split": split,
+            "window": self.settings.window,
+            "most_tokens": tokens,
+        }
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """One pass over the calibration text, or what an earlier run left of it."""
+        made_from = {
+            "model": self.fingerprint,
+            "text": texts_digest(self.texts),
+            "tokens": self.settings.calibration_tokens,
+            "window": self.settings.window,
+        }
+        path = self.folder.statistics
+        if path.is_file():
+            with contextlib.suppress(BadFile):
+                found = Statistics.load(path)
+                if found.made_from == made_from:
+                    return found
+                self._changed("calibration", found.made_from, made_from)
+        arguments = self._text_arguments("calibration", self.settings.calibration_tokens)
+        del arguments["split"]
+        # The output product of a tied model multiplies with the embedding matrix.
+        weights = [tensor.name for tensor in self.architecture.tensors if tensor.quantisable]
+        with self.listener.progress("calibrate") as progress:
+            child.call(
+                "edgeprune.measure.tasks:collect",
+                {
+                    "model": str(self.source),
+                    "output": str(path),
+                    "weights": weights,
+                    "experts": self.architecture.experts,
+                    "arch": self.architecture.arch,
+                    "made_from": made_from,
+                    **arguments,
+                },
+                progress,
+            )
+        measured = Statistics.load(path)
+        self._check_layers(measured)
+        write_imatrix(measured, self.folder.imatrix)
+        return measured
+
+    def _check_layers(self, measured: Statistics) -> None:
+        unseen = [layer for layer in self.architecture.moe_layers if layer not in measured.layers]
+        if unseen and not self.architecture.obstacle:
+            raise EdgepruneError(f"llama.cpp's graph showed no routing in layer {unseen[0]} of {self.source}")
+
+    def _reference(self, split: str, tokens: int) -> Path:
+        """The source's log-probabilities over the ``split``, kept in the scratch folder."""
+        arguments = self._text_arguments(split, tokens)
+        key = digest({"model": self.fingerprint, "text": texts_digest(self.texts), **arguments})
+        path = self.folder.scratch / f"{split}-{key[:16]}.logprobs"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self.listener.progress(f"reference ({split.replace('_', '-')} text)") as progress:
+                child.call(
+                    "edgeprune.measure.tasks:reference",
+                    {"model": str(self.source), "output": str(path), **arguments},
+                    progress,
+                )
+        return path
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """Distortion of every tensor, cost of every error, cost of every number of experts."""
+        made_from = {
+            "model": self.fingerprint,
+            "statistics": digest(self.statistics.made_from),
+            "tokens": self.settings.sensitivity_tokens,
+        }
+        found: Sensitivity | None = None
+        if self.folder.sensitivity.is_file():
+            with contextlib.suppress(BadFile, KeyError, TypeError):
+                found = Sensitivity.from_json(read_json(self.folder.sensitivity))
+                if found.made_from != made_from:
+                    self._changed("sensitivity", found.made_from, made_from)
+                    found = None
+        if found is None:
+            found = Sensitivity(self._responses(), self._distortions(), {}, made_from)
+            write_text(self.folder.sensitivity, to_json(found.to_json()))
+        return found
+
+    def _distortions(self) -> dict[str, dict[str, list[float]]]:
+        with self.listener.progress("distortion of each type") as progress:
+            measured: dict[str, dict[str, list[float]]] = child.call(
+                "edgeprune.measure.distortion:measure",
+                {"model": str(self.source), "statistics": str(self.folder.statistics)},
+                progress,
+            )
+        return measured
+
+    def _responses(self) -> dict[str, Any]:
+        reference = self._reference("calibration", self.settings.sensitivity_tokens)
+        sites = sites_to_measure(self.architecture)
+        with self.listener.progress("sensitivity of each tensor") as progress:
+            costs = child.call(
+                "edgeprune.measure.tasks:disturb",
+                {
+                    "model": str(self.source),
+                    "reference": str(reference),
+                    "sites": site_settings(sites),
+                    **self._text_arguments("calibration", self.settings.sensitivity_tokens),
+                },
+                progress,
+            )
+        return responses(self.architecture, sites, costs)
+
+    def drop_nats(self, counts: Sequence[int]) -> dict[int, float]:
+        """Nats per token of keeping each of ``counts`` experts, measured by masking the router."""
+        method = self.settings.method
+        known = dict(self.sensitivity.drops.get(method, {}))
+        known[self.architecture.experts] = 0.0
+        missing = [kept for kept in counts if kept not in known]
+        if missing:
+            ranked = rankings(self.statistics, self.architecture, method)
+            masks = [
+                {str(layer): list(ids) for layer, ids in keep_set(ranked, self.architecture, kept).items()}
+                for kept in missing
+            ]
+            measured = self.divergence(
+                self.source, "calibration", self.settings.sensitivity_tokens, masks, "dropping experts"
+            )
+            known.update({k: row["all"]["kl_mean"] for k, row in zip(missing, measured, strict=True)})
+            self.sensitivity.drops[method] = known
+            write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
+        return known
+
+    def divergence(
+        self,
+        model: Path,
+        split: str,
+        tokens: int,
+        masks: Sequence[Mapping[str, Sequence[int]] | None] = (None,),
+        title: str = "quality",
+    ) -> list[dict[str, Any]]:
+        """Quality of ``model`` against the source over the ``split``, once for each router mask."""
+        reference = self._reference(split, tokens)
+        with self.listener.progress(title) as progress:
+            result: list[dict[str, Any]] = child.call(
+                "edgeprune.measure.tasks:divergence",
+                {
+                    "model": str(model),
+                    "reference": str(reference),
+                    "masks": list(masks),
+                    "experts": self.architecture.experts,
+                    **self._text_arguments(split, tokens),
+                },
+                progress,
+            )
+        return result

@@ -1,0 +1,211 @@
+"""The proof: quality, memory and speed of the built file, and the stock presets beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgeprune import __version__
+from edgeprune.build.builder import Build
+from edgeprune.decide.plan import Plan, folded
+from edgeprune.decide.scores import SCORES
+from edgeprune.errors import BadFile, DoesNotFit
+from edgeprune.files import read_json, to_json, write_text
+from edgeprune.measure import child
+from edgeprune.measure.text import texts_digest
+from edgeprune.prove import baseline
+from edgeprune.prove.page import render
+from edgeprune.prove.report import Baseline, Report, promises
+from edgeprune.share.card import model_card
+from edgeprune.stages.deciding import DecideStages
+
+
+@dataclass
+class Run(DecideStages):
+    """All stages of one run; the last of them is the proof."""
+
+    def baselines(self, plan: Plan) -> list[tuple[Baseline, dict[str, str]]]:
+        """Stock presets of at most the plan's bytes, built with the same imatrix and measured.
+
+        Returns:
+            each with the GGML type that it gives every tensor.
+        """
+        statistics = str(self.folder.statistics)
+        sizes = child.call("edgeprune.build.preset:sizes", {"model": str(self.source), "statistics": statistics})
+        limit = plan.predicted.file_bytes
+        names = baseline.contenders(sizes, limit, self.file.data_offset)
+        self.folder.scratch.mkdir(parents=True, exist_ok=True)
+        results = []
+        for name in names:
+            path = self.folder.scratch / f"{name}.gguf"
+            with self.listener.progress(f"stock preset {name}") as progress:
+                made = child.call(
+                    "edgeprune.build.preset:quantize",
+                    {
+                        "model": str(self.source),
+                        "output": str(path),
+                        "preset": name,
+                        "statistics": statistics,
+                    },
+                    progress,
+                )
+            if made["nbytes"] <= limit:
+                quality = self.quality(path, f"quality of {name}")
+                results.append((Baseline(name, made["nbytes"], quality["all"]), made["types"]))
+            path.unlink(missing_ok=True)
+        return results
+
+    def quality(self, model: Path, title: str) -> dict[str, Any]:
+        """``{"all": ..., "domains": ...}`` of ``model`` against the source on the held-out text."""
+        return self.divergence(model, "held_out", self.settings.evaluation_tokens, title=title)[0]
+
+    def verify(self, plan: Plan, build: Build) -> Report:
+        """Measure the build, hold the flat presets against it, ship the better, write the report."""
+        measured = self.quality(Path(build.path), "quality of the plan")
+        rivals = self.baselines(plan) if self.settings.baselines else []
+        shipped = "plan"
+        winner = min(rivals, key=lambda pair: pair[0].quality["kl_mean"], default=None)
+        if winner is not None and winner[0].quality["kl_mean"] < measured["all"]["kl_mean"]:
+            flat = self._as_plan(plan, *winner)
+            if flat is not None:
+                shipped, plan = winner[0].preset, flat
+                plan.save(self.folder.plan)
+                build = self.build(plan)
+                measured = self.quality(Path(build.path), "quality of the shipped preset")
+        speed = self.speed(plan, build)
+        report = self._report(plan, build, measured, [rival for rival, _ in rivals], shipped, speed)
+        self.save_report(report)
+        return report
+
+    def _as_plan(self, plan: Plan, rival: Baseline, types: Mapping[str, str]) -> Plan | None:
+        """The preset as a plan of ours, or None if its bytes and our records exceed the limit."""
+        own = {tensor.name: tensor.type for tensor in self.architecture.tensors}
+        changed = {name: kind for name, kind in types.items() if own[name] != kind}
+        flat = replace(
+            plan,
+            kept=plan.experts,
+            keep={},
+            types=changed,
+            method="all experts kept",
+            origin=f"stock preset {rival.preset}",
+        )
+        with contextlib.suppress(DoesNotFit, BadFile):
+            return self.repriced(flat)
+        return None
+
+    def speed(self, plan: Plan, build: Build) -> dict[str, Any]:
+        """Prefill and decode speed and peak memory with the plan's launch settings, on this machine."""
+        context = plan.launch.context
+        generated = min(48, max(1, context // 8))
+        prompt = max(1, min(512, context - generated - 1))
+        with self.listener.progress("speed and memory"):
+            value: dict[str, Any] = child.call(
+                "edgeprune.measure.tasks:benchmark",
+                {
+                    "model": build.path,
+                    "launch": replace(plan.launch, threads=0).to_json(),
+                    "prompt_tokens": prompt,
+                    "generated_tokens": generated,
+                },
+            )
+        return value
+
+    def _report(
+        self,
+        plan: Plan,
+        build: Build,
+        measured: Mapping[str, Any],
+        rivals: list[Baseline],
+        shipped: str,
+        speed: Mapping[str, Any],
+    ) -> Report:
+        on_device = self.settings.device in (None, "auto")
+        lines = promises(
+            plan.to_json(), build.nbytes, measured["all"], speed, self.budget.to_json(), on_device=on_device
+        )
+
+        score = SCORES[self.settings.method]
+        importance = {
+            str(layer): [float(value) for value in score(sums, layer)]
+            for layer, sums in self.statistics.layers.items()
+        }
+        curve_path = self.folder.path / "candidates.json"
+        report = Report(
+            title=f"{self.architecture.name} on {self.profile.name}",
+            verdict="",
+            shipped=shipped,
+            promises=lines,
+            quality=dict(measured["all"]),
+            domains=dict(measured["domains"]),
+            baselines=rivals,
+            budget=self.budget.to_json(),
+            plan=plan.to_json(),
+            folded=folded(plan, self.architecture),
+            curve=read_json(curve_path) if curve_path.is_file() else [],
+            importance=importance,
+            build={**build.to_json(), "path": Path(build.path).name},
+            source={
+                "name": self.architecture.name,
+                "nbytes": self.file.size,
+                "arch": self.architecture.arch,
+                "layers": self.architecture.layers,
+                "experts": self.architecture.experts,
+                "used": self.architecture.used,
+                "parameters": self.architecture.parameters,
+            },
+            launch_line=plan.launch.command(Path(build.path).name),
+            conditions=self._conditions(on_device, speed),
+            made_from={"plan": plan.digest, "build": build.sha256, "text": texts_digest(self.texts)},
+        )
+        return replace(report, verdict=_verdict(report))
+
+    def _conditions(self, on_device: bool, speed: Mapping[str, Any]) -> dict[str, str]:
+
+        tokens = f"{self.settings.evaluation_tokens:,} tokens at most, windows of {self.settings.window}"
+        where = "this device" if on_device else f"another machine than {self.profile.name}"
+        return {
+            "measured on": f"{platform.system()} {platform.machine()}, {where}",
+            "edgeprune": __version__,
+            "llama-cpp-python": version("llama-cpp-python"),
+            "held-out text": tokens,
+            "calibration text": f"{self.statistics.tokens:,} tokens in {len(self.statistics.domains)} domains",
+            "speed": "median of 3 repeats",
+        }
+
+    def save_report(self, report: Report) -> None:
+        """Write report.json, report.html and the model card."""
+        write_text(self.folder.report, to_json(report.to_json()))
+        write_text(self.folder.page, render(report))
+        write_text(self.folder.card, model_card(report))
+
+    def clear_scratch(self) -> None:
+        """Delete the reference log-probabilities; they can be made again."""
+        for path in self.folder.scratch.glob("*"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.scratch.rmdir()
+
+
+def _verdict(report: Report) -> str:
+    """One line that says what was reached."""
+    if report.broken:
+        return "A promise was broken: " + ", ".join(promise.name for promise in report.broken)
+    kl = report.quality["kl_mean"]
+    moved = (
+        "bit for bit the source's weights"
+        if not report.plan["types"] and not report.plan["keep"]
+        else (f"{kl:.4g} nats per token from the source")
+    )
+    if not report.baselines:
+        beside = "no stock preset is this small" if report.plan["types"] else "no stock preset was measured"
+        return f"All promises kept; {moved}; {beside}."
+    best = min(report.baselines, key=lambda rival: float(rival.quality["kl_mean"]))
+    if report.shipped != "plan":
+        return f"All promises kept; {moved}; the stock preset {best.preset} was best and is shipped."
+    ratio = kl / best.quality["kl_mean"] if best.quality["kl_mean"] else 1.0
+    return f"All promises kept; {moved}, {ratio:.2f} of the best stock preset of at most this size ({best.preset})."

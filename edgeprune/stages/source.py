@@ -1,0 +1,127 @@
+"""From what the user named to a GGUF, a profile and a budget."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edgeprune.device.budget import Budget, make_budget
+from edgeprune.device.probe import this_machine
+from edgeprune.device.profile import Profile, find_profile
+from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.measure import child, memory
+from edgeprune.measure.launch import Launch
+from edgeprune.model.architecture import Architecture, read_architecture
+from edgeprune.model.checkpoint import open_checkpoint
+from edgeprune.model.convert import SOURCE_KEY
+from edgeprune.model.gguf import GgufFile
+from edgeprune.model.layout import layout
+from edgeprune.rundir import RunFolder, changed_fields
+from edgeprune.settings import Listener, Settings
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+
+
+@dataclass
+class SourceStages:
+    """One model, one target, one folder."""
+
+    settings: Settings
+    listener: Listener
+    folder: RunFolder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = RunFolder(self.settings.folder)
+
+    @cached_property
+    def source(self) -> Path:
+        """The source as a GGUF: the file itself, or the converted checkpoint."""
+        name = self.settings.source
+        path = DEMO if name == "demo" else Path(name)
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            raise UsageError(f"no model at {name}", hint="give `demo`, a checkpoint folder or a GGUF file")
+        return self._converted(path)
+
+    def _converted(self, checkpoint: Path) -> Path:
+        output = self.folder.source
+        origin = open_checkpoint(checkpoint).fingerprint()
+        if output.is_file():
+            with contextlib.suppress(EdgepruneError):
+                old = str(GgufFile(output).get(SOURCE_KEY, ""))
+                if old == origin:
+                    return output
+                self._changed("the checkpoint", {"content": old}, {"content": origin})
+        with self.listener.progress("convert") as progress:
+            child.call(
+                "edgeprune.model.convert:convert_task",
+                {"folder": str(checkpoint.resolve()), "output": str(output), "name": self._name(checkpoint)},
+                progress,
+            )
+        return output
+
+    def _name(self, checkpoint: Path) -> str:
+        return "edgeprune-demo" if checkpoint == DEMO else checkpoint.resolve().name
+
+    def _changed(self, what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        for line in changed_fields(old, new):
+            self.listener.say(f"{what} changed: {line}; doing it again")
+
+    @cached_property
+    def file(self) -> GgufFile:
+        return GgufFile(self.source)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return read_architecture(self.file)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.file.fingerprint()
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The device's profile; this machine's when only a size is given."""
+        device = self.settings.device
+        if device is not None and device != "auto":
+            return find_profile(device)
+        profile = this_machine(child.call("edgeprune.measure.llama:backend_devices", {}))
+        if device == "auto":
+            for line in profile.why:
+                self.listener.say(f"auto: {line}")
+        else:
+            profile = replace(profile, name=self.settings.target)
+        return profile
+
+    @cached_property
+    def launch(self) -> Launch:
+        """Launch settings before placement."""
+        longest = self.architecture.context_length or 4096
+        context = self.settings.context or min(self.profile.context, longest)
+        kv_type = (self.settings.kv_type or self.profile.kv_type).upper()
+        here = self.settings.device in (None, "auto")
+        return Launch(context=context, kv_type=kv_type, threads=0 if here else self.profile.threads)
+
+    @cached_property
+    def budget(self) -> Budget:
+        """Memory by pool, with llama.cpp's own figures for what is not weights."""
+        whole = layout(self.file, self.architecture, self.architecture.experts, {}, [])
+        needs = memory.price(whole, replace(self.launch, threads=0), self.architecture)
+        other = self.profile.backend != "cpu" and needs.backends == ("CPU",)
+        basis = f"KV cache and compute buffers as llama.cpp's {' and '.join(needs.backends)} backend allocates them"
+        if other:
+            basis += f" (this build has no {self.profile.backend} backend; its compute buffers may differ)"
+        return make_budget(
+            self.profile,
+            kv_bytes=needs.kv_bytes,
+            compute_bytes=needs.compute_bytes,
+            runtime_bytes=needs.runtime_bytes,
+            memory_bytes=self.settings.memory_bytes,
+            file_limit_bytes=self.settings.file_bytes,
+            basis=basis,
+        )
