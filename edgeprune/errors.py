@@ -88,3 +88,9 @@ KINDS: dict[str, type[EdgepruneError]] = {
         DoesNotFit,
     )
 }
+
+
+def system_cause(error: OSError) -> str:
+    """One line for a failed system call: which file, and what the system said."""
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename is not None else what

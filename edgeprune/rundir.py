@@ -7,7 +7,7 @@ field that changed is named.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process, and clear away what a killed run left half-written.
+        """Hold the folder for this process, and clear away what was left half-written, before and after.
 
-        The lock is the operating system's and ends with the process, however it ends.
+        The lock is the operating system's and ends with the process, however it ends. A run that failed
+        before it had anything to keep leaves no folder.
 
         Raises:
             Busy: another process holds it.
@@ -93,9 +94,20 @@ class RunFolder:
                 hint="wait for it, or choose another folder with -o",
             ) from None
         try:
-            remove_partials(self.path)
-            if self.scratch.is_dir():
-                remove_partials(self.scratch)
+            self._remove_partials()
             yield
         finally:
+            self._remove_partials()
+            self._remove_empty(Path(lock.lock_file))
             lock.release()
+
+    def _remove_partials(self) -> None:
+        for folder in (self.path, self.scratch):
+            remove_partials(folder)
+
+    def _remove_empty(self, lock: Path) -> None:
+        """Delete the folder if it holds nothing but the lock; who waits for a deleted lock tries again."""
+        with suppress(OSError):
+            if list(self.path.iterdir()) == [lock]:
+                lock.unlink()
+                self.path.rmdir()

@@ -9,7 +9,7 @@ import click
 
 from edgeprune import __version__
 from edgeprune.cli.commands import COMMANDS
-from edgeprune.errors import EdgepruneError
+from edgeprune.errors import EdgepruneError, system_cause
 
 
 @click.group(commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -26,23 +26,19 @@ def edgeprune() -> None:
 
 def main() -> None:
     """Entry point: run a command and turn an explained failure into its message and exit code."""
+    code = 0
     try:
-        code = edgeprune.main(standalone_mode=False)
-    except click.exceptions.Abort:
+        code = edgeprune.main(standalone_mode=False) or 0
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("stopped; the same command goes on where it was", err=True)
-        code = 130
-    except KeyboardInterrupt:
-        click.echo("\nstopped; the same command goes on where it was", err=True)
         code = 130
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except EdgepruneError as error:
+    except (EdgepruneError, OSError) as error:
         if os.environ.get("EDGEPRUNE_DEBUG"):
             raise
-        click.echo(f"error: {error}", err=True)
-        code = error.exit_code
-    except BrokenPipeError:
-        code = 0
-    sys.stdout.flush() if not sys.stdout.closed else None
-    sys.exit(code or 0)
+        cause = error if isinstance(error, EdgepruneError) else system_cause(error)
+        click.echo(f"error: {cause}", err=True)
+        code = error.exit_code if isinstance(error, EdgepruneError) else 1
+    sys.exit(code)

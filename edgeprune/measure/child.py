@@ -20,15 +20,17 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from edgeprune.errors import KINDS, EdgepruneError, NativeCrash
+from edgeprune.errors import KINDS, EdgepruneError, NativeCrash, system_cause
 
 Progress = Callable[[int, int], None]
 _LOG_LINES = 6
+_FRAMES = 3
 _SIGNALS: dict[int, str] = {
     signal.SIGABRT: "llama.cpp aborted on a failed check",
     signal.SIGSEGV: "llama.cpp crashed with a memory fault",
@@ -52,7 +54,12 @@ def call(task: str, arguments: dict[str, Any], progress: Progress | None = None)
         EdgepruneError: whatever the task raised.
     """
     command = [sys.executable, "-m", "edgeprune.measure.child", task]
-    environment = {**os.environ, "PYTHONPATH": _python_path(), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": _python_path(),
+        "TOKENIZERS_PARALLELISM": "false",
+        "GGML_NO_BACKTRACE": "1",  # a debugger's frames would push the failed check out of the log's end
+    }
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
@@ -106,10 +113,13 @@ def _crash(task: str, code: int, log: IO[bytes]) -> NativeCrash:
     lines = [line.strip() for line in log.read().decode("utf-8", errors="replace").splitlines()]
     tail = deque((line for line in lines if line), maxlen=_LOG_LINES)
     reason = _SIGNALS.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
+    out_of_memory = code == -getattr(signal, "SIGKILL", 0)
     return NativeCrash(
         f"the child process for {task.rpartition(':')[2]} died: {reason}",
         rows=[("log", line[:160]) for line in tail],
-        hint="free memory or choose a smaller context; if it happens again, the model file may be damaged",
+        hint="close other programs, or choose a shorter --context"
+        if out_of_memory
+        else "the model file may be damaged, or of a kind that this llama.cpp cannot run",
     )
 
 
@@ -171,7 +181,17 @@ def _main(task: str) -> None:
             "error": "NativeCrash",
             "cause": f"out of memory in {function_name}",
             "rows": [],
-            "hint": "close other programs, or choose a smaller context",
+            "hint": "close other programs, or choose a shorter --context",
+        }
+    except OSError as error:
+        message = {"error": "EdgepruneError", "cause": system_cause(error), "rows": [], "hint": ""}
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
+        message = {
+            "error": "EdgepruneError",
+            "cause": f"internal error in {function_name}: {type(error).__name__}: {error}",
+            "rows": [("in", f"{Path(frame.filename).name}:{frame.lineno} {frame.name}") for frame in frames],
+            "hint": "this is a fault of edgeprune; please report it with these lines and the command",
         }
     channel.write(json.dumps(message) + "\n")
     channel.close()
