@@ -110,7 +110,7 @@ def sentencepiece_tokenizer(folder: Path) -> None:
 
 
 def _spread(model: Any, seed: int) -> None:
-    """Random weights of a size that keeps every stage lively: norms near one, router logits and logits of a few nats."""
+    """Random weights that keep every stage lively: norms near one, logits of routers and tokens spread over nats."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -180,12 +181,24 @@ def _described(info: TensorInfo) -> Tensor:
     )
 
 
+def _dimensions(tensor: Tensor) -> int:
+    """How many extents a tensor of this role has; those that nothing depends on keep theirs."""
+    if tensor.is_expert:
+        return 3
+    return 2 if tensor.role == "embedding" else len(tensor.shape)
+
+
+def _printable(name: Any) -> str:
+    """A model's own name without line breaks and terminal codes, or ""."""
+    return "".join(c for c in name if c.isprintable())[:120].strip() if isinstance(name, str) else ""
+
+
 def _scalar(file: GgufFile, key: str, default: int) -> int:
     """A metadata number that may be a per-layer array; the first layer counts (facts of llama.cpp)."""
     value = file.get(key, default)
     try:
         return int(value[0]) if isinstance(value, np.ndarray) else int(value)
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, IndexError, OverflowError):
         raise BadFile(f"{file.path}: metadata {key} is not a number") from None
 
 
@@ -210,8 +223,8 @@ def read_architecture(file: GgufFile) -> Architecture:
         BadFile: metadata that contradict the tensors, or that llama.cpp would abort on.
         Unsupported: not a Mixture-of-Experts model.
     """
-    arch = str(file.get("general.architecture", ""))
-    if not arch:
+    arch = file.get("general.architecture")
+    if not isinstance(arch, str) or not re.fullmatch(r"[\w.-]{1,64}", arch):
         raise BadFile(f"{file.path} names no architecture; it is no language model")
     tensors = tuple(_described(info) for info in file.tensors.values())
     experts = _scalar(file, f"{arch}.expert_count", 0)
@@ -224,17 +237,20 @@ def read_architecture(file: GgufFile) -> Architecture:
         )
     used = _scalar(file, f"{arch}.expert_used_count", 0)
     groups = _scalar(file, f"{arch}.expert_group_count", 1)
+    groups_used = _scalar(file, f"{arch}.expert_group_used_count", 0)
     if not (0 < layers <= MOST_LAYERS and 0 < experts <= MOST_EXPERTS and 0 < used <= experts):
         raise BadFile(f"{file.path}: impossible metadata: {layers} layers, {experts} experts, {used} used per token")
-    if groups > 1 and experts % groups:
-        raise BadFile(f"{file.path}: {experts} experts do not divide into {groups} groups")
+    if groups > 1 and (groups >= experts or experts % groups or not 0 < groups_used < groups):
+        raise BadFile(f"{file.path}: impossible routing groups: {groups_used} of {groups} over {experts} experts")
     for tensor in tensors:
         if tensor.sliced and tensor.shape[-1] != experts:
             raise BadFile(f"{file.path}: {tensor.name} has {tensor.shape[-1]} experts, the metadata {experts}")
+        if len(tensor.shape) != _dimensions(tensor):
+            raise BadFile(f"{file.path}: {tensor.name} has the impossible shape {list(tensor.shape)}")
     down = next((t for t in expert_tensors if t.role == "expert_down"), expert_tensors[0])
     embedding = next((t for t in tensors if t.role == "embedding"), None)
     return Architecture(
-        name=str(file.get("general.name", "") or Path(file.path).stem),
+        name=_printable(file.get("general.name")) or Path(file.path).stem,
         arch=arch,
         layers=layers,
         experts=experts,
@@ -242,7 +258,7 @@ def read_architecture(file: GgufFile) -> Architecture:
         width=_scalar(file, f"{arch}.embedding_length", 0),
         expert_width=down.shape[0],
         groups=max(groups, 1),
-        groups_used=_scalar(file, f"{arch}.expert_group_used_count", 1),
+        groups_used=max(groups_used, 1),
         moe_layers=tuple(sorted({tensor.layer for tensor in expert_tensors})),
         context_length=_scalar(file, f"{arch}.context_length", 0),
         vocabulary=embedding.shape[1] if embedding else 0,

@@ -23,6 +23,19 @@ SINGLE = "model.safetensors"
 LARGEST_HEADER = 100_000_000
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the header of its file describes it.
+
+    Attributes:
+        shape: in PyTorch's order.
+        type: as safetensors spells it: F32, BF16, F8_E4M3, ...
+    """
+
+    shape: tuple[int, ...]
+    type: str
+
+
 @dataclass
 class Checkpoint:
     """A folder as ``save_pretrained`` writes it.
@@ -31,16 +44,18 @@ class Checkpoint:
         folder: of the checkpoint.
         config: ``config.json``.
         shard_of: file name by tensor name.
+        stored: shape and type by tensor name.
     """
 
     folder: Path
     config: dict[str, Any]
     shard_of: dict[str, str]
+    stored: dict[str, Stored]
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of tensor ``name`` in PyTorch's order."""
-        return tuple(self._handle(name).get_slice(name).get_shape())
+        return self.stored[name].shape
 
     def tensor(self, name: str) -> torch.Tensor:
         """Tensor ``name``, read from disk now."""
@@ -91,26 +106,35 @@ def _open_shard(path: Path) -> Any:
         ) from error
 
 
-def _shard_names(path: Path) -> list[str]:
-    """Tensor names in one safetensors file, after checking that the file is as long as it says."""
+def _shard_tensors(path: Path) -> dict[str, Stored]:
+    """The tensors in one safetensors file, after checking that the file is as long as it says."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 0 < length <= min(LARGEST_HEADER, size - 8):
-            raise BadFile(f"{path} is not a safetensors file, or is truncated ({size:,} bytes)")
+            raise BadFile(
+                f"{path} is not a safetensors file, or is truncated ({size:,} bytes)",
+                hint="download this file again",
+            )
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadFile(f"{path} has a corrupt header: {error}") from error
+            needed = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+            stored = {
+                name: Stored(tuple(int(extent) for extent in entry["shape"]), str(entry["dtype"]))
+                for name, entry in header.items()
+            }
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise BadFile(
+                f"{path} has a corrupt header: {str(error)[:100]!r}", hint="download this file again"
+            ) from error
     if needed > size:
         raise BadFile(
             f"{path} is truncated: its header describes {needed:,} bytes, the file has {size:,}",
             hint="the download was cut off; get this file again",
         )
-    return list(header)
+    return stored
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -121,32 +145,41 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         Unsupported: weights only as pickles.
     """
     if not (folder / "config.json").is_file():
-        raise BadFile(f"{folder} holds no config.json; it is no Hugging Face checkpoint")
+        raise BadFile(
+            f"{folder} holds no config.json; it is no Hugging Face checkpoint",
+            hint="give a folder as save_pretrained writes it, or a GGUF file",
+        )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise BadFile(f"{folder / 'config.json'} is not a table")
     shards = _shards(folder)
     shard_of: dict[str, str] = {}
+    stored: dict[str, Stored] = {}
     for shard in shards:
         if not (folder / shard).is_file():
             raise BadFile(
                 f"{folder} lacks {shard}, one of its {len(shards)} files of weights",
                 hint="the download is incomplete; get the missing file",
             )
-        for name in _shard_names(folder / shard):
-            shard_of[name] = shard
-    return Checkpoint(folder, config, shard_of)
+        found = _shard_tensors(folder / shard)
+        stored |= found
+        shard_of |= dict.fromkeys(found, shard)
+    return Checkpoint(folder, config, shard_of, stored)
 
 
 def _shards(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
+        index = read_json(folder / INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise BadFile(f"{folder / INDEX} has no weight_map")
         names = sorted(set(map(str, weight_map.values())))
         outside = [name for name in names if Path(name).name != name]
         if outside:
-            raise BadFile(f"{folder / INDEX} points outside its folder: {outside[0]}")
+            raise BadFile(
+                f"{folder / INDEX} points outside its folder: {outside[0]!r}",
+                hint="no honest checkpoint does that; get it from another place",
+            )
         return names
     if (folder / SINGLE).is_file():
         return [SINGLE]
@@ -155,4 +188,4 @@ def _shards(folder: Path) -> list[str]:
             f"{folder} has its weights as Python pickles, which can run code when they are opened",
             hint="save it again with safe_serialization=True",
         )
-    raise BadFile(f"{folder} holds no {SINGLE}")
+    raise BadFile(f"{folder} holds no {SINGLE}", hint="the download is incomplete, or this is another folder")

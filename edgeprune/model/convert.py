@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.files import atomic_writer, require_space
+from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS
 from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
 from edgeprune.model.converter import Converter, Source, converter_for
 from edgeprune.model.gguf import (
@@ -29,7 +32,20 @@ if TYPE_CHECKING:
 BASE_TYPES = ("auto", "f32", "f16", "bf16")
 SOURCE_KEY = "edgeprune.source_digest"
 LARGEST_F16 = 65504.0
+MOST_HEADS = 4096
+OUTPUT = "lm_head.weight"
 Progress = Callable[[int, int], None]
+# Settings of the rotary embedding: GGUF key below ``rope.scaling`` and its type; "" when handled apart.
+_ROPE_KEYS = {
+    "rope_type": ("", ""),
+    "type": ("", ""),
+    "rope_theta": ("", ""),
+    "factor": ("factor", "f32"),
+    "original_max_position_embeddings": ("original_context_length", "u32"),
+    "beta_fast": ("yarn_beta_fast", "f32"),
+    "beta_slow": ("yarn_beta_slow", "f32"),
+}
+_FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,27 @@ def _required(config: dict[str, Any], keys: tuple[str, ...], folder: Path) -> An
     return value
 
 
+def _count(config: dict[str, Any], keys: tuple[str, ...], folder: Path, most: int) -> int:
+    """A positive number from the configuration; a huge one would be planned for at length."""
+    value = _required(config, keys, folder)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise BadFile(f"{folder / 'config.json'}: {keys[0]} = {str(value)[:40]!r} is not a number from 1 to {most}")
+    return value
+
+
+def _apply_tying(checkpoint: Checkpoint) -> None:
+    """Forget an output matrix beside tied embeddings: transformers ignores it, so it may be anything.
+
+    Raises:
+        BadFile: neither tied embeddings nor an output matrix.
+    """
+    tied = checkpoint.config.get("tie_word_embeddings")
+    if tied:
+        checkpoint.stored.pop(OUTPUT, None)
+    elif tied is False and OUTPUT not in checkpoint.stored:
+        raise BadFile(f"{checkpoint.folder} lacks tensor {OUTPUT}, and its embeddings are not tied")
+
+
 def _check_assumptions(converter: Converter, config: dict[str, Any]) -> None:
     for key, expected in converter.require.items():
         wanted = None if expected == "null" else expected
@@ -66,8 +103,14 @@ def _check_assumptions(converter: Converter, config: dict[str, Any]) -> None:
         if key in config and config[key] != wanted:
             raise Unsupported(
                 f"this {converter.name} checkpoint has {key} = {config[key]!r}; "
-                f"llama.cpp's {converter.arch} assumes {wanted!r}"
+                f"llama.cpp's {converter.arch} assumes {wanted!r}",
+                hint="a GGUF of it that someone else has made works without a converter",
             )
+    if config.get("quantization_config"):
+        raise Unsupported(
+            f"this {converter.name} checkpoint is quantised already",
+            hint="use the original checkpoint, in BF16 or F16",
+        )
 
 
 def _metadata(converter: Converter, config: dict[str, Any], folder: Path) -> list[Entry]:
@@ -89,18 +132,22 @@ def _rope_entries(converter: Converter, config: dict[str, Any]) -> list[Entry]:
     """Base frequency and scaling of the rotary embedding, from either place where they are kept."""
     rope = lookup(config, ("rope_parameters", "rope_scaling")) or {}
     base = lookup(config, ("rope_parameters.rope_theta", "rope_theta"))
-    entries = [make_entry(f"{converter.arch}.rope.freq_base", "f32", float(base or 10000.0))]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("default", None):
-        return entries
-    if kind not in ("linear", "yarn"):
-        raise Unsupported(f"rotary embedding scaling '{kind}' is not supported")
-    entries.append(make_entry(f"{converter.arch}.rope.scaling.type", "str", kind))
-    entries.append(make_entry(f"{converter.arch}.rope.scaling.factor", "f32", float(rope["factor"])))
-    original = rope.get("original_max_position_embeddings")
-    if original is not None:
-        key = f"{converter.arch}.rope.scaling.original_context_length"
-        entries.append(make_entry(key, "u32", int(original)))
+    prefix = f"{converter.arch}.rope"
+    try:
+        kind = rope.get("rope_type", rope.get("type"))
+        entries = [make_entry(f"{prefix}.freq_base", "f32", float(base or 10000.0))]
+        if kind in ("default", None):
+            return entries
+        unknown = sorted(k for k, value in rope.items() if k not in _ROPE_KEYS and value is not None)
+        if kind not in ("linear", "yarn") or unknown:
+            what = f"with {', '.join(unknown)} " if unknown else ""
+            raise Unsupported(f"rotary embedding scaling '{kind}' {what}is not supported")
+        entries.append(make_entry(f"{prefix}.scaling.type", "str", kind))
+        for key, (ours, form) in _ROPE_KEYS.items():
+            if ours and rope.get(key) is not None:
+                entries.append(make_entry(f"{prefix}.scaling.{ours}", form, rope[key]))
+    except (AttributeError, TypeError, ValueError, struct.error) as error:
+        raise BadFile(f"config.json has unusable rotary embedding settings: {rope!r}"[:200]) from error
     return entries
 
 
@@ -111,7 +158,7 @@ def _gguf_type(name: str, dimensions: int, base: str) -> str:
 
 def _choose(checkpoint: Checkpoint, sources: tuple[Source, ...], layer: int) -> Source | None:
     for source in sources:
-        if source.name.format(layer=layer, expert=0) in checkpoint.shard_of:
+        if source.name.format(layer=layer, expert=0) in checkpoint.stored:
             return source
     return None
 
@@ -132,25 +179,38 @@ def _planned(
             raise BadFile(f"{checkpoint.folder} lacks tensor {wanted}")
         count = experts if "{expert}" in source.name else 1
         names = tuple(source.name.format(layer=layer, expert=expert) for expert in range(count))
-        missing = [name for name in names if name not in checkpoint.shard_of]
-        if missing:
-            raise BadFile(f"{checkpoint.folder} lacks tensor {missing[0]}")
+        _check_sources(checkpoint, names)
         shape = TRANSFORMS[source.transform].shape(checkpoint.shape(names[0]), count)
         target = TensorShape(name, tuple(reversed(shape)), _gguf_type(name, len(shape), base))
         yield _Planned(target, names, source.transform)
 
 
+def _check_sources(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
+    """Refuse sources that are missing, of a type without a value per weight, or of different shapes."""
+    for name in names:
+        stored = checkpoint.stored.get(name)
+        if stored is None:
+            raise BadFile(f"{checkpoint.folder} lacks tensor {name}")
+        if stored.type not in _FLOATS:
+            raise Unsupported(
+                f"{checkpoint.folder} stores {name} as {stored.type}; F32, F16 and BF16 are supported",
+                hint="use the original checkpoint, in BF16 or F16",
+            )
+        if stored.shape != checkpoint.shape(names[0]):
+            raise BadFile(f"{checkpoint.folder}: {name} and {names[0]} differ in shape")
+
+
 def _unclaimed(checkpoint: Checkpoint, planned: list[_Planned]) -> list[str]:
     """Checkpoint tensors that no GGUF tensor uses; buffers that can be recomputed do not count."""
-    used = {name for plan in planned for name in plan.sources} | {"lm_head.weight"}
-    return sorted(n for n in checkpoint.shard_of if n not in used and "rotary_emb" not in n)
+    used = {name for plan in planned for name in plan.sources}
+    return sorted(n for n in checkpoint.stored if n not in used and "rotary_emb" not in n)
 
 
 def _piece_bytes(piece: torch.Tensor, kind: str, name: str) -> bytes:
     """``piece`` as little-endian bytes of type ``kind``, refused when it is not finite."""
     import torch
 
-    if not bool(torch.isfinite(piece.float() if piece.dtype.itemsize == 1 else piece).all()):
+    if not bool(torch.isfinite(piece).all()):
         raise BadFile(
             f"tensor {name} holds values that are NaN or infinite",
             hint="the checkpoint is damaged or overflowed when it was saved; get it again",
@@ -163,17 +223,14 @@ def _piece_bytes(piece: torch.Tensor, kind: str, name: str) -> bytes:
 
 
 def _base_type(base: str, checkpoint: Checkpoint) -> str:
-    """The float type of the matrices: as asked, or the checkpoint's own."""
-    import torch
-
+    """The float type of the matrices: as asked, or the one that most of the checkpoint's weights have."""
     if base != "auto":
         return base
-    matrix = next(name for name in checkpoint.shard_of if len(checkpoint.shape(name)) > 1)
-    own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-    dtype = checkpoint.tensor(matrix).dtype
-    if dtype not in own:
-        raise Unsupported(f"{checkpoint.folder} stores its weights as {dtype}; F32, F16 and BF16 are supported")
-    return own[dtype]
+    weights = dict.fromkeys(_FLOATS, 0)
+    for stored in checkpoint.stored.values():
+        if stored.type in weights:
+            weights[stored.type] += math.prod(stored.shape)
+    return max(weights, key=lambda name: weights[name]).lower()
 
 
 def convert_task(
@@ -199,8 +256,9 @@ def convert(folder: Path, output: Path, base: str = "auto", name: str = "", prog
     config = checkpoint.config
     converter = converter_for(str(config.get("model_type", "")))
     _check_assumptions(converter, config)
-    layers = int(_required(config, converter.layers, folder))
-    experts = int(_required(config, converter.experts, folder))
+    layers = _count(config, converter.layers, folder, MOST_LAYERS)
+    experts = _count(config, converter.experts, folder, MOST_EXPERTS)
+    _apply_tying(checkpoint)
     planned = list(_planned(converter, checkpoint, layers, experts, _base_type(base, checkpoint)))
     if unclaimed := _unclaimed(checkpoint, planned):
         raise Unsupported(f"{folder} has {len(unclaimed)} tensors that {converter.name} does not: {unclaimed[0]}")
@@ -215,8 +273,8 @@ def convert(folder: Path, output: Path, base: str = "auto", name: str = "", prog
         make_entry("general.quantization_version", "u32", 2),
         make_entry(SOURCE_KEY, "str", checkpoint.fingerprint()),
     ]
-    heads = int(_required(config, ("num_attention_heads",), folder))
-    counts = Heads(heads, int(config.get("num_key_value_heads") or heads))
+    heads = _count(config, ("num_attention_heads",), folder, MOST_HEADS)
+    counts = Heads(heads, _count(config, ("num_key_value_heads", "num_attention_heads"), folder, MOST_HEADS))
     _write(checkpoint, planned, entries, output, counts, progress)
 
 
@@ -241,7 +299,7 @@ def _write(
                 for piece in TRANSFORMS[plan.transform].apply(checkpoint.tensor(source), heads):
                     written += stream.write(_piece_bytes(piece, plan.target.type, source))
             if written != plan.target.nbytes:
-                raise BadFile(f"{plan.target.name}: the experts differ in shape")
+                raise BadFile(f"{plan.target.name} came out with {written:,} bytes, not {plan.target.nbytes:,}")
             stream.write(bytes(align(written, DEFAULT_ALIGNMENT) - written))
             if progress is not None:
                 progress(stream.tell(), total)

@@ -28,6 +28,8 @@ class GgmlType:
         block: weights per block; a row must be a multiple of it.
         block_bytes: bytes per block.
         needs_imatrix: encoding without an importance matrix aborts, or is refused by llama-quantize.
+        largest: magnitude beyond which the scale of a block overflows; the encoder asserts or writes garbage then.
+        encodable: the library can encode weights in it; for the others it ends its process.
     """
 
     name: str
@@ -35,6 +37,8 @@ class GgmlType:
     block: int
     block_bytes: int
     needs_imatrix: bool = False
+    largest: float = 6.0e4  # most block scales are F16
+    encodable: bool = True
 
     @property
     def bits_per_weight(self) -> float:
@@ -50,20 +54,20 @@ class GgmlType:
 
 
 _TABLE = (
-    GgmlType("F32", 0, 1, 4),
+    GgmlType("F32", 0, 1, 4, largest=3.4e38),
     GgmlType("F16", 1, 1, 2),
     GgmlType("Q4_0", 2, 32, 18),
     GgmlType("Q4_1", 3, 32, 20),
     GgmlType("Q5_0", 6, 32, 22),
     GgmlType("Q5_1", 7, 32, 24),
     GgmlType("Q8_0", 8, 32, 34),
-    GgmlType("Q8_1", 9, 32, 36),
+    GgmlType("Q8_1", 9, 32, 36, encodable=False),
     GgmlType("Q2_K", 10, 256, 84),
     GgmlType("Q3_K", 11, 256, 110),
     GgmlType("Q4_K", 12, 256, 144),
     GgmlType("Q5_K", 13, 256, 176),
     GgmlType("Q6_K", 14, 256, 210),
-    GgmlType("Q8_K", 15, 256, 292),
+    GgmlType("Q8_K", 15, 256, 292, encodable=False),
     GgmlType("IQ2_XXS", 16, 256, 66, needs_imatrix=True),
     GgmlType("IQ2_XS", 17, 256, 74, needs_imatrix=True),
     GgmlType("IQ3_XXS", 18, 256, 98, needs_imatrix=True),
@@ -72,17 +76,17 @@ _TABLE = (
     GgmlType("IQ3_S", 21, 256, 110),
     GgmlType("IQ2_S", 22, 256, 82, needs_imatrix=True),
     GgmlType("IQ4_XS", 23, 256, 136),
-    GgmlType("I8", 24, 1, 1),
-    GgmlType("I16", 25, 1, 2),
-    GgmlType("I32", 26, 1, 4),
-    GgmlType("I64", 27, 1, 8),
-    GgmlType("F64", 28, 1, 8),
+    GgmlType("I8", 24, 1, 1, encodable=False),
+    GgmlType("I16", 25, 1, 2, encodable=False),
+    GgmlType("I32", 26, 1, 4, encodable=False),
+    GgmlType("I64", 27, 1, 8, encodable=False),
+    GgmlType("F64", 28, 1, 8, encodable=False),
     GgmlType("IQ1_M", 29, 256, 56, needs_imatrix=True),
-    GgmlType("BF16", 30, 1, 2),
+    GgmlType("BF16", 30, 1, 2, largest=3.3e38),
     GgmlType("TQ1_0", 34, 256, 54),
     GgmlType("TQ2_0", 35, 256, 66),
     GgmlType("MXFP4", 39, 32, 17),
-    GgmlType("NVFP4", 40, 64, 36),
+    GgmlType("NVFP4", 40, 64, 36, largest=2.6e3),
     GgmlType("Q1_0", 41, 128, 18),
     GgmlType("Q2_0", 42, 64, 18),
 )
@@ -96,9 +100,6 @@ CHOICES = (
     "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
-
-# F16 block scales overflow beyond this magnitude; the encoders assert or write garbage then.
-LARGEST_WEIGHT = 6.0e4
 
 
 def type_named(name: str) -> GgmlType:
@@ -188,8 +189,8 @@ def decode(kind: GgmlType, raw: npt.NDArray[np.uint8], width: int) -> npt.NDArra
     return weights
 
 
-def check_weights(weights: npt.NDArray[np.float32], name: str) -> None:
-    """Refuse NaN, infinity and magnitudes whose F16 block scale would overflow.
+def check_weights(kind: GgmlType, weights: npt.NDArray[np.float32], name: str) -> None:
+    """Refuse NaN, infinity and magnitudes whose block scale would overflow.
 
     Raises:
         BadFile: says which, and how many.
@@ -200,10 +201,18 @@ def check_weights(weights: npt.NDArray[np.float32], name: str) -> None:
             f"tensor {name} holds {int(bad.sum())} values that are NaN or infinite",
             hint="the checkpoint is damaged or overflowed when it was saved; get it again",
         )
-    if weights.size and float(np.abs(weights).max()) > LARGEST_WEIGHT:
-        raise BadFile(
-            f"tensor {name} holds weights up to {np.abs(weights).max():.3g}, beyond the range of F16 scales"
-        )
+    most = float(np.abs(weights).max(initial=0.0))
+    if most > kind.largest:
+        raise BadFile(f"tensor {name} holds weights up to {most:.3g}, beyond the range of {kind.name}")
+
+
+def _checked_importance(imatrix: npt.NDArray[np.float32], width: int, name: str) -> npt.NDArray[np.float32]:
+    """``imatrix`` contiguous; the library reads ``width`` numbers from it, whatever its length."""
+    if imatrix.shape != (width,):
+        raise BadFile(f"{name}: the importance matrix has the shape {imatrix.shape} for rows of {width} weights")
+    if not np.isfinite(imatrix).all() or imatrix.min() < 0:
+        raise BadFile(f"{name}: the importance matrix holds values that are negative, NaN or infinite")
+    return np.ascontiguousarray(imatrix, np.float32)
 
 
 def encode(
@@ -216,17 +225,20 @@ def encode(
         name: tensor name, for messages.
 
     Raises:
-        BadFile: weights that are not finite or too large, before; invalid blocks, after.
-        Unsupported: the width is not a multiple of the block, or the type needs an imatrix.
+        BadFile: weights or importances that are not finite or too large, before; invalid blocks, after.
+        Unsupported: the library cannot encode the type, the width is not a multiple of the block, or the
+            type needs an imatrix.
     """
     rows, width = weights.shape
+    if not kind.encodable:
+        raise Unsupported(f"{name}: llama.cpp does not store weights as {kind.name}")
     if width % kind.block:
         raise Unsupported(f"{name}: rows of {width} weights do not divide into {kind.name} blocks of {kind.block}")
-    check_weights(weights, name)
+    check_weights(kind, weights, name)
     if imatrix is None and kind.needs_imatrix:
         raise Unsupported(f"{name}: {kind.name} needs an importance matrix")
     source = np.ascontiguousarray(weights, np.float32)
-    importance = None if imatrix is None else np.ascontiguousarray(imatrix, np.float32)
+    importance = None if imatrix is None else _checked_importance(imatrix, width, name)
     encoded = np.empty((rows, kind.row_bytes(width)), np.uint8)
     library().ggml_quantize_chunk(
         kind.id,

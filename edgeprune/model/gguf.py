@@ -25,6 +25,7 @@ MAGIC = b"GGUF"
 VERSION = 3
 DEFAULT_ALIGNMENT = 32
 LONGEST_NAME = 63
+LONGEST_KEY = 65535  # bytes, by the specification
 MOST_DIMENSIONS = 4
 LARGEST_COUNT = 1 << 30  # strings and arrays beyond this are refused by llama.cpp too
 
@@ -103,6 +104,11 @@ def _strings(body: bytes, count: int) -> list[str]:
     return values
 
 
+def _shown(name: str) -> str:
+    """``name`` for a one-line message, whatever a hostile file put into it."""
+    return name if name.isprintable() and len(name) <= 80 else repr(name)[:80]
+
+
 class _Cursor:
     """A position in the mapped file that refuses to pass its end."""
 
@@ -126,6 +132,17 @@ class _Cursor:
         if length > LARGEST_COUNT:
             raise self.fail(f"a string of {length:,} bytes")
         return self.take(length)
+
+    def name(self, what: str, longest: int) -> str:
+        """A key or a tensor name, which must survive being written again."""
+        raw = self.string()
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.fail(f"a {what} that is not UTF-8") from None
+        if not raw or len(raw) > longest:
+            raise self.fail(f"an empty or overlong {what} {_shown(text)}")
+        return text
 
     def skip_strings(self, count: int) -> None:
         """Advance over ``count`` strings; the loop is the cost of a large vocabulary."""
@@ -173,7 +190,9 @@ class GgufFile:
         self.entries = self._read_entries(cursor, entry_count)
         self.alignment = self._read_alignment()
         self.tensors = self._read_tensors(cursor, tensor_count)
-        if int(self.get("split.count", 1)) > 1:
+        split = self.entries.get("split.count")
+        # llama.cpp wants u16 here; one that is an array or a text means nothing.
+        if split is not None and split.kind in _SCALARS and split.value() > 1:
             raise Unsupported(
                 f"{path} is one part of a split model",
                 hint="join the parts first: llama-gguf-split --merge FIRST-PART OUTPUT",
@@ -184,7 +203,7 @@ class GgufFile:
         if magic != MAGIC:
             raise BadFile(f"{self.path} is not a GGUF file: it begins with {magic!r}")
         version = cursor.number("<I")
-        if version == 1 or version > VERSION:
+        if version not in (2, VERSION):
             raise Unsupported(f"{self.path}: GGUF version {version}; edgeprune reads 2 and 3")
         tensor_count, entry_count = cursor.number("<Q"), cursor.number("<Q")
         # Each tensor takes at least 24 bytes of header and each entry 12.
@@ -195,9 +214,9 @@ class GgufFile:
     def _read_entries(self, cursor: _Cursor, count: int) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         for _ in range(count):
-            key = cursor.string().decode("utf-8", errors="replace")
-            if not key or key in entries:
-                raise cursor.fail(f"an empty or repeated metadata key {key!r}")
+            key = cursor.name("metadata key", LONGEST_KEY)
+            if key in entries:
+                raise cursor.fail(f"the metadata key {_shown(key)} twice")
             entries[key] = self._read_entry(cursor, key)
         return entries
 
@@ -207,7 +226,7 @@ class GgufFile:
         if kind == ARRAY:
             element, length = cursor.number("<I"), cursor.number("<Q")
             if length > LARGEST_COUNT or (element not in _SCALARS and element != STRING):
-                raise cursor.fail(f"metadata {key}: an array of {length:,} elements of type {element}")
+                raise cursor.fail(f"metadata {_shown(key)}: an array of {length:,} elements of type {element}")
             if element == STRING:
                 cursor.skip_strings(length)
             else:
@@ -217,7 +236,7 @@ class GgufFile:
         elif kind in _SCALARS:
             cursor.take(_SIZES[kind])
         else:
-            raise cursor.fail(f"metadata {key}: unknown value type {kind}")
+            raise cursor.fail(f"metadata {_shown(key)}: unknown value type {kind}")
         return Entry(key, kind, element, length, self._map[start : cursor.position])
 
     def _read_alignment(self) -> int:
@@ -232,19 +251,19 @@ class GgufFile:
     def _read_tensors(self, cursor: _Cursor, count: int) -> dict[str, TensorInfo]:
         described: dict[str, tuple[tuple[int, ...], str, int]] = {}
         for _ in range(count):
-            name = cursor.string().decode("utf-8", errors="replace")
-            if not name or len(name.encode()) > LONGEST_NAME or name in described:
-                raise cursor.fail(f"an empty, overlong or repeated tensor name {name[:80]!r}")
+            name = cursor.name("tensor name", LONGEST_NAME)
+            if name in described:
+                raise cursor.fail(f"the tensor {_shown(name)} twice")
             described[name] = self._read_shape(cursor, name)
         self.data_offset = align(cursor.position, self.alignment)
         tensors, running = {}, 0
         for name, (shape, kind, offset) in described.items():
             nbytes = ggml.tensor_bytes(kind, shape)
             if offset != running:
-                raise BadFile(f"{self.path}: tensor {name} at offset {offset:,} where {running:,} is due")
+                raise BadFile(f"{self.path}: tensor {_shown(name)} at offset {offset:,} where {running:,} is due")
             if self.data_offset + offset + nbytes > self.size:
                 raise BadFile(
-                    f"{self.path} is truncated: tensor {name} ends at byte "
+                    f"{self.path} is truncated: tensor {_shown(name)} ends at byte "
                     f"{self.data_offset + offset + nbytes:,}, the file at {self.size:,}",
                     hint="the download or copy was cut off; get the file again",
                 )
@@ -255,14 +274,14 @@ class GgufFile:
     def _read_shape(self, cursor: _Cursor, name: str) -> tuple[tuple[int, ...], str, int]:
         dimensions = cursor.number("<I")
         if not 0 < dimensions <= MOST_DIMENSIONS:
-            raise cursor.fail(f"tensor {name} has {dimensions} dimensions")
+            raise cursor.fail(f"tensor {_shown(name)} has {dimensions} dimensions")
         shape = tuple(cursor.number("<Q") for _ in range(dimensions))
         kind = ggml.BY_ID.get(cursor.number("<I"))
         offset = cursor.number("<Q")
         if kind is None:
-            raise cursor.fail(f"tensor {name} has an unknown type")
+            raise cursor.fail(f"tensor {_shown(name)} has an unknown type")
         if min(shape) < 1 or shape[0] % kind.block or int(np.prod([float(n) for n in shape])) > 2**50:
-            raise cursor.fail(f"tensor {name} has the impossible shape {list(shape)} for {kind.name}")
+            raise cursor.fail(f"tensor {_shown(name)} has the impossible shape {list(shape)} for {kind.name}")
         return shape, kind.name, offset
 
     def get(self, key: str, default: Any = None) -> Any:

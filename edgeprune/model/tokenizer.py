@@ -26,14 +26,17 @@ _QWEN35 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Pre-tokenizer rules (the split patterns in order, then whether ByteLevel applies GPT-2's own
-# pattern) to the name under which llama.cpp has them (src/llama-vocab.cpp).
-PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
-    ((), True): "gpt-2",
-    ((_QWEN2,), False): "qwen2",
-    ((_QWEN35,), False): "qwen35",
-    ((_LLAMA3,), False): "llama-bpe",
+# Pre-tokenizer rules (the split patterns in order, whether ByteLevel applies GPT-2's own pattern, and whether
+# a word that is a token is taken before any merge) to the name under which llama.cpp has them
+# (src/llama-vocab.cpp).
+PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool, bool], str] = {
+    ((), True, False): "gpt-2",
+    ((_QWEN2,), False, False): "qwen2",
+    ((_QWEN35,), False, False): "qwen35",
+    ((_LLAMA3,), False, True): "llama-bpe",
 }
+# Settings of a BPE model that change what it does and that llama.cpp does not have.
+_FOREIGN_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def _content(token: Any) -> str | None:
@@ -52,8 +55,14 @@ def _pre_tokenizer(definition: dict[str, Any], path: Path) -> str:
     rules = definition.get("pre_tokenizer") or {}
     steps = rules.get("pretokenizers", [rules]) if rules.get("type") == "Sequence" else [rules]
     patterns, own_pattern = [], False
+    # llama.cpp leaves out the composition of accents, which NFC is: only text in decomposed form is affected.
+    normalizer = (definition.get("normalizer") or {}).get("type", "NFC")
+    if normalizer != "NFC":
+        raise Unsupported(f"{path}: llama.cpp has no normalizer {normalizer} for byte-level tokenizers")
     for step in steps:
         if step.get("type") == "Split":
+            if (step.get("behavior"), bool(step.get("invert"))) not in (("Isolated", False), ("Removed", True)):
+                raise Unsupported(f"{path}: pre-tokenizer splits that are {step.get('behavior')}")
             patterns.append(str(step.get("pattern", {}).get("Regex", step.get("pattern"))))
         elif step.get("type") == "ByteLevel":
             own_pattern = bool(step.get("use_regex", True))
@@ -61,10 +70,11 @@ def _pre_tokenizer(definition: dict[str, Any], path: Path) -> str:
                 raise Unsupported(f"{path}: a byte-level tokenizer that adds a space in front of the text")
         else:
             raise Unsupported(f"{path}: pre-tokenizer step {step.get('type')} is not known to llama.cpp")
-    name = PRE_TOKENIZERS.get((tuple(patterns), own_pattern))
+    words_first = bool(definition["model"].get("ignore_merges"))
+    name = PRE_TOKENIZERS.get((tuple(patterns), own_pattern, words_first))
     if name is None:
         raise Unsupported(
-            f"{path}: unknown pre-tokenizer rules {patterns}",
+            f"{path}: unknown pre-tokenizer rules {patterns}" + ", words before merges" * words_first,
             hint="if llama.cpp has this pattern, add it to PRE_TOKENIZERS in edgeprune/model/tokenizer.py",
         )
     return name
@@ -75,10 +85,10 @@ def _token_table(definition: dict[str, Any], size: int) -> tuple[list[str], list
     texts = [f"[UNUSED{index}]" for index in range(size)]
     types = [UNUSED] * size
     for text, index in definition["model"]["vocab"].items():
-        if index < size:
+        if 0 <= index < size:
             texts[index], types[index] = text, NORMAL
     for added in definition.get("added_tokens", []):
-        if added["id"] < size:
+        if 0 <= added["id"] < size:
             texts[added["id"]] = added["content"]
             types[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
     return texts, types
@@ -160,7 +170,10 @@ def _frame(path: Path) -> tuple[bool, bool]:
     """Whether the tokenizer's own post-processor puts a token before, and after, every text."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise BadFile(f"{path} is not a tokenizer definition: {str(error)[:200]!r}") from error
     framed = tokenizer.encode("a").ids
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     if not bare or len(framed) == len(bare):
@@ -172,7 +185,8 @@ def _template_entries(folder: Path, settings: dict[str, Any]) -> list[Entry]:
     """The chat template, from its own file or from the configuration; named ones beside the default."""
     template = settings.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        # Not read_text, which would change line ends.
+        template = (folder / "chat_template.jinja").read_bytes().decode("utf-8")
     if isinstance(template, str):
         return [make_entry("tokenizer.chat_template", "str", template)]
     if not isinstance(template, list):
@@ -205,7 +219,9 @@ def tokenizer_entries(folder: Path, config: dict[str, Any], vocabulary: int) -> 
     try:
         kind = definition["model"]["type"]
         if kind != "BPE":
-            raise Unsupported(f"{path}: {kind} tokenizers are not supported yet; BPE is")
+            raise Unsupported(f"{path}: {kind} tokenizers are not supported; BPE is")
+        if foreign := [name for name in _FOREIGN_SETTINGS if definition["model"].get(name)]:
+            raise Unsupported(f"{path}: llama.cpp has no BPE with {foreign[0]}")
         largest = max(definition["model"]["vocab"].values(), default=-1)
         if largest >= vocabulary:
             raise BadFile(f"{path} has token id {largest}, the model {vocabulary} embeddings")
@@ -214,10 +230,10 @@ def tokenizer_entries(folder: Path, config: dict[str, Any], vocabulary: int) -> 
             entries = _sentencepiece_entries(definition, texts, types)
         else:
             entries = _byte_level_entries(definition, texts, types, path)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadFile(f"{path} is not a tokenizer definition: {error!r}") from error
-    return [
-        *entries,
-        *_special_entries(folder, settings, config, texts),
-        *_template_entries(folder, settings),
-    ]
+        return [
+            *entries,
+            *_special_entries(folder, settings, config, texts),
+            *_template_entries(folder, settings),
+        ]
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise BadFile(f"{path} or its settings are not a tokenizer definition: {str(error)[:200]!r}") from error
