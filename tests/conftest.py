@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import toys
 
 from edgeprune.model.convert import convert
-
-ToyFactory = Callable[[str], Path]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,7 +27,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory, own_home: Path) -> ToyFactory:
+def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory, own_home: Path) -> toys.Maker:
     """Checkpoint folder of ``qwen3_moe``, ``mixtral`` or ``olmoe``, made when first asked for. Do not change it."""
     made: dict[str, Path] = {}
 
@@ -42,7 +40,7 @@ def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory, own_home: Path) -> 
 
 
 @pytest.fixture(scope="session")
-def toy_gguf(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: ToyFactory) -> ToyFactory:
+def toy_gguf(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: toys.Maker) -> toys.Maker:
     """F32 GGUF of ``qwen3_moe``, ``mixtral`` or ``olmoe``, converted when first asked for. Do not change it."""
     made: dict[str, Path] = {}
 
@@ -56,7 +54,7 @@ def toy_gguf(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: ToyFactor
 
 
 @pytest.fixture(scope="session")
-def synthetic(tmp_path_factory: pytest.TempPathFactory, own_home: Path) -> ToyFactory:
+def synthetic(tmp_path_factory: pytest.TempPathFactory, own_home: Path) -> toys.Maker:
     """F32 GGUF of one of ``toys.SYNTHETIC``, written when first asked for. Do not change it."""
     made: dict[str, Path] = {}
 

@@ -30,6 +30,7 @@ QWEN2_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPACE = "\u2581"
+Maker = Callable[[str], Path]  # of the fixtures: a name to the file or folder made for it
 
 
 def training_lines() -> list[str]:

@@ -208,7 +208,9 @@ class GgufFile:
         tensor_count, entry_count = cursor.number("<Q"), cursor.number("<Q")
         # Each tensor takes at least 24 bytes of header and each entry 12.
         if tensor_count * 24 + entry_count * 12 > self.size:
-            raise cursor.fail(f"claims {tensor_count:,} tensors and {entry_count:,} metadata entries")
+            raise cursor.fail(
+                f"truncated or corrupt GGUF: claims {tensor_count:,} tensors and {entry_count:,} metadata entries"
+            )
         return tensor_count, entry_count
 
     def _read_entries(self, cursor: _Cursor, count: int) -> dict[str, Entry]:
