@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from edgeprune.device.profile import find_profile
 from edgeprune.errors import UsageError
 from edgeprune.units import format_bytes
 
@@ -74,6 +75,8 @@ class Settings:
                 "say what to fit: exactly one of --device, --memory and --file-size",
                 hint="`--device auto` is this machine; `edgeprune profiles` lists the others",
             )
+        if self.device not in (None, "auto"):
+            find_profile(self.device)  # a typo is found before a large checkpoint is converted
 
     @property
     def target(self) -> str:

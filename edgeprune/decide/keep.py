@@ -15,6 +15,16 @@ from edgeprune.model.architecture import Architecture
 KeepSet = dict[int, tuple[int, ...]]
 
 
+def check_score(method: str) -> None:
+    """Refuse the name of a score that does not exist.
+
+    Raises:
+        UsageError: names those that do.
+    """
+    if method not in SCORES:
+        raise UsageError(f"unknown score '{method}'", hint=f"known: {', '.join(SCORES)}")
+
+
 def rankings(statistics: Statistics, architecture: Architecture, method: str) -> dict[int, npt.NDArray[np.intp]]:
     """Experts of each MoE layer from most to least worth keeping, int [E].
 
@@ -23,8 +33,7 @@ def rankings(statistics: Statistics, architecture: Architecture, method: str) ->
     Raises:
         UsageError: an unknown method.
     """
-    if method not in SCORES:
-        raise UsageError(f"unknown score '{method}'", hint=f"known: {', '.join(SCORES)}")
+    check_score(method)
     ranked = {}
     for layer in architecture.moe_layers:
         score = SCORES[method](statistics.layers[layer], layer)

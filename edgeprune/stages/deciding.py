@@ -12,11 +12,13 @@ import numpy as np
 
 from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
-from edgeprune.decide.keep import rankings
+from edgeprune.decide.keep import check_score, rankings
 from edgeprune.decide.plan import Plan
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError, UsageError
 from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
+from edgeprune.measure.distortion import candidate_types
+from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
 from edgeprune.stages.measuring import MeasureStages
@@ -88,17 +90,37 @@ class DecideStages(MeasureStages):
             return candidates(problem, counts, forced_types=bool(self.settings.types), progress=progress)
 
     def _fail_early(self) -> None:
-        """Refuse a budget without room for any weights before anything is measured.
+        """Refuse what cannot be met, whatever the measurements will say, before anything is measured.
 
         Raises:
-            DoesNotFit: the pools are used up before the first weight.
+            DoesNotFit: not even the fewest experts in the smallest types fit.
+            UsageError: an impossible number of experts, type or score.
         """
+        counts, architecture = self._counts(), self.architecture
+        check_score(self.settings.method)
+        types = allowed_types(self.profile, self.settings.types)
         if self.budget.weights_bytes <= 0:
             raise DoesNotFit(
-                f"{self.architecture.name} does not fit {self.profile.name}: nothing is left for weights",
+                f"{architecture.name} does not fit {self.profile.name}: nothing is left for weights",
                 rows=self.budget.rows(),
                 hint="shorten the context with --context, or choose a quantised cache with --kv-type q8_0",
             )
+        # When every type costs nothing, the best plan is the smallest.
+        free = {t.name: {k: [0.0, 0.0] for k in candidate_types(t)} for t in architecture.tensors if t.quantisable}
+        smallest = Problem(
+            file=self.file,
+            architecture=architecture,
+            sensitivity=Sensitivity({}, free, {}, {}),
+            ranked={layer: np.arange(architecture.experts) for layer in architecture.moe_layers},
+            drop_nats=dict.fromkeys(counts, 0.0),
+            types=types,
+            budget=self.budget,
+            profile=self.profile,
+            launch=self.launch,
+            method=self.settings.method,
+            made_from={},
+        )
+        candidates(smallest, [min(counts)], forced_types=bool(self.settings.types))
 
     def plan(self) -> Plan:
         """The plan in the folder if it is still right, else the best candidate, saved."""
