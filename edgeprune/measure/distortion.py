@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.device.probe import cores
-from edgeprune.measure.statistics import Statistics
+from edgeprune.measure.statistics import InputMoments, Statistics
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Tensor, read_architecture
 from edgeprune.model.gguf import GgufFile
@@ -60,10 +60,22 @@ def relative_error(exact: Floats, approximate: Floats, importance: Floats) -> tu
     return float(error.sum()), float(energy.sum())
 
 
+def _output_energy(moment: InputMoments | None, matrix: int, rows: int) -> float:
+    """Observed squared output per token and row of ``matrix``, or 0 where it was not observed.
+
+    It exceeds the sum of weighted squares where inputs are correlated, which rounding errors are not.
+    """
+    if moment is None or not moment.output_square.any():
+        return 0.0
+    index = matrix if len(moment.count) > 1 else 0
+    return float(moment.output_square[index] / max(moment.count[index], 1.0) / rows)
+
+
 def _distortions(
-    file: GgufFile, tensor: Tensor, means: Floats | None, types: list[str], seed: int
+    file: GgufFile, tensor: Tensor, moment: InputMoments | None, types: list[str], seed: int
 ) -> dict[str, list[float]]:
     """By type: relative squared error as a product's weight, and as a lookup table (unweighted)."""
+    means = None if moment is None else moment.mean()
     samples = _sample(file, tensor, np.random.default_rng(seed))
     results = {}
     for name in types:
@@ -74,7 +86,9 @@ def _distortions(
             importance = flat if means is None else means[matrix if len(means) > 1 else 0]
             encoded = ggml.encode(kind, rows, importance, tensor.name)
             decoded = ggml.decode(kind, encoded.reshape(-1), rows.shape[1])
-            weighted += relative_error(rows, decoded, importance)
+            error, energy = relative_error(rows, decoded, importance)
+            energy = _output_energy(moment, matrix, tensor.shape[1]) * len(rows) or energy
+            weighted += (error, energy)
             plain += relative_error(rows, decoded, flat)
         results[name] = [float(pair[0] / pair[1]) if pair[1] else 0.0 for pair in (weighted, plain)]
     return results
@@ -98,8 +112,7 @@ def measure(
     def one(item: tuple[int, Tensor]) -> Any:
         index, tensor = item
         moment = moments.get(tensor.name)
-        means = None if moment is None else moment.mean()
-        return tensor.name, _distortions(file, tensor, means, candidate_types(tensor), index)
+        return tensor.name, _distortions(file, tensor, moment, candidate_types(tensor), index)
 
     with ThreadPoolExecutor(cores()) as pool:
         for name, by_type in pool.map(one, enumerate(tensors)):

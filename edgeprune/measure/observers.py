@@ -14,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.measure.llama import Node
-from edgeprune.measure.statistics import InputMoments, LayerStatistics
+from edgeprune.measure.statistics import Doubles, InputMoments, LayerStatistics
 
 # In the order in which the graph builds them; the last one present is what multiplies the output.
 _WEIGHTS = re.compile(r"ffn_moe_weights(?:_softmax|_norm|_scaled)?-(\d+)")
 _OUTPUT = re.compile(r"ffn_moe_(weighted|down|down_scaled|down_biased)-(\d+)")
 _LOGITS = re.compile(r"ffn_moe_(?:logits|probs_biased)-(\d+)")
 _DOWN = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
+# Larger products (the logits of a big vocabulary) are not read back just for their energy.
+_MOST_OUTPUTS_READ = 1 << 24
 MASKED_LOGIT = -1.0e9  # finite: llama.cpp's kernels handle -inf, its checks do not
 
 
@@ -88,11 +90,11 @@ class Collector:
         # Gate and up read the same input: its sums are computed once.
         last = self._last_input
         if last is not None and last[0] == inputs.pointer:
-            self._add(weight, last[1], _counts(ids, matrices))
+            self._add(weight, last[1], _counts(ids, matrices), _expert_energy(node, ids, matrices))
             self._last_input = None
             return
         sums = _expert_square_sums(inputs.read()[0], ids, matrices)
-        self._add(weight, sums, _counts(ids, matrices))
+        self._add(weight, sums, _counts(ids, matrices), _expert_energy(node, ids, matrices))
         self._last_input = (inputs.pointer, sums) if match is None else None
 
     def _dense(self, weight: str, node: Node, inputs: npt.NDArray[np.float32]) -> None:
@@ -105,15 +107,20 @@ class Collector:
         else:
             sums = squares.reshape(-1, inputs.shape[3]).sum(axis=0, dtype=np.float64)[None]
         rows = inputs.size // inputs.shape[3] // len(sums)
-        self._add(weight, sums, np.full(len(sums), float(rows)))
+        energy = np.zeros(len(sums))
+        if np.prod(node.shape) <= _MOST_OUTPUTS_READ:
+            squared = np.square(node.read(), dtype=np.float32)
+            energy = squared.sum(axis=(0, 2, 3), dtype=np.float64) if batched else squared.sum(dtype=np.float64)[None]
+        self._add(weight, sums, np.full(len(sums), float(rows)), energy)
 
-    def _add(self, weight: str, sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> None:
+    def _add(self, weight: str, sums: Doubles, counts: Doubles, energy: Doubles) -> None:
         moment = self.moments.get(weight)
         if moment is None:
-            self.moments[weight] = InputMoments(sums.copy(), counts.copy())
+            self.moments[weight] = InputMoments(sums.copy(), counts.copy(), energy.copy())
         else:
             moment.square_sum += sums
             moment.count += counts
+            moment.output_square += energy
 
     def _output(self, layer: int, output: npt.NDArray[np.float32]) -> None:
         """Norms of the experts' contributions, ``output`` [1, T, k, D]."""
@@ -138,6 +145,14 @@ class Collector:
         for name, values in columns.items():
             sums = np.bincount(flat, weights=values.reshape(-1), minlength=self.experts)
             getattr(layer_sums, name)[self.domain] += sums
+
+
+def _expert_energy(node: Node, ids: npt.NDArray[np.int32], matrices: int) -> Doubles:
+    """Sum of squared outputs per expert, float64 [matrices], of the product ``node`` [1, T, k, rows]."""
+    output = node.read()[0]
+    squares = np.einsum("tkd,tkd->tk", output, output)
+    energy: Doubles = np.bincount(ids.reshape(-1), weights=squares.reshape(-1), minlength=matrices)
+    return energy
 
 
 def _counts(ids: npt.NDArray[np.int32], matrices: int) -> npt.NDArray[np.float64]:

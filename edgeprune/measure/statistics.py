@@ -52,15 +52,17 @@ class LayerStatistics:
 
 @dataclass
 class InputMoments:
-    """Second moments of a weight's input: an importance matrix.
+    """Second moments of a weight's input (an importance matrix) and of its output.
 
     Attributes:
         square_sum: sum of squared inputs, float64 [matrices, ne0]; one matrix per expert, or one.
         count: number of input rows, float64 [matrices].
+        output_square: sum of squared outputs, float64 [matrices]; zero where they were not observed.
     """
 
     square_sum: Doubles
     count: Doubles
+    output_square: Doubles
 
     def mean(self) -> npt.NDArray[np.float32]:
         """Mean squared input float32 [matrices, ne0], safe to quantise with.
@@ -110,6 +112,7 @@ class Statistics:
         for name, moment in self.moments.items():
             arrays[f"moment.{name}.square_sum"] = moment.square_sum
             arrays[f"moment.{name}.count"] = moment.count
+            arrays[f"moment.{name}.output_square"] = moment.output_square
         about = {
             "domains": self.domains,
             "tokens": self.tokens,
@@ -143,7 +146,9 @@ class Statistics:
                 layers[layer] = LayerStatistics(*(arrays[f"layer.{layer}.{n}"] for n in PER_EXPERT))
             elif kind == "moment" and rest.endswith(".square_sum"):
                 weight = rest.removesuffix(".square_sum")
-                moments[weight] = InputMoments(arrays[name], arrays[f"moment.{weight}.count"])
+                moments[weight] = InputMoments(
+                    arrays[name], arrays[f"moment.{weight}.count"], arrays[f"moment.{weight}.output_square"]
+                )
         return cls(about["domains"], about["tokens"], about["window"], layers, moments, about["made_from"])
 
 
