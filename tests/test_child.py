@@ -1,0 +1,216 @@
+"""Work in a child process: values and explained errors come back, and a dead child is an explained error too."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import toys
+from runs import environment
+
+from edgeprune.device.profile import find_profile
+from edgeprune.errors import BadFile, EdgepruneError, NativeCrash, UsageError
+from edgeprune.files import digest, to_json
+from edgeprune.measure import child
+from edgeprune.model.gguf import GgufFile
+from edgeprune.stages.source import DEMO
+from edgeprune.units import parse_bytes
+
+pytest_plugins = ("demo_fixtures",)
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and FIFOs")
+SMALL = {"experts": 4, "width": 64, "expert_width": 64}
+
+
+def test_a_value_comes_back_whole_however_large() -> None:
+    value = {"text": "naïve – 日本\n" * 20_000, "numbers": [0.1, -1e300, 2**53], "nothing": None}
+    assert child.call("edgeprune.files:to_json", {"value": value}) == to_json(value)
+    assert child.call("edgeprune.files:digest", {"value": value}) == digest(value)
+
+
+def test_progress_is_forwarded_in_order(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    output = tmp_path / "model.gguf"
+    child.call(
+        "edgeprune.model.convert:convert_task",
+        {"folder": str(tiny_checkpoint), "output": str(output)},
+        lambda done, total: steps.append((done, total)),
+    )
+    size = output.stat().st_size
+    assert len(steps) == len(GgufFile(output).tensors)
+    assert steps == sorted(steps) and steps[-1] == (size, size)
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "kind", "local"),
+    [
+        ("units:parse_bytes", {"text": "12 parsecs"}, UsageError, lambda: parse_bytes("12 parsecs")),
+        ("device.profile:find_profile", {"name": "rpi6"}, UsageError, lambda: find_profile("rpi6")),
+        ("model.gguf:GgufFile", {"path": os.devnull}, BadFile, lambda: GgufFile(Path(os.devnull))),
+    ],
+    ids=["usage", "usage with suggestions", "bad file"],
+)
+def test_an_explained_error_arrives_as_it_was_raised(
+    task: str, arguments: dict[str, Any], kind: type[EdgepruneError], local: Callable[[], object]
+) -> None:
+    with pytest.raises(kind) as here:
+        local()
+    with pytest.raises(kind) as there:
+        child.call(f"edgeprune.{task}", arguments)
+    assert type(there.value) is type(here.value)
+    assert str(there.value) == str(here.value)
+
+
+def test_rows_of_an_error_arrive_too(tmp_path: Path) -> None:
+    with pytest.raises(EdgepruneError) as error:
+        child.call("edgeprune.files:require_space", {"folder": str(tmp_path), "needed_bytes": 2**60})
+    assert [label for label, _ in error.value.rows] == ["needed", "free"]
+    assert error.value.rows[0][1] == "1073741824 GiB"
+
+
+def test_a_failed_system_call_is_one_line_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "below" / "x.gguf"
+    with pytest.raises(EdgepruneError) as error:
+        child.call("edgeprune.model.convert:convert_task", {"folder": str(DEMO), "output": str(output)})
+    assert type(error.value) is EdgepruneError
+    assert str(error.value) == f"{output.parent}: Not a directory"
+
+
+def test_an_allocation_beyond_all_memory_is_explained(synthetic: Callable[[str], Path]) -> None:
+    arguments = {"model": str(synthetic("qwen3moe")), "launch": {"context": 64}, "generated_tokens": 1}
+    with pytest.raises(NativeCrash, match="out of memory in benchmark"):
+        child.call("edgeprune.measure.tasks:benchmark", {**arguments, "prompt_tokens": 10**15})
+
+
+def test_a_fault_of_the_program_says_where(tmp_path: Path) -> None:
+    with pytest.raises(EdgepruneError, match=r"internal error in windows: TypeError: .*missing") as error:
+        child.call("edgeprune.measure.text:windows", {"texts": []})
+    assert error.value.rows[-1][1].startswith("child.py:")
+    assert "report" in error.value.hint
+
+
+def test_only_tasks_of_this_package_run() -> None:
+    with pytest.raises(NativeCrash, match="exit code 1") as error:
+        child.call("os:getcwd", {})
+    assert error.value.rows == (("log", "not a task of edgeprune: os:getcwd"),)
+
+
+@posix
+@pytest.mark.parametrize(
+    ("used", "reason"),
+    [
+        (("u32", 5), "llama.cpp aborted on a failed check"),
+        (("[u32]", [2, 3]), "llama.cpp aborted on a failed check"),
+        (("[u32]", [2, 0]), "llama.cpp crashed with a memory fault"),
+    ],
+    ids=["abort while loading", "abort while decoding", "memory fault"],
+)
+def test_a_crash_of_llama_cpp_is_an_error_with_its_reason(used: tuple[str, Any], reason: str, tmp_path: Path) -> None:
+    model = toys.synthetic_gguf(tmp_path / "bad.gguf", extra=[("expert_used_count", *used)], **SMALL)
+    arguments = {"model": str(model), "launch": {"context": 64}, "prompt_tokens": 8, "generated_tokens": 1}
+    with pytest.raises(NativeCrash) as error:
+        child.call("edgeprune.measure.tasks:benchmark", arguments)
+    assert error.value.cause == f"the child process for benchmark died: {reason}"
+    if "check" in reason:  # the failed check itself is in the log's end, not a debugger's frames
+        assert any("GGML_ASSERT" in line or "GGML_ABORT" in line for _, line in error.value.rows), error.value.rows
+    assert "damaged" in error.value.hint
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Path:
+    """A FIFO: whoever opens it waits for ever."""
+    path = tmp_path / "pipe.gguf"
+    os.mkfifo(path)
+    return path
+
+
+def children(process: psutil.Process, within_seconds: float = 20.0) -> list[psutil.Process]:
+    """Children of ``process`` as soon as there are any."""
+    deadline = time.monotonic() + within_seconds
+    while time.monotonic() < deadline:
+        if found := process.children():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("no child was started")
+
+
+def gone(process: psutil.Process, within_seconds: float = 20.0) -> bool:
+    """Whether ``process`` ends in time; one that nobody waited for has ended."""
+    deadline = time.monotonic() + within_seconds
+    while time.monotonic() < deadline:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@posix
+def test_a_killed_child_is_taken_for_an_out_of_memory_kill(hanging: Path) -> None:
+    killer = threading.Thread(target=lambda: children(psutil.Process())[0].kill())
+    killer.start()
+    with pytest.raises(NativeCrash, match="killed, most likely for using too much memory") as error:
+        child.call("edgeprune.model.gguf:GgufFile", {"path": str(hanging)})
+    killer.join()
+    assert "--context" in error.value.hint
+
+
+@posix
+def test_an_unnamed_signal_is_an_error_as_well(hanging: Path) -> None:
+    number = signal.SIGRTMIN + 1
+    killer = threading.Thread(target=lambda: children(psutil.Process())[0].send_signal(number))
+    killer.start()
+    with pytest.raises(NativeCrash, match=f"died: signal {int(number)}"):
+        child.call("edgeprune.model.gguf:GgufFile", {"path": str(hanging)})
+    killer.join()
+
+
+@posix
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
+def test_the_child_ends_when_its_parent_is_gone(how: signal.Signals, hanging: Path) -> None:
+    program = (
+        "from edgeprune.measure import child\n"
+        f"child.call('edgeprune.model.gguf:GgufFile', {{'path': {str(hanging)!r}}})\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], env=environment())
+    (worker,) = children(psutil.Process(parent.pid))
+    while worker.num_threads() < 2:  # the second one watches the parent
+        time.sleep(0.02)
+    parent.send_signal(how)
+    parent.wait()
+    assert gone(worker)
+
+
+def test_a_line_cut_off_by_death_is_no_result() -> None:
+    seen: list[tuple[int, int]] = []
+    stream = io.BytesIO(b'{"done": 1, "total": 2}\n{"value": "ab')
+    assert child._listen(stream, lambda done, total: seen.append((done, total))) is None
+    assert seen == [(1, 2)]
+
+
+def test_what_native_code_prints_does_not_disturb_the_result(synthetic: Callable[[str], Path]) -> None:
+    # Pricing loads the model with llama.cpp's own loader, which writes to the log while it works.
+    launch = {"context": 256, "batch": 32}
+    priced = child.call("edgeprune.measure.tasks:price", {"shadow": str(synthetic("qwen3moe")), "launch": launch})
+    assert priced["kv_bytes"] == 2 * 2 * 256 * 128 * 2  # K and V, two layers, 256 cells of 128 values in F16
+
+
+def test_peak_memory_counts_this_process_alone() -> None:
+    before = child.peak_memory_bytes()
+    block = bytearray(96 << 20)
+    block[::4096] = bytes(len(block[::4096]))
+    during = child.peak_memory_bytes()
+    del block
+    assert 90 << 20 <= during - min(before, psutil.Process().memory_info().rss) <= 400 << 20
+    fresh = child.call("edgeprune.measure.child:peak_memory_bytes", {})
+    assert 5 << 20 < fresh < during
