@@ -151,8 +151,8 @@ def _expert_energy(node: Node, ids: npt.NDArray[np.int32], matrices: int) -> Dou
     """Sum of squared outputs per expert, float64 [matrices], of the product ``node`` [1, T, k, rows]."""
     output = node.read()[0]
     squares = np.einsum("tkd,tkd->tk", output, output)
-    energy: Doubles = np.bincount(ids.reshape(-1), weights=squares.reshape(-1), minlength=matrices)
-    return energy
+    energy = np.bincount(ids.reshape(-1), weights=squares.reshape(-1), minlength=matrices)
+    return energy.astype(np.float64)
 
 
 def _counts(ids: npt.NDArray[np.int32], matrices: int) -> npt.NDArray[np.float64]:
