@@ -410,15 +410,12 @@ def synthetic_gguf(
     if groups > 1:
         values |= {"expert_group_count": ("u32", groups), "expert_group_used_count": ("u32", groups_used)}
     values |= {key: (form, value) for key, form, value in specific}
-    whole = {f"{arch}.{key}": value for key, value in values.items()}
+    whole = {"general.architecture": ("str", arch), "general.name": ("str", f"toy {arch}")}
+    whole |= {f"{arch}.{key}": value for key, value in values.items()}
     for key, form, value in extra:
         known = key.split(".")[0] in ("general", "tokenizer", "edgeprune", "split", arch)
         whole[key if known else f"{arch}.{key}"] = (form, value)
-    entries = [
-        make_entry("general.architecture", "str", arch),
-        make_entry("general.name", "str", f"toy {arch}"),
-        *(make_entry(key, form, value) for key, (form, value) in whole.items()),
-    ]
+    entries = [make_entry(key, form, value) for key, (form, value) in whole.items()]
     entries += (
         _byte_vocabulary(vocabulary)
         if tokenizer == "bytes"
