@@ -255,7 +255,7 @@ def benchmark(
             for step in range(generated_tokens):
                 token = int(opened.extend([token], prompt_tokens + step, all_logits=False)[-1].argmax())
             decode.append(generated_tokens / (time.perf_counter() - started))
-        filled = _fill_rest(opened, random, prompt_tokens + generated_tokens, batch)
+        filled = _fill_context(opened, random, batch)
         finite = bool(np.isfinite(logits).all())
     return {
         "prefill_per_s": stdlib_statistics.median(prefill),
@@ -276,12 +276,13 @@ def _fill(opened: Session, prompt: list[int], batch: int) -> Any:
     return logits
 
 
-def _fill_rest(opened: Session, random: np.random.Generator, start: int, batch: int) -> int:
-    """Fill the context from position ``start`` towards its end, because memory is at its peak there.
+def _fill_context(opened: Session, random: np.random.Generator, batch: int) -> int:
+    """Fill the context from its beginning, in full batches, because memory is at its peak at the end.
 
     Stops after ``_FILL_SECONDS``; returns how many tokens the context then holds.
     """
-    deadline = time.monotonic() + _FILL_SECONDS
+    opened.clear()
+    deadline, start = time.monotonic() + _FILL_SECONDS, 0
     while start < opened.launch.context and time.monotonic() < deadline:
         count = min(batch, opened.launch.context - start)
         opened.extend(random.integers(0, opened.vocabulary_size, count).tolist(), start, all_logits=False)
