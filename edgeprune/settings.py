@@ -60,7 +60,7 @@ class Settings:
     window: int = 512
     calibration_tokens: int = 24_576
     evaluation_tokens: int = 8_192
-    sensitivity_tokens: int = 2_048
+    sensitivity_tokens: int = 1_024
     baselines: bool = True
 
     def check(self) -> None:

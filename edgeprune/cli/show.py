@@ -71,7 +71,7 @@ def plan(chosen: Plan, run: Run) -> list[str]:
     from edgeprune.files import read_json
 
     predicted = chosen.predicted
-    lines = ["budget", *table(run.budget.rows()), f"({run.budget.basis})", ""]
+    lines = ["budget", *table(run.budget.rows()), run.budget.basis, ""]
     path = run.folder.path / "candidates.json"
     if path.is_file():
         rows = [

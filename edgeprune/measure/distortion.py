@@ -16,7 +16,7 @@ from edgeprune.model import ggml
 from edgeprune.model.architecture import Tensor, read_architecture
 from edgeprune.model.gguf import GgufFile
 
-_SAMPLED_WEIGHTS = 131_072
+_SAMPLED_WEIGHTS = 65_536
 _SAMPLED_MATRICES = 4
 Floats = npt.NDArray[np.float32]
 
