@@ -29,6 +29,14 @@ QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN35_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPACE = "\u2581"
 Maker = Callable[[str], Path]  # of the fixtures: a name to the file or folder made for it
 
@@ -41,9 +49,18 @@ def training_lines() -> list[str]:
     return lines
 
 
-def byte_level_tokenizer(folder: Path, special: list[str], pattern: str | None) -> None:
-    """Byte-level BPE; ``pattern`` is the split rule, None for GPT-2's own. The last special token ends a text."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def byte_level_tokenizer(
+    folder: Path, special: list[str], pattern: str | None, *, words_first: bool = False, first: str = ""
+) -> None:
+    """Byte-level BPE in ``folder``.
+
+    Args:
+        special: special tokens; the first one pads and the last one ends a text.
+        pattern: the split rule, None for GPT-2's own.
+        words_first: a word that is a token is taken before any merge, as Llama 3 does.
+        first: the special token in front of every text, or "".
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -60,10 +77,20 @@ def byte_level_tokenizer(folder: Path, special: list[str], pattern: str | None) 
         show_progress=False,
     )
     tokenizer.train_from_iterator(training_lines(), trainer)
+    tokenizer.model.ignore_merges = words_first
     # Behind the vocabulary, where Qwen has them too.
     tokenizer.add_special_tokens(special)
+    if first:
+        processor = processors.TemplateProcessing(
+            f"{first} $A", f"{first} $A $B", [(first, tokenizer.token_to_id(first))]
+        )
+        tokenizer.post_processor = processor
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=special[-1], pad_token=special[0], chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        bos_token=first or None,
+        eos_token=special[-1],
+        pad_token=special[0],
+        chat_template=CHAT_TEMPLATE,
     )
     fast.save_pretrained(folder)
 
