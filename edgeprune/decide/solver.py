@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import sys
@@ -71,7 +72,7 @@ def solve(items: Sequence[Sequence[Choice]], limit_bytes: int) -> Solution | Non
     # tiny beside the dearest choice, it has to be the unit of cost.
     if solution.gap > _RELATIVE_GAP and 0 < solution.nats < _TINY_SHARE * dearest:
         again = _milp(items, limit_bytes, solution.nats)
-        solution = min(solution, again, key=lambda found: found.nats)
+        solution = min(solution, again, key=lambda found: (found.nats, found.gap))
     return solution
 
 
@@ -89,14 +90,19 @@ def _summed(items: Sequence[Sequence[Choice]], picks: tuple[int, ...], least_nat
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Standard output closed to native code: HiGHS 1.12 prints debugging lines there even when told not to."""
-    sys.stdout.flush()
+    """Standard output closed to native code: HiGHS 1.12 prints debugging lines there even when told not to.
+
+    They wait in the C library's buffer, which is therefore emptied before and after.
+    """
+    c_library = ctypes.cdll.ucrtbase if sys.platform == "win32" else ctypes.CDLL(None)
+    c_library.fflush(None)
     kept = os.dup(1)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     try:
         yield
     finally:
+        c_library.fflush(None)
         os.dup2(kept, 1)
         os.close(kept)
 
@@ -110,17 +116,18 @@ def _milp(items: Sequence[Sequence[Choice]], limit_bytes: int, unit_nats: float)
     nbytes = np.array([choice.nbytes for choices in items for choice in choices], float)
     item_of = np.repeat(np.arange(len(items)), sizes)
     one_each = csr_array((np.ones(len(costs)), (item_of, np.arange(len(costs)))))
-    result = milp(
-        costs / unit_nats,
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            # The tolerance of 1e-6 that HiGHS allows itself becomes 1e-9 of the limit.
-            LinearConstraint((nbytes / limit_bytes * 1e3)[None, :], -np.inf, 1e3),
-        ],
-        integrality=np.ones(len(costs), np.int8),
-        bounds=Bounds(0, 1),
-        options={"time_limit": _TIME_LIMIT_SECONDS, "mip_rel_gap": _RELATIVE_GAP},
-    )
+    with _quiet():
+        result = milp(
+            costs / unit_nats,
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                # The tolerance of 1e-6 that HiGHS allows itself becomes 1e-9 of the limit.
+                LinearConstraint((nbytes / limit_bytes * 1e3)[None, :], -np.inf, 1e3),
+            ],
+            integrality=np.ones(len(costs), np.int8),
+            bounds=Bounds(0, 1),
+            options={"time_limit": _TIME_LIMIT_SECONDS, "mip_rel_gap": _RELATIVE_GAP},
+        )
     if result.x is None:
         raise EdgepruneError(f"the solver failed: {result.message}")
     starts = np.concatenate([[0], np.cumsum(sizes)])

@@ -1,0 +1,339 @@
+"""Candidate plans: exact sizes, limits held to the byte, forced choices, and a refusal with its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toys
+
+from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidate, candidates, priced
+from edgeprune.device.budget import make_budget
+from edgeprune.device.profile import Profile, find_profile
+from edgeprune.errors import BadFile, DoesNotFit, UsageError
+from edgeprune.measure.distortion import candidate_types
+from edgeprune.measure.launch import Launch
+from edgeprune.measure.sensitivity import Response, Sensitivity, all_sites
+from edgeprune.model import ggml
+from edgeprune.model.architecture import Architecture, read_architecture
+from edgeprune.model.gguf import GgufFile, TensorShape
+from edgeprune.units import format_bytes
+
+EXPERTS = 8
+COUNTS = (8, 6, 4, 2)
+MIB = 2**20
+Pose = Callable[..., Problem]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
+    return GgufFile(toys.synthetic_gguf(tmp_path_factory.mktemp("candidates") / "toy.gguf"))
+
+
+def measured(architecture: Architecture) -> Sensitivity:
+    """Errors that fall fourfold with each bit, as in theory, and sites that differ in what an error costs."""
+    distortions = {
+        tensor.name: {
+            name: [4.0 ** -ggml.BY_NAME[name].bits_per_weight] * 2
+            for name in candidate_types(tensor)
+            # Not all types, so that the search stays small.
+            if name in ("IQ1_S", "IQ2_XXS", "IQ3_XXS", "Q4_K", "Q6_K", "Q8_0")
+        }
+        for tensor in architecture.tensors
+        if tensor.quantisable
+    }
+    sites = [site.key for site in all_sites(architecture)]
+    costs = np.random.default_rng(0).uniform(0.01, 0.1, len(sites))
+    responses = {key: Response(cost, 9 * cost) for key, cost in zip(sites, costs, strict=True)}
+    return Sensitivity(responses, distortions, {}, {})
+
+
+@pytest.fixture(scope="module")
+def pose(source: GgufFile) -> Pose:
+    """The problem on a device, with a memory size or a file size."""
+    architecture = read_architecture(source)
+    sensitivity = measured(architecture)
+    random = np.random.default_rng(1)
+    ranked = {layer: random.permutation(EXPERTS) for layer in architecture.moe_layers}
+
+    def make(
+        *,
+        memory: int | None = None,
+        file_limit: int | None = None,
+        types: tuple[str, ...] = (),
+        profile: Profile | None = None,
+        drops: tuple[float, ...] = (0.0, 0.02, 0.3, 2.0),
+    ) -> Problem:
+        profile = profile or find_profile("cpu-16gb")
+        budget = make_budget(
+            profile,
+            kv_bytes=MIB,
+            compute_bytes=2 * MIB,
+            runtime_bytes=50 * MIB,
+            memory_bytes=memory,
+            file_limit_bytes=file_limit,
+        )
+        return Problem(
+            file=source,
+            architecture=architecture,
+            sensitivity=sensitivity,
+            ranked=ranked,
+            drop_nats=dict(zip(COUNTS, drops, strict=True)),
+            types=allowed_types(profile, types),
+            budget=budget,
+            profile=profile,
+            launch=Launch(context=1024),
+            method="reap",
+            made_from={"source": "toy"},
+        )
+
+    return make
+
+
+def must(found: Candidate | None) -> Candidate:
+    assert found is not None
+    return found
+
+
+def assert_consistent(problem: Problem, found: Candidate) -> None:
+    """The plan passes its own check, and every prediction agrees with the layout of the file."""
+    plan, made, architecture = found.plan, found.layout, problem.architecture
+    plan.check(architecture)
+    assert plan.predicted.file_bytes == made.nbytes
+    shapes = [
+        TensorShape(tensor.name, tensor.kept_shape(plan.kept), plan.types.get(tensor.name, tensor.type))
+        for tensor in architecture.tensors
+    ]
+    assert made.tensors == tuple(shapes)
+    # Every extent is a multiple of 32 bytes here but the biases' and norms', which are padded.
+    data = sum((shape.nbytes + made.alignment - 1) // made.alignment * made.alignment for shape in shapes)
+    assert made.nbytes == len(made.header) + data
+    quant = sum(problem.sensitivity.nats(architecture.tensor(name), kind) for name, kind in plan.types.items())
+    assert plan.predicted.nats_quant == pytest.approx(quant)
+    assert plan.predicted.nats_drop == problem.drop_nats[plan.kept]
+    assert plan.predicted.nats == pytest.approx(plan.predicted.nats_drop + plan.predicted.nats_quant)
+    assert all(plan.predicted.pool_bytes[pool.pool] <= pool.total_bytes for pool in problem.budget.pools)
+    assert plan.predicted.decode_per_s > 0
+    assert plan.predicted.gap <= 1e-3
+    limit = problem.budget.file_limit_bytes
+    assert limit is None or made.nbytes <= limit
+
+
+@pytest.mark.parametrize("megabytes", [9.0, 4.0, 2.5, 1.5])
+def test_candidates_hold_a_file_size_and_are_ordered_by_cost(pose: Pose, megabytes: float) -> None:
+    problem = pose(file_limit=int(megabytes * MIB))
+    found = candidates(problem, COUNTS)
+    for one in found:
+        assert_consistent(problem, one)
+    nats = [one.plan.predicted.nats for one in found]
+    assert nats == sorted(nats)
+    assert len({one.plan.kept for one in found}) == len(found)
+    # The room is used: the next larger step of some tensor would not fit.
+    best = found[0]
+    assert best.layout.nbytes > 0.8 * problem.budget.file_limit_bytes  # type: ignore[operator]
+
+
+def test_keeping_all_experts_is_a_candidate_and_wins_where_there_is_room(pose: Pose) -> None:
+    found = candidates(pose(file_limit=9 * MIB), COUNTS)
+    assert found[0].plan.kept == EXPERTS
+    assert (found[0].plan.keep, found[0].plan.method) == ({}, "all experts kept")
+    assert {one.plan.kept for one in found} == set(COUNTS)
+
+
+def test_dropping_wins_where_it_costs_less_than_bits(pose: Pose) -> None:
+    found = candidates(pose(file_limit=2 * MIB, drops=(0.0, 0.0, 0.0, 0.0)), COUNTS)
+    assert found[0].plan.kept < EXPERTS
+    assert found[0].plan.method == "reap"
+
+
+def test_source_that_fits_stays_as_it_is(pose: Pose, source: GgufFile) -> None:
+    problem = pose(memory=200 * MIB)
+    best = candidates(problem, COUNTS)[0].plan
+    assert (best.kept, best.types, best.keep) == (EXPERTS, {}, {})
+    assert best.predicted.nats == 0.0
+    # With what the records of the plan add to the header.
+    assert 0 < best.predicted.file_bytes - source.size < 400
+
+
+@pytest.mark.parametrize("kept", COUNTS)
+def test_limit_at_the_exact_size_fits_and_a_byte_less_does_not(pose: Pose, kept: int) -> None:
+    for types in ((), ("Q4_K",)):
+        forced = bool(types)
+        roomy = must(candidate(pose(file_limit=5 * MIB, types=types), kept, forced_types=forced))
+        exact = pose(file_limit=roomy.layout.nbytes, types=types)
+        again = must(candidate(exact, kept, forced_types=forced))
+        assert_consistent(exact, again)
+        assert again.plan.predicted.nats == pytest.approx(roomy.plan.predicted.nats, rel=2e-4)
+        less = candidate(pose(file_limit=roomy.layout.nbytes - 1, types=types), kept, forced_types=forced)
+        if forced:
+            assert less is None
+        else:
+            assert must(less).layout.nbytes < roomy.layout.nbytes
+
+
+def test_smallest_possible_file_is_found_and_nothing_below_it(pose: Pose) -> None:
+    """Every tensor in its smallest type is the only plan at its own size."""
+    architecture = pose(file_limit=MIB).architecture
+    smallest = {tensor.name: "IQ1_S" for tensor in architecture.tensors if tensor.quantisable}
+    nbytes = must(priced(pose(file_limit=9 * MIB), 2, smallest)).layout.nbytes
+    found = must(candidate(pose(file_limit=nbytes), 2))
+    assert (found.layout.nbytes, found.plan.types) == (nbytes, smallest)
+    assert candidate(pose(file_limit=nbytes - 1), 2) is None
+    with pytest.raises(DoesNotFit):
+        candidates(pose(file_limit=nbytes - 1), COUNTS)
+
+
+@pytest.mark.parametrize("megabytes", [58, 56, 55])
+def test_memory_is_held_with_everything_counted(pose: Pose, megabytes: int) -> None:
+    problem = pose(memory=megabytes * MIB)
+    for found in candidates(problem, COUNTS):
+        assert_consistent(problem, found)
+        weights = sum(tensor.nbytes for tensor in found.layout.tensors)
+        assert found.plan.predicted.pool_bytes == {"ram": 53 * MIB + weights}
+        assert found.plan.launch == Launch(context=1024)
+
+
+def two_pools(ram: int, vram: int) -> Profile:
+    """A discrete GPU with so much for weights in each pool."""
+    profile = find_profile("rtx-4060-8gb")
+    assert profile.vram is not None
+    return replace(
+        profile,
+        ram=replace(profile.ram, total_bytes=ram + 51 * MIB, reserve_bytes=MIB),
+        vram=replace(profile.vram, total_bytes=vram + 4 * MIB, reserve_bytes=MIB),
+    )
+
+
+@pytest.mark.parametrize(("ram", "vram"), [(9, 9), (3, 2), (1, 3), (3, 0.3), (0.4, 20)])
+def test_two_pools_are_held_one_by_one(pose: Pose, ram: float, vram: float) -> None:
+    problem = pose(profile=two_pools(int(ram * MIB), int(vram * MIB)))
+    found = candidates(problem, COUNTS)
+    for one in found:
+        assert_consistent(problem, one)
+    assert set(found[0].plan.predicted.pool_bytes) == {"ram", "vram"}
+    if vram == 20:  # a GPU larger than the source, which stays as it is
+        launch = found[0].plan.launch
+        assert (launch.gpu_layers, launch.cpu_experts, found[0].plan.types) == (-1, 0, {})
+
+
+def test_forced_number_of_experts_is_the_only_one(pose: Pose) -> None:
+    found = candidates(pose(file_limit=4 * MIB), [4])
+    assert [one.plan.kept for one in found] == [4]
+    assert all(len(ids) == 4 for ids in found[0].plan.keep.values())
+
+
+def test_forced_types_are_the_only_ones(pose: Pose) -> None:
+    problem = pose(file_limit=4 * MIB, types=("q4_k", "Q6_K"))
+    for found in candidates(problem, COUNTS, forced_types=True):
+        quantisable = {tensor.name for tensor in problem.architecture.tensors if tensor.quantisable}
+        assert set(found.plan.types) == quantisable
+        assert set(found.plan.types.values()) <= {"Q4_K", "Q6_K"}
+
+
+def test_forced_type_that_the_source_already_has_is_a_choice(tmp_path: Path) -> None:
+    path = toys.synthetic_gguf(tmp_path / "q8.gguf", kind="Q8_0")
+    file, profile = GgufFile(path), find_profile("cpu-16gb")
+    architecture = read_architecture(file)
+    budget = make_budget(profile, kv_bytes=MIB, compute_bytes=MIB, runtime_bytes=MIB)
+    problem = Problem(
+        file,
+        architecture,
+        measured(architecture),
+        {},
+        {EXPERTS: 0.0},
+        allowed_types(profile, ("Q8_0", "Q4_K")),
+        budget,
+        profile,
+        Launch(),
+        "reap",
+        {},
+    )
+    assert candidates(problem, [EXPERTS], forced_types=True)[0].plan.types == {}
+
+
+def test_forced_type_that_was_not_measured_is_refused(pose: Pose) -> None:
+    """Rows that 256 divides are not tried in types of smaller blocks, and would stay as they are."""
+    problem = pose(file_limit=4 * MIB, types=("Q4_0",))
+    with pytest.raises(UsageError, match="no tensor of toy qwen3moe can be given the type Q4_0") as raised:
+        candidates(problem, COUNTS, forced_types=True)
+    assert "Q4_K" in raised.value.hint
+
+
+def test_progress_counts_the_tried_numbers(pose: Pose) -> None:
+    seen: list[tuple[int, int]] = []
+    candidates(pose(file_limit=4 * MIB), COUNTS, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def smallest_weights(problem: Problem) -> int:
+    """Bytes of the smallest plan: two experts, every matrix in IQ1_S."""
+    return sum(
+        ggml.tensor_bytes("IQ1_S" if tensor.quantisable else tensor.type, tensor.kept_shape(2))
+        for tensor in problem.architecture.tensors
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "target", "hint"),
+    [
+        pytest.param({"memory": 53 * MIB + 100_000}, "cpu-16gb", "`--context 512` frees 512 KiB", id="memory"),
+        pytest.param({"file_limit": 100_000}, "a file of 97.7 KiB", "raise the limit", id="file"),
+        pytest.param(
+            {"memory": 53 * MIB + 100_000, "file_limit": 9 * MIB},
+            "the memory of this machine",
+            "--context 512",
+            id="file size that memory does not allow",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    pose: Pose, settings: dict[str, Any], target: str, hint: str
+) -> None:
+    problem = pose(**settings)
+    with pytest.raises(DoesNotFit) as raised:
+        candidates(problem, COUNTS)
+    error = raised.value
+    assert error.exit_code == 3
+    assert error.cause == f"toy qwen3moe does not fit {target}"
+    rows = dict(error.rows)
+    assert rows["smallest plan"] == "K=2, IQ1_S"
+    needed = smallest_weights(problem)
+    assert rows["its weights"] == format_bytes(needed)
+    if "memory" in settings:
+        assert rows["left for weights"] == format_bytes(100_000)
+        assert rows["short of"] == format_bytes(needed - 100_000)
+    assert hint in error.hint
+
+
+def test_weights_that_no_division_between_the_pools_holds_are_refused(pose: Pose) -> None:
+    """Enough bytes in all, but the token embedding has to be on the host, which has no room."""
+    problem = pose(profile=two_pools(1000, 9 * MIB))
+    with pytest.raises(DoesNotFit) as raised:
+        candidates(problem, [2])
+    rows = dict(raised.value.rows)
+    assert rows["left in RAM"] == "1000 B"
+    assert rows["left in VRAM"] == "9.00 MiB"
+    assert "short of" not in rows
+
+
+def test_types_that_the_profile_avoids_are_not_chosen() -> None:
+    phone = find_profile("phone-12gb")
+    assert allowed_types(phone) == frozenset(ggml.CHOICES) - {"IQ2_S", "IQ3_XXS", "IQ3_S"}
+    # The user's word goes before the profile's.
+    assert allowed_types(phone, ["iq3_s"]) == {"IQ3_S"}
+
+
+@pytest.mark.parametrize("name", ["Q5_K_M", "F16", "Q8_K", ""])
+def test_forced_type_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown or unsuitable type {name}") as raised:
+        allowed_types(find_profile("cpu-16gb"), ["Q4_K", name])
+    assert "Q5_K" in raised.value.hint
+
+
+def test_profile_that_avoids_an_unknown_type_is_refused() -> None:
+    with pytest.raises(BadFile, match="profile cpu-16gb avoids the unknown type IQ3_SS"):
+        allowed_types(replace(find_profile("cpu-16gb"), avoid=("IQ3_SS",)))
