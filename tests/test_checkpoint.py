@@ -1,0 +1,214 @@
+"""Hugging Face checkpoints on disk: complete ones are read, all others refused in one line each."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+from safetensors.torch import save_file
+
+from edgeprune.errors import BadFile, EdgepruneError, Unsupported
+from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+A, B = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).to(torch.bfloat16)
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """A checkpoint in one file."""
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    save_file({"a": A, "b": B}, tmp_path / SINGLE, {"format": "pt"})
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """The same in two files with an index."""
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    save_file({"a": A}, tmp_path / FIRST)
+    save_file({"b": B}, tmp_path / SECOND)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": FIRST, "b": SECOND}}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_shapes_types_and_values_are_those_on_disk(layout: str, request: pytest.FixtureRequest) -> None:
+    checkpoint = open_checkpoint(request.getfixturevalue(layout))
+    assert checkpoint.config == {"model_type": "x"}
+    assert checkpoint.shape("a") == (2, 3) and checkpoint.shape("b") == (8,)
+    assert (checkpoint.stored["a"].type, checkpoint.stored["b"].type) == ("F32", "BF16")
+    for name, expected in (("a", A), ("b", B), ("a", A)):  # back and forth between files
+        assert torch.equal(checkpoint.tensor(name), expected)
+
+
+def header(table: Any) -> bytes:
+    encoded = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def entry(shape: list[int], begin: int, end: int, kind: str = "F32") -> dict[str, Any]:
+    return {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+
+
+CORRUPT: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "not a safetensors file"),
+    "seven bytes": (b"1234567", "not a safetensors file"),
+    "a page of HTML": (b"<!DOCTYPE html><html><body>Not found</body></html>" * 20, "not a safetensors file"),
+    "a header of 2^63 bytes": (struct.pack("<Q", 1 << 63) + b"{}", "not a safetensors file"),
+    "no header": (struct.pack("<Q", 0) + bytes(64), "not a safetensors file"),
+    "a header that is no JSON": (header(b"{" * 40) + bytes(64), "corrupt header"),
+    "a header that is not UTF-8": (header(b"\xff" * 40) + bytes(64), "corrupt header"),
+    "a header of 100,000 brackets": (header(b"[" * 100_000), "corrupt header"),
+    "a header that is a list": (header([1, 2]), "corrupt header"),
+    "an entry that is a number": (header({"a": 1}), "corrupt header"),
+    "no offsets": (header({"a": {"dtype": "F32", "shape": [2]}}), "corrupt header"),
+    "offsets of nothing": (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": []}}), "corrupt header"),
+    "offsets that are texts": (header({"a": {**entry([2], 0, 8), "data_offsets": ["a", "b"]}}), "corrupt header"),
+    "a shape that is a text": (header({"a": {**entry([2], 0, 8), "shape": "two"}}) + bytes(8), "corrupt header"),
+    "data beyond the end": (header({"a": entry([2], 0, 8)}) + bytes(7), "is truncated: its header describes"),
+    "2^60 bytes of data": (header({"a": entry([1 << 58], 0, 1 << 60)}), "is truncated: its header describes"),
+}
+
+
+@pytest.mark.parametrize("case", CORRUPT)
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_corrupt_file_of_weights_is_named_and_refused(case: str, layout: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(layout)
+    content, cause = CORRUPT[case]
+    name = SINGLE if layout == "single" else SECOND
+    (folder / name).write_bytes(content)
+    with pytest.raises(BadFile, match=cause) as refusal:
+        open_checkpoint(folder)
+    assert name in refusal.value.cause and "\n" not in refusal.value.cause
+    assert refusal.value.hint
+
+
+def test_file_of_weights_cut_off_anywhere_is_refused(single: Path) -> None:
+    content = (single / SINGLE).read_bytes()
+    for cut in range(len(content)):
+        (single / SINGLE).write_bytes(content[:cut])
+        with pytest.raises(BadFile, match=r"not a safetensors file|truncated"):
+            open_checkpoint(single)
+
+
+LYING = {
+    "a shape larger than its data": {"a": entry([4], 0, 8)},
+    "tensors that overlap": {"a": entry([2], 0, 8), "b": entry([2], 4, 12)},
+    "offsets the wrong way round": {"a": entry([2], 8, 0), "b": entry([2], 8, 16)},
+    "a negative extent": {"a": entry([-2], 0, 8)},
+    "an unknown type": {"a": entry([2], 0, 8, "X99")},
+}
+
+
+@pytest.mark.parametrize("case", LYING)
+def test_header_that_lies_about_its_data_is_refused_before_reading(case: str, single: Path) -> None:
+    (single / SINGLE).write_bytes(header(LYING[case]) + bytes(64))
+    with pytest.raises(BadFile) as refusal:
+        open_checkpoint(single).tensor("a")
+    assert SINGLE in refusal.value.cause and "\n" not in refusal.value.cause
+
+
+def test_missing_file_of_weights_is_named(sharded: Path) -> None:
+    (sharded / SECOND).unlink()
+    with pytest.raises(BadFile, match=f"lacks {SECOND}, one of its 2 files") as refusal:
+        open_checkpoint(sharded)
+    assert "incomplete" in refusal.value.hint
+
+
+OUTSIDE = ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a/../../x.safetensors"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_index_cannot_point_outside_its_folder(name: str, sharded: Path) -> None:
+    save_file({"b": B}, sharded.parent / "x.safetensors")
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"a": FIRST, "b": name}}))
+    with pytest.raises(BadFile, match=r"points outside its folder|lacks \.\.") as refusal:
+        open_checkpoint(sharded)
+    assert "\n" not in refusal.value.cause
+
+
+INDEXES = ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": "a"}', "1"]
+
+
+@pytest.mark.parametrize("content", INDEXES)
+def test_broken_index_is_refused(content: str, sharded: Path) -> None:
+    (sharded / INDEX).write_text(content)
+    with pytest.raises(BadFile, match=r"model\.safetensors\.index\.json"):
+        open_checkpoint(sharded)
+
+
+CONFIGS: dict[str, Callable[[Path], object]] = {
+    "none": Path.unlink,
+    "cut off": lambda path: path.write_text('{"model_type'),
+    "a list": lambda path: path.write_text("[]"),
+    "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_broken_configuration_is_refused(case: str, single: Path) -> None:
+    CONFIGS[case](single / "config.json")
+    with pytest.raises(BadFile, match=r"config\.json"):
+        open_checkpoint(single)
+
+
+class _Trap:
+    """Unpickling this writes a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(Path("sprung").resolve()), "w")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_pickles_are_refused_and_never_opened(name: str, single: Path) -> None:
+    (single / SINGLE).unlink()
+    (single / name).write_bytes(pickle.dumps(_Trap()))
+    with pytest.raises(Unsupported, match="Python pickles") as refusal:
+        open_checkpoint(single)
+    assert "safe_serialization" in refusal.value.hint
+    assert not Path("sprung").exists()
+
+
+def test_pickles_beside_safetensors_do_not_matter(single: Path) -> None:
+    (single / "pytorch_model.bin").write_bytes(pickle.dumps(_Trap()))
+    assert set(open_checkpoint(single).stored) == {"a", "b"}
+    assert not Path("sprung").exists()
+
+
+def test_folder_without_weights_is_refused(single: Path) -> None:
+    (single / SINGLE).unlink()
+    with pytest.raises(BadFile, match=r"holds no model\.safetensors"):
+        open_checkpoint(single)
+
+
+def test_file_that_vanishes_or_shrinks_after_opening_is_an_explained_error(sharded: Path) -> None:
+    checkpoint = open_checkpoint(sharded)
+    (sharded / FIRST).unlink()
+    (sharded / SECOND).write_bytes((sharded / SECOND).read_bytes()[:-4])
+    for name in ("a", "b"):
+        with pytest.raises(EdgepruneError):
+            checkpoint.tensor(name)
+
+
+def test_fingerprint_is_of_the_content_and_not_of_the_place(single: Path, tmp_path_factory: Any) -> None:
+    first = open_checkpoint(single).fingerprint()
+    other = tmp_path_factory.mktemp("other")
+    for path in single.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    assert open_checkpoint(other).fingerprint() == first
+    prints = {first}
+    toys.change_json(other / "config.json", x=1)
+    prints.add(open_checkpoint(other).fingerprint())
+    save_file({"a": A, "b": B + 1}, other / SINGLE, {"format": "pt"})
+    prints.add(open_checkpoint(other).fingerprint())
+    (other / "chat_template.jinja").write_text("{{ x }}")
+    prints.add(open_checkpoint(other).fingerprint())
+    assert len(prints) == 4
