@@ -135,21 +135,24 @@ class Statistics:
             with safetensors.safe_open(str(path), framework="np") as file:
                 about = json.loads((file.metadata() or {})["edgeprune"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            layers, moments = _layers(arrays), _moments(arrays)
+            return cls(about["domains"], about["tokens"], about["window"], layers, moments, about["made_from"])
+        except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
             raise BadFile(f"cannot read the statistics in {path}: {error}", hint="delete the file") from error
-        layers: dict[int, LayerStatistics] = {}
-        moments: dict[str, InputMoments] = {}
-        for name in arrays:
-            kind, _, rest = name.partition(".")
-            if kind == "layer" and rest.endswith(".routed"):
-                layer = int(rest.partition(".")[0])
-                layers[layer] = LayerStatistics(*(arrays[f"layer.{layer}.{n}"] for n in PER_EXPERT))
-            elif kind == "moment" and rest.endswith(".square_sum"):
-                weight = rest.removesuffix(".square_sum")
-                moments[weight] = InputMoments(
-                    arrays[name], arrays[f"moment.{weight}.count"], arrays[f"moment.{weight}.output_square"]
-                )
-        return cls(about["domains"], about["tokens"], about["window"], layers, moments, about["made_from"])
+
+
+def _layers(arrays: dict[str, Doubles]) -> dict[int, LayerStatistics]:
+    numbers = [int(name.split(".")[1]) for name in arrays if name.startswith("layer.") and name.endswith(".routed")]
+    return {n: LayerStatistics(*(arrays[f"layer.{n}.{field}"] for field in PER_EXPERT)) for n in sorted(numbers)}
+
+
+def _moments(arrays: dict[str, Doubles]) -> dict[str, InputMoments]:
+    prefix, suffix = "moment.", ".square_sum"
+    names = [name for name in arrays if name.startswith(prefix) and name.endswith(suffix)]
+    return {
+        weight: InputMoments(*(arrays[f"{prefix}{weight}.{f}"] for f in ("square_sum", "count", "output_square")))
+        for weight in (name.removeprefix(prefix).removesuffix(suffix) for name in names)
+    }
 
 
 def write_imatrix(statistics: Statistics, path: Path) -> None:
