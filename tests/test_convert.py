@@ -1,0 +1,504 @@
+"""Conversion: llama.cpp computes what transformers computes with the checkpoint, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toys
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import edgeprune
+from edgeprune.errors import BadFile, EdgepruneError, Unsupported
+from edgeprune.files import data_folder
+from edgeprune.measure import child
+from edgeprune.measure.divergence import Reference
+from edgeprune.measure.text import TextFile, windows
+from edgeprune.model.architecture import read_architecture
+from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
+from edgeprune.model.convert import SOURCE_KEY, convert
+from edgeprune.model.converter import load_converter
+from edgeprune.model.gguf import GgufFile
+
+TEXT = """The lighthouse keeper counted the ships that passed before the storm: eleven on Monday, four on Tuesday,
+none on Wednesday. He wrote the numbers in a green book and, because nobody ever asked for it, added what he had seen.
+"Grey sails, low in the water," says the entry of the third of March; "the captain waved, or drowned."
+
+def mean(values):
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values)
+
+Im Winter 1878 war der Hafen vier Wochen lang zugefroren. 港は静かだった。 Никто не пришёл.
+{"name": "Ada", "items": [3, 14, 159], "open": true, "note": null}
+1 + 2 = 3, 10 - 4 = 6 and 7 * 8 = 56, so the sum of all three results is 65, which is not a prime number.
+"""
+LENGTH, WINDOWS = 64, 4
+
+
+def log_probabilities(model: Path, text: Path, vocabulary: int, tokens: int) -> torch.Tensor:
+    """llama.cpp's log-probabilities [tokens, vocabulary], from its child process."""
+    stored = text.with_name("reference.bin")
+    arguments = {
+        "model": str(model),
+        "output": str(stored),
+        "texts": [TextFile("t", str(text), "held_out").to_json()],
+    }
+    arguments |= {"split": "held_out", "window": LENGTH, "most_tokens": LENGTH * WINDOWS}
+    assert child.call("edgeprune.measure.tasks:reference", arguments)["tokens"] == tokens
+    reference = Reference(stored, vocabulary)
+    return torch.cat([torch.from_numpy(reference.next_block(LENGTH)) for _ in range(tokens // LENGTH)]).double()
+
+
+def assert_computes_the_same(checkpoint: Path, gguf: Path, folder: Path) -> None:
+    """KL divergence and top token over four sequences, transformers against llama.cpp."""
+    text = folder / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    files = [TextFile("t", str(text), "held_out")]
+    chosen = windows(files, "held_out", LENGTH, LENGTH * WINDOWS, lambda part: tokenizer(part)["input_ids"])
+    tokens = torch.tensor([window.tokens for window in chosen])
+    assert tokens.shape == (WINDOWS, LENGTH)
+    with torch.no_grad():
+        output = model(tokens, output_router_logits=True)
+    steady = torch.ones(tokens.numel(), dtype=torch.bool)
+    for logits in output.router_logits:
+        best = logits.topk(toys.USED + 1)
+        assert set(best.indices[:, : toys.USED].flatten().tolist()) == set(range(toys.EXPERTS))
+        # Between two experts that are as good as equal, rounding may choose; the F16 KV cache rounds.
+        steady &= best.values[:, toys.USED - 1] - best.values[:, toys.USED] > 1e-3
+    assert steady.float().mean() > 0.9
+    expected = torch.log_softmax(output.logits.flatten(0, 1).double(), -1)
+    assert -(expected.exp() * expected).sum(-1).mean() < 0.8 * np.log(toys.VOCABULARY)  # not flat
+    found = log_probabilities(gguf, text, toys.VOCABULARY, tokens.numel())
+    divergence = (expected.exp() * (expected - found)).sum(-1)
+    assert divergence[steady].mean() < 1e-5  # 5e-8; a wrong base, epsilon or order costs 1e-3 and more
+    chosen_instead = expected.gather(1, found.argmax(-1, keepdim=True))
+    short = expected.max(-1, keepdim=True).values - chosen_instead
+    assert short[steady].max() < 2e-3  # the same top token, or one as good as equal
+
+
+@pytest.mark.parametrize("family", toys.CHECKPOINTS)
+def test_llama_cpp_computes_what_transformers_computes(
+    family: str, toy_checkpoint: toys.Maker, toy_gguf: toys.Maker, tmp_path: Path
+) -> None:
+    assert_computes_the_same(toy_checkpoint(family), toy_gguf(family), tmp_path)
+
+
+ROPE = {"rope_theta": 10000.0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe, tied embeddings": ("qwen3_moe", {"tie_word_embeddings": True}),
+    "qwen3_moe, YaRN": (
+        "qwen3_moe",
+        {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    ),
+    "mixtral, linear scaling": ("mixtral", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0}}),
+    "mixtral, wide heads and another epsilon": ("mixtral", {"head_dim": 128, "rms_norm_eps": 1e-2}),
+    "olmoe, tied embeddings": ("olmoe", {"tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_variants_of_the_configuration_are_computed_too(case: str, tmp_path: Path) -> None:
+    family, changes = VARIANTS[case]
+    checkpoint = toys.CHECKPOINTS[family](tmp_path / "model", **changes)
+    convert(checkpoint, tmp_path / "model.gguf", "f32")
+    assert_computes_the_same(checkpoint, tmp_path / "model.gguf", tmp_path)
+
+
+# The same weights in every layout in which checkpoints come.
+
+
+def tensor_bytes(path: Path) -> dict[str, bytes]:
+    file = GgufFile(path)
+    return {name: file.raw(name).tobytes() for name in file.tensors}
+
+
+def metadata(path: Path) -> dict[str, bytes]:
+    return {key: entry.raw for key, entry in GgufFile(path).entries.items() if key != SOURCE_KEY}
+
+
+@pytest.mark.parametrize("family", toys.CHECKPOINTS)
+def test_sharded_checkpoint_gives_the_same_bytes(family: str, toy_gguf: toys.Maker, tmp_path: Path) -> None:
+    folder = toys.CHECKPOINTS[family](tmp_path / family, save={"max_shard_size": "3MB"})
+    assert len(list(folder.glob("*.safetensors"))) > 4 and not (folder / SINGLE).exists()
+    convert(folder, tmp_path / "sharded.gguf", "f32")
+    whole, sharded = GgufFile(toy_gguf(family)), GgufFile(tmp_path / "sharded.gguf")
+    assert metadata(whole.path) == metadata(sharded.path)
+    assert whole.path.read_bytes()[whole.data_offset :] == sharded.path.read_bytes()[sharded.data_offset :]
+
+
+@pytest.mark.parametrize("family", toys.CHECKPOINTS)
+def test_stacked_experts_give_the_same_bytes_as_single_ones(
+    family: str, toy_checkpoint: toys.Maker, toy_gguf: toys.Maker, tmp_path: Path
+) -> None:
+    stacked = toys.CHECKPOINTS[family](tmp_path / family, save={"save_original_format": False})
+    names = {path: set(open_checkpoint(path).stored) for path in (stacked, toy_checkpoint(family))}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names[stacked]
+    assert any("experts.7." in name for name in names[toy_checkpoint(family)])
+    convert(stacked, tmp_path / "stacked.gguf", "f32")
+    assert tensor_bytes(tmp_path / "stacked.gguf") == tensor_bytes(toy_gguf(family))
+    assert metadata(tmp_path / "stacked.gguf") == metadata(toy_gguf(family))
+
+
+def test_expert_numbers_are_those_of_the_checkpoint(toy_checkpoint: toys.Maker, toy_gguf: toys.Maker) -> None:
+    weights, file = load_file(toy_checkpoint("olmoe") / SINGLE), GgufFile(toy_gguf("olmoe"))
+    for part in ("gate", "up", "down"):
+        info = file.tensors[f"blk.1.ffn_{part}_exps.weight"]
+        stacked = file.raw(info.name).view(np.float32).reshape(tuple(reversed(info.shape)))
+        for expert in range(toys.EXPERTS):
+            own = weights[f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"]
+            assert np.array_equal(stacked[expert], own.numpy())
+
+
+BASES = [("float32", "auto", "F32"), ("bfloat16", "auto", "BF16"), ("float16", "auto", "F16")]
+BASES += [("bfloat16", "f16", "F16"), ("float32", "bf16", "BF16"), ("bfloat16", "f32", "F32")]
+
+
+@pytest.mark.parametrize(("dtype", "base", "expected"), BASES, ids=[f"{d} as {b}" for d, b, _ in BASES])
+def test_matrices_get_the_base_type_and_norms_and_routers_f32(
+    dtype: str, base: str, expected: str, tmp_path: Path
+) -> None:
+    folder = toys.qwen3_moe(tmp_path / "model", dtype=dtype, **SMALL)
+    convert(folder, tmp_path / "model.gguf", base)
+    weights = load_file(folder / SINGLE)
+    file = GgufFile(tmp_path / "model.gguf")
+    for tensor in read_architecture(file).tensors:
+        assert tensor.type == (expected if tensor.quantisable else "F32"), tensor.name
+    exact = weights["model.norm.weight"].float().numpy()
+    assert np.array_equal(file.raw("output_norm.weight").view(np.float32), exact)
+    stored = torch.frombuffer(bytearray(file.raw("output.weight")), dtype=DTYPES[expected])
+    assert torch.equal(stored, weights["lm_head.weight"].to(DTYPES[expected]).flatten())
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SMALL = {
+    "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1,
+}  # fmt: skip
+
+
+def test_type_of_most_weights_is_the_base_type(tmp_path: Path) -> None:
+    folder = toys.qwen3_moe(tmp_path / "model", dtype="bfloat16", **SMALL)
+    weights = load_file(folder / SINGLE)
+    save_file({n: w.float() if "gate.weight" in n else w for n, w in weights.items()}, folder / SINGLE)
+    convert(folder, tmp_path / "model.gguf")
+    assert GgufFile(tmp_path / "model.gguf").tensors["token_embd.weight"].type == "BF16"
+
+
+def test_output_matrix_beside_tied_embeddings_is_ignored(tmp_path: Path) -> None:
+    folder = toys.qwen3_moe(tmp_path / "model", tie_word_embeddings=True, **SMALL)
+    weights = load_file(folder / SINGLE)
+    assert "lm_head.weight" not in weights
+    convert(folder, tmp_path / "tied.gguf")
+    save_file({**weights, "lm_head.weight": torch.zeros(toys.VOCABULARY, 64)}, folder / SINGLE)
+    convert(folder, tmp_path / "both.gguf")
+    assert tensor_bytes(tmp_path / "both.gguf") == tensor_bytes(tmp_path / "tied.gguf")
+
+
+def test_progress_ends_at_the_exact_size_and_the_origin_is_recorded(
+    toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    steps: list[tuple[int, int]] = []
+    path = tmp_path / "new" / "model.gguf"
+    convert(toy_checkpoint("mixtral"), path, name="A name", progress=lambda done, total: steps.append((done, total)))
+    assert steps == sorted(steps) and len({total for _, total in steps}) == 1
+    assert steps[-1] == (path.stat().st_size, path.stat().st_size)
+    file = GgufFile(path)
+    assert len(steps) == len(file.tensors)
+    assert file.get("general.name") == "A name"
+    assert file.get(SOURCE_KEY) == open_checkpoint(toy_checkpoint("mixtral")).fingerprint()
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.gguf"]
+
+
+# What cannot be converted is refused in one line, and nothing half-written stays.
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Qwen3-MoE checkpoint; tests work on copies."""
+    return toys.qwen3_moe(tmp_path_factory.mktemp("small") / "model", **SMALL)
+
+
+def assert_refused(folder: Path, kind: type[EdgepruneError], cause: str, base: str = "auto") -> EdgepruneError:
+    output = folder.parent / "out" / "model.gguf"
+    output.parent.mkdir()
+    output.write_bytes(b"an older result")
+    with pytest.raises(kind, match=cause) as refusal:
+        convert(folder, output, base)
+    assert "\n" not in refusal.value.cause
+    assert [path.name for path in output.parent.iterdir()] == ["model.gguf"]
+    assert output.read_bytes() == b"an older result"
+    return refusal.value
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
+    "an unknown type": ({"model_type": "mamba"}, Unsupported, "no converter for checkpoints of type 'mamba'"),
+    "a type that is a path": ({"model_type": "../profiles/cpu-8gb"}, Unsupported, "no converter"),
+    "no type": ({"model_type": ...}, Unsupported, "no converter"),
+    "weights not renormalised": ({"norm_topk_prob": False}, Unsupported, "norm_topk_prob = False"),
+    "biased attention": ({"attention_bias": True}, Unsupported, "attention_bias = True"),
+    "dense layers between": ({"decoder_sparse_step": 2}, Unsupported, "decoder_sparse_step = 2"),
+    "dense layers named": ({"mlp_only_layers": [0]}, Unsupported, r"mlp_only_layers = \[0\]"),
+    "another activation": ({"hidden_act": "gelu"}, Unsupported, "hidden_act = 'gelu'"),
+    "a sliding window": ({"use_sliding_window": True}, Unsupported, "use_sliding_window = True"),
+    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, Unsupported, "quantised already"),
+    "an unknown rope": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+        Unsupported,
+        "scaling 'llama3' is not supported",
+    ),
+    "an unknown rope setting": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}},
+        Unsupported,
+        "'yarn' with mscale is not supported",
+    ),
+    "a rope that is a text": ({"rope_parameters": "yarn"}, BadFile, "rotary embedding settings"),
+    "a rope factor that is a text": (
+        {"rope_parameters": {"rope_type": "linear", "factor": "two"}},
+        BadFile,
+        "rotary embedding settings",
+    ),
+    "no number of layers": ({"num_hidden_layers": ...}, BadFile, "has none of: num_hidden_layers"),
+    "layers that are a text": ({"num_hidden_layers": "one"}, BadFile, "num_hidden_layers = 'one' is not a number"),
+    "no layers": ({"num_hidden_layers": 0}, BadFile, "num_hidden_layers = '0' is not a number"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, BadFile, "num_hidden_layers = '1000000000'"),
+    "a billion experts": ({"num_experts": 10**9, "num_local_experts": 10**9}, BadFile, "num_experts = '1000000000'"),
+    "more layers than there are": ({"num_hidden_layers": 2}, BadFile, "lacks tensor model.layers.1"),
+    "more experts than there are": (
+        {"num_experts": 9, "num_local_experts": 9},
+        BadFile,
+        r"lacks tensor model\.layers\.0\.mlp\.experts\.8\.gate_proj",
+    ),
+    "fewer experts than there are": (
+        {"num_experts": 7, "num_local_experts": 7},
+        Unsupported,
+        r"3 tensors that qwen3_moe does not: model\.layers\.0\.mlp\.experts\.7",
+    ),
+    "an epsilon that is a text": ({"rms_norm_eps": "small"}, BadFile, "rms_norm_eps = 'small' does not fit"),
+    "a width below zero": ({"hidden_size": -1}, BadFile, "hidden_size = -1 does not fit"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configuration_that_cannot_be_converted_is_refused(case: str, small: Path, tmp_path: Path) -> None:
+    changes, kind, cause = CONFIGS[case]
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    toys.change_json(folder / "config.json", **changes)
+    assert_refused(folder, kind, cause)
+
+
+def test_unknown_type_names_the_known_ones(small: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    toys.change_json(folder / "config.json", model_type="mamba")
+    refusal = assert_refused(folder, Unsupported, "mamba")
+    assert all(family in refusal.hint for family in toys.CHECKPOINTS)
+
+
+Weights = dict[str, torch.Tensor]
+EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
+
+
+def filled(name: str, value: float) -> Callable[[Weights], None]:
+    def change(weights: Weights) -> None:
+        weights[name].view(-1)[77] = value
+
+    return change
+
+
+def replaced(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Weights], None]:
+    def change(weights: Weights) -> None:
+        weights[name] = make(weights[name]).contiguous()
+
+    return change
+
+
+WEIGHTS: dict[str, tuple[Callable[[Weights], object], type[EdgepruneError], str, str]] = {
+    "NaN in an expert": (filled(EXPERT, float("nan")), BadFile, f"{EXPERT} holds values that are NaN", "auto"),
+    "infinity in the last matrix": (filled("lm_head.weight", float("inf")), BadFile, "lm_head.weight holds", "auto"),
+    "NaN in the attention": (
+        filled("model.layers.0.self_attn.q_proj.weight", float("nan")),
+        BadFile,
+        "q_proj.weight holds values that are NaN",
+        "auto",
+    ),
+    "too large for F16": (filled(EXPERT, 7e4), Unsupported, f"{EXPERT} does not fit F16", "f16"),
+    "an expert missing": (lambda weights: weights.pop(EXPERT), BadFile, f"lacks tensor {EXPERT}", "auto"),
+    "a norm missing": (lambda w: w.pop("model.norm.weight"), BadFile, "lacks tensor model.norm.weight", "auto"),
+    "no output matrix": (lambda w: w.pop("lm_head.weight"), BadFile, "lacks tensor lm_head.weight", "auto"),
+    "a tensor too many": (
+        lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
+        Unsupported,
+        r"1 tensors that qwen3_moe does not: model\.layers\.0\.self_attn\.q_proj\.bias",
+        "auto",
+    ),
+    "an expert turned round": (replaced(EXPERT, lambda w: w.T), BadFile, r"experts\.3.* differ in shape", "auto"),
+    "an expert cut short": (replaced(EXPERT, lambda w: w[:16]), BadFile, r"experts\.3.* differ in shape", "auto"),
+    "an expert in FP8": (
+        replaced(EXPERT, lambda w: w.to(torch.float8_e4m3fn)),
+        Unsupported,
+        r"experts\.3.* as F8_E4M3; F32, F16 and BF16 are supported",
+        "auto",
+    ),
+    "an embedding too few": (
+        replaced("model.embed_tokens.weight", lambda w: w[:600]),
+        BadFile,
+        "the model 600 embeddings",
+        "auto",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_that_cannot_be_converted_are_refused(case: str, small: Path, tmp_path: Path) -> None:
+    change, kind, cause, base = WEIGHTS[case]
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    weights = load_file(folder / SINGLE)
+    change(weights)
+    save_file(weights, folder / SINGLE)
+    assert_refused(folder, kind, cause, base)
+
+
+def test_head_count_that_does_not_divide_the_rows_is_refused(tmp_path: Path) -> None:
+    changes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
+    folder = toys.mixtral(tmp_path / "model", **changes)
+    toys.change_json(folder / "config.json", num_attention_heads=3)
+    assert_refused(folder, BadFile, "64 attention rows do not divide into 3 heads")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], type[EdgepruneError], str]] = {
+    "a file of weights missing": (lambda folder: last_shard(folder).unlink(), BadFile, "lacks model-0000"),
+    "a file of weights cut off": (
+        lambda folder: last_shard(folder).write_bytes(last_shard(folder).read_bytes()[:-1]),
+        BadFile,
+        "is truncated",
+    ),
+    "a corrupt header": (
+        lambda folder: last_shard(folder).write_bytes(b"\x40" + bytes(7) + b"{" * 64),
+        BadFile,
+        "corrupt header",
+    ),
+    "an index that points outside": (
+        lambda folder: toys.change_json(folder / INDEX, weight_map={"a": "../x.safetensors"}),
+        BadFile,
+        "points outside its folder",
+    ),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), BadFile, "no tokenizer"),
+    "only pickles": (lambda folder: only_pickles(folder), Unsupported, "Python pickles"),
+}
+
+
+def last_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[-1]
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    for path in folder.glob("*.safetensors"):
+        path.rename(path.with_suffix(".bin"))
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_checkpoint_is_refused_with_a_way_out(case: str, tmp_path: Path) -> None:
+    change, kind, cause = DAMAGES[case]
+    folder = toys.qwen3_moe(tmp_path / "model", save={"max_shard_size": "100KB"}, **SMALL)
+    change(folder)
+    assert assert_refused(folder, kind, cause).hint
+
+
+# Converters are data; each must be complete.
+
+
+def converter_files() -> list[Path]:
+    return sorted(data_folder("converters").glob("*.toml"))
+
+
+def test_every_converter_has_a_toy_model() -> None:
+    assert {path.stem for path in converter_files()} == set(toys.CHECKPOINTS)
+
+
+@pytest.mark.parametrize("path", converter_files(), ids=lambda path: path.stem)
+def test_converter_accounts_for_every_tensor_of_its_model(
+    path: Path, toy_checkpoint: toys.Maker, toy_gguf: toys.Maker
+) -> None:
+    converter = load_converter(path)
+    checkpoint, file = open_checkpoint(toy_checkpoint(path.stem)), GgufFile(toy_gguf(path.stem))
+    parameters = sum(int(np.prod(stored.shape)) for stored in checkpoint.stored.values())
+    assert read_architecture(file).parameters == parameters
+    named = {name.format(layer=layer) for name in converter.tensors for layer in range(toys.LAYERS)}
+    assert set(file.tensors) == named
+    assert {f"{converter.arch}.{key}" for key, field in converter.metadata.items() if not field.optional} <= set(
+        file.entries
+    )
+
+
+BROKEN_CONVERTERS = {
+    "an unknown key": ("name = ", 'colour = "red"\nname = ', "unknown keys: colour"),
+    "a missing key": ("layers = ", "# layers = ", "lacks layers"),
+    "the name of another file": ('name = "olmoe"', 'name = "other"', "differs from the file's"),
+    "an unknown transform": ('transform = "stack_experts"', 'transform = "melt"', "unknown transform melt"),
+    "an unknown metadata type": ('type = "f32"', 'type = "f8"', "unknown type f8"),
+    "a misspelt source": ("{ name = ", "{ nmae = ", "lacks name"),
+    "no source": ('[{ name = "model.norm.weight" }]', "[]", "no source"),
+    "broken TOML": ("[metadata]", "[metadata", "cannot read"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CONVERTERS)
+def test_broken_converter_is_refused(case: str, tmp_path: Path) -> None:
+    old, new, cause = BROKEN_CONVERTERS[case]
+    text = (data_folder("converters") / "olmoe.toml").read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / "olmoe.toml").write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(BadFile, match=cause) as refusal:
+        load_converter(tmp_path / "olmoe.toml")
+    assert "\n" not in refusal.value.cause
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from edgeprune.measure.child import peak_memory_bytes
+from edgeprune.model.convert import convert
+convert(Path(sys.argv[1]), Path(sys.argv[2]))
+print(peak_memory_bytes())
+"""
+
+
+def conversion_peak(folder: Path) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(Path(edgeprune.__file__).parents[1])}
+    command = [sys.executable, "-c", PEAK, str(folder), str(folder.parent / "out.gguf")]
+    return int(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
+
+
+def test_memory_of_a_conversion_does_not_grow_with_the_checkpoint(small: Path, tmp_path: Path) -> None:
+    # 16 layers of one 6 MB file each, with the configuration of the toy around them.
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    layers = 16
+    toys.change_json(folder / "config.json", num_hidden_layers=layers)
+    weights = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    weight_map = {}
+    for layer in range(-1, layers):
+        prefix = f"model.layers.{layer}." if layer >= 0 else ""
+        own = {n: w for n, w in weights.items() if ("layers" not in n) == (layer < 0)}
+        own = {n.replace("model.layers.0.", prefix) if prefix else n: w.clone() for n, w in own.items()}
+        own = {n: torch.ones(1024, 64) if "up_proj" in n or "gate_proj" in n else w for n, w in own.items()}
+        own = {n: torch.ones(64, 1024) if "down_proj" in n else w for n, w in own.items()}
+        save_file(own, folder / f"layer{layer}.safetensors")
+        weight_map |= dict.fromkeys(own, f"layer{layer}.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert size > 90e6
+    assert conversion_peak(folder) - conversion_peak(Path(shutil.copytree(small, tmp_path / "small"))) < 30e6
