@@ -1,0 +1,172 @@
+"""The command line as people and scripts meet it: real processes, exit codes, and what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Fit, edgeprune_command, environment, read, run_edgeprune
+
+from edgeprune import __version__
+from edgeprune.cli.commands import COMMANDS
+from edgeprune.device.profile import known_profiles
+from edgeprune.model.gguf import GgufFile
+
+pytest_plugins = ("demo_fixtures",)
+
+
+@pytest.mark.parametrize("command", [None, *(str(command.name) for command in COMMANDS)])
+def test_help_of_every_command_has_a_sentence_and_its_options(command: str | None) -> None:
+    done = run_edgeprune(*([command] if command else []), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: python -m edgeprune{f' {command}' if command else ''} [")
+    lines = done.stdout.splitlines()
+    assert len(lines) > 4 and "--help" in done.stdout
+    assert all(len(line) <= 100 for line in lines)
+    if command is None:
+        assert all(str(each.name) in done.stdout for each in COMMANDS)
+
+
+def test_version() -> None:
+    done = run_edgeprune("--version")
+    assert done.stdout == f"edgeprune, version {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("fitt", "demo"), ("No such command", "fitt")),
+        (("fit", "demo", "--devise", "auto"), ("No such option", "--devise", "--device")),
+        (("fit",), ("Missing argument", "SOURCE")),
+        (("fit", "demo", "--keep", "0"), ("Invalid value", "--keep", "0 is not in the range")),
+    ],
+    ids=["unknown command", "unknown option", "missing argument", "out of range"],
+)
+def test_a_command_line_that_cannot_be_parsed_exits_2(words: tuple[str, ...], said: tuple[str, ...]) -> None:
+    done = run_edgeprune(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Error: ") and all(part in last for part in said), last
+
+
+def one_json_value(done: subprocess.CompletedProcess[str]) -> Any:
+    """The value on stdout, which holds nothing else, of a command that succeeded in silence."""
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def test_profiles_are_listed_and_shown() -> None:
+    listed = run_edgeprune("profiles")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(known_profiles())
+    assert [profile["name"] for profile in one_json_value(run_edgeprune("profiles", "--json"))] == list(
+        known_profiles()
+    )
+    (shown,) = one_json_value(run_edgeprune("profiles", "rpi5-8gb", "--json"))
+    assert shown["ram"]["total_bytes"] == 8 * 2**30
+    text = run_edgeprune("profiles", "rpi5-8gb").stdout
+    assert text.startswith("rpi5-8gb\n") and "usable for a model" in text
+
+
+def test_this_machine_is_probed_with_reasons() -> None:
+    (found,) = one_json_value(run_edgeprune("profiles", "auto", "--json"))
+    assert found["name"] == "auto" and found["ram"]["bandwidth_bytes_per_s"] > 1e8
+    assert any("bandwidth" in reason for reason in found["why"])
+
+
+def test_inspect_says_what_the_demo_is() -> None:
+    done = run_edgeprune("inspect", "demo")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "qwen3_moe" in done.stdout and "routed experts" in done.stdout and "cpu-16gb" in done.stdout
+
+
+def test_inspect_of_a_gguf_counts_every_byte(demo_gguf: Path) -> None:
+    found = one_json_value(run_edgeprune("inspect", demo_gguf, "--json"))
+    file = GgufFile(demo_gguf)
+    assert sum(found["roles"].values()) == found["nbytes"] == sum(info.nbytes for info in file.tensors.values())
+    facts = dict(found["facts"])
+    assert facts["experts"] == "8 per layer, 2 per token" and facts["architecture"] == "qwen3moe"
+    assert {fit["verdict"] for fit in found["fits"]} == {"as it is"}
+    assert [fit["profile"] for fit in found["fits"]] == list(known_profiles())
+
+
+def test_convert_writes_where_it_was_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = run_edgeprune("convert", tiny_checkpoint, "below/model.gguf", "--type", "f16", cwd=tmp_path)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "below/model.gguf\n")
+    file = GgufFile(tmp_path / "below" / "model.gguf")
+    assert file.tensors["blk.0.attn_q.weight"].type == "F16"
+
+
+def test_a_finished_run_answers_plan_and_build_in_silence(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    plan = one_json_value(run_edgeprune("plan", *tiny_fit.arguments, "-o", folder, "--json"))
+    assert plan == read(folder / "plan.json") == tiny_fit.report.plan
+    build = one_json_value(run_edgeprune("build", *tiny_fit.arguments, "-o", folder, "--json"))
+    assert Path(build["path"]).parent == folder
+    assert build["sha256"] == tiny_fit.report.build["sha256"]
+    assert build["nbytes"] == Path(build["path"]).stat().st_size == plan["predicted"]["file_bytes"]
+    text = run_edgeprune("plan", *tiny_fit.arguments, "-o", folder).stdout
+    for wanted in ("budget", "candidates", "chosen: ", "llama-server -m FILE", str(folder / "plan.json")):
+        assert wanted in text
+
+
+def test_calibrate_leaves_the_statistics_and_the_imatrix(tiny_fit: Fit, small_text: Path, tmp_path: Path) -> None:
+    words = ("calibrate", tiny_fit.arguments[0], "--text", small_text, "--tokens", "256", "-o", tmp_path / "run")
+    found = one_json_value(run_edgeprune(*words, "--json"))
+    assert found["domains"] == ["small"] and 0 < found["tokens"] <= 256
+    assert found["folder"] == str(tmp_path / "run")
+    assert {"statistics.safetensors", "imatrix.gguf"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    again = run_edgeprune(*words)
+    assert again.returncode == 0 and "experts never used" in again.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+def test_progress_is_shown_on_a_terminal_and_nowhere_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        edgeprune_command("convert", tiny_checkpoint, "model.gguf"),
+        stdout=subprocess.PIPE,
+        stderr=end,
+        cwd=tmp_path,
+        env=environment(TERM="xterm"),
+    )
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(terminal)
+    assert process.stdout is not None
+    assert process.stdout.read() == b"model.gguf\n"
+    process.stdout.close()
+    assert process.wait() == 0
+    assert b"convert ..." in shown and b"convert: " in shown
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    process = subprocess.Popen(
+        edgeprune_command("profiles", "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    process.wait()
+
+
+def test_debugging_shows_the_traceback_of_an_explained_error() -> None:
+    quiet = run_edgeprune("inspect", "nowhere.gguf")
+    loud = run_edgeprune("inspect", "nowhere.gguf", env=environment(EDGEPRUNE_DEBUG="1"))
+    assert quiet.returncode == 2 and quiet.stderr.startswith("error: no model at nowhere.gguf\nhint: ")
+    assert "Traceback" in loud.stderr and "UsageError: no model at nowhere.gguf" in loud.stderr
