@@ -1,0 +1,178 @@
+"""What an error costs: exact at the measured points, monotone everywhere, filled in between measured layers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import toys
+
+from edgeprune.measure.sensitivity import (
+    LARGE,
+    MOST_LAYERS_MEASURED,
+    SMALL,
+    Response,
+    Sensitivity,
+    Site,
+    all_sites,
+    measured_layers,
+    responses,
+    site_settings,
+    sites_to_measure,
+)
+from edgeprune.model.architecture import Architecture, read_architecture
+from edgeprune.model.gguf import GgufFile
+
+DEEP = 30
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    path = tmp_path_factory.mktemp("sensitivity") / "deep.gguf"
+    return read_architecture(GgufFile(toys.synthetic_gguf(path, layers=DEEP, experts=4, width=32, expert_width=32)))
+
+
+def tied(architecture: Architecture) -> Architecture:
+    """The same model with its embedding as output matrix."""
+    return replace(architecture, tensors=tuple(t for t in architecture.tensors if t.role != "output"))
+
+
+# Cost at the small and the large error: linear, slower, faster, and beyond both bounds of the exponent.
+MEASURED = [(0.001, 0.01), (0.001, 0.006), (0.001, 0.02), (0.001, 0.0011), (0.001, 0.5)]
+
+
+@pytest.mark.parametrize(("small", "large"), MEASURED)
+def test_cost_grows_with_the_error_without_a_jump(small: float, large: float) -> None:
+    response = Response(small, large)
+    errors = np.geomspace(1e-6, 2.0, 200)
+    costs = [response.nats(error) for error in errors]
+    assert all(earlier < later for earlier, later in pairwise(costs))
+    assert response.nats(0.0) == 0.0
+    assert response.nats(SMALL) == pytest.approx(small)
+    assert response.nats(SMALL * (1 + 1e-9)) == pytest.approx(small)
+
+
+@pytest.mark.parametrize(("small", "large"), MEASURED[:3])
+def test_cost_is_exact_at_both_measured_points(small: float, large: float) -> None:
+    assert Response(small, large).nats(SMALL) == pytest.approx(small)
+    assert Response(small, large).nats(LARGE) == pytest.approx(large)
+
+
+def test_cost_is_linear_in_the_squared_error_below_the_small_point() -> None:
+    assert Response(0.004, 0.1).nats(SMALL / 4) == pytest.approx(0.001)
+    assert Response(0.001, 0.01).nats(0.05) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(("small", "large"), [(0.0, 0.0), (0.0, 0.1), (0.1, 0.0)])
+def test_response_without_slope_is_taken_as_linear(small: float, large: float) -> None:
+    assert Response(small, large).exponent == 1.0
+
+
+def test_costs_of_both_uses_of_a_tied_embedding_add_up(deep: Architecture) -> None:
+    embedding = deep.tensor("token_embd.weight")
+    distortions = {embedding.name: {"Q4_0": [SMALL / 2, SMALL / 4]}}
+    known = {
+        Site(embedding.name, False).key: Response(0.02, 0.2),
+        Site(embedding.name, True).key: Response(0.04, 0.4),
+    }
+    assert Sensitivity(known, distortions, {}, {}).nats(embedding, "Q4_0") == pytest.approx(0.01 + 0.01)
+    lookup_only = {Site(embedding.name, True).key: Response(0.04, 0.4)}
+    assert Sensitivity(lookup_only, distortions, {}, {}).nats(embedding, "Q4_0") == pytest.approx(0.01)
+
+
+def test_keeping_the_type_costs_nothing_and_needs_no_measurement(deep: Architecture) -> None:
+    assert Sensitivity({}, {}, {}, {}).nats(deep.tensors[0], deep.tensors[0].type) == 0.0
+
+
+def test_sites_are_all_products_and_the_embedding_lookup(deep: Architecture) -> None:
+    sites = all_sites(deep)
+    quantisable = [tensor.name for tensor in deep.tensors if tensor.quantisable]
+    assert [site.weight for site in sites] == quantisable
+    assert [site.weight for site in sites if site.lookup] == ["token_embd.weight"]
+    assert len({site.key for site in sites}) == len(sites)
+
+
+def test_tied_embedding_is_two_sites(deep: Architecture) -> None:
+    own = [site for site in all_sites(tied(deep)) if site.weight == "token_embd.weight"]
+    assert own == [Site("token_embd.weight", True), Site("token_embd.weight", False)]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 11, 12, 13, 30, 61, 512])
+def test_measured_layers_are_spread_with_both_ends(layers: int) -> None:
+    chosen = measured_layers(layers)
+    assert len(chosen) == min(layers, MOST_LAYERS_MEASURED)
+    assert chosen == sorted(set(chosen))
+    assert (chosen[0], chosen[-1]) == (0, layers - 1)
+    steps = [later - earlier for earlier, later in pairwise(chosen)]
+    assert not steps or max(steps) - min(steps) <= 1
+
+
+def test_each_site_is_measured_with_both_errors(deep: Architecture) -> None:
+    sites = sites_to_measure(deep)
+    settings = site_settings(sites)
+    assert [row["relative_square"] for row in settings] == [SMALL] * len(sites) + [LARGE] * len(sites)
+    assert [(row["weight"], row["lookup"]) for row in settings] == [(s.weight, s.lookup) for s in sites] * 2
+    outside = [site.weight for site in sites if not site.weight.startswith("blk.")]
+    assert sorted(outside) == ["output.weight", "token_embd.weight"]
+
+
+def measured_costs(architecture: Architecture, sites: list[Site]) -> list[float]:
+    """Costs that grow tenfold from the first layer to the last, and with the tensor's place in it."""
+    layer_of = {tensor.name: tensor.layer for tensor in architecture.tensors}
+    kinds = sorted({site.key.split(".")[-2] for site in sites})
+    small = [1e-3 * 10 ** (layer_of[s.weight] / DEEP) * (1 + kinds.index(s.key.split(".")[-2])) for s in sites]
+    return small + [8 * cost for cost in small]
+
+
+def test_layers_between_are_interpolated_between_their_measured_neighbours(deep: Architecture) -> None:
+    sites = sites_to_measure(deep)
+    costs = measured_costs(deep, sites)
+    found = responses(deep, sites, costs)
+    assert set(found) == {site.key for site in all_sites(deep)}
+    for index, site in enumerate(sites):
+        assert found[site.key] == Response(costs[index], costs[len(sites) + index])
+    chosen = measured_layers(DEEP)
+    for kind in ("attn_q", "ffn_down_exps"):
+        by_layer = [found[f"blk.{layer}.{kind}.weight"] for layer in range(DEEP)]
+        assert [layer for layer, one in enumerate(by_layer) if not one.interpolated] == chosen
+        # The measured costs are exactly exponential in the layer, and so is what lies between.
+        assert [one.small / by_layer[0].small for one in by_layer] == pytest.approx(
+            [10 ** (layer / DEEP) for layer in range(DEEP)]
+        )
+        assert all(one.large == pytest.approx(8 * one.small) for one in by_layer)
+        for layer, one in enumerate(by_layer):
+            below = by_layer[max(known for known in chosen if known <= layer)]
+            above = by_layer[min(known for known in chosen if known >= layer)]
+            assert below.small * (1 - 1e-9) <= one.small <= above.small * (1 + 1e-9)
+
+
+def test_middle_of_two_measured_layers_is_their_geometric_mean(deep: Architecture) -> None:
+    sites = [Site("blk.0.attn_q.weight", False), Site("blk.2.attn_q.weight", False)]
+    found = responses(deep, sites, [1e-3, 4e-3, 1e-2, 9e-2])
+    between = found["blk.1.attn_q.weight"]
+    assert between.interpolated
+    assert (between.small, between.large) == (pytest.approx(2e-3), pytest.approx(math.sqrt(1e-2 * 9e-2)))
+    # Beyond the last measured layer the cost stays what it was there.
+    beyond = found["blk.9.attn_q.weight"]
+    assert (beyond.small, beyond.large) == (pytest.approx(4e-3), pytest.approx(9e-2))
+    assert "blk.1.attn_k.weight" not in found
+
+
+def test_layer_next_to_one_without_measurable_cost_takes_the_other(deep: Architecture) -> None:
+    sites = [Site("blk.0.attn_q.weight", False), Site("blk.2.attn_q.weight", False)]
+    assert responses(deep, sites, [0.0, 4e-3, 0.0, 9e-2])["blk.1.attn_q.weight"].small == 4e-3
+
+
+def test_sensitivity_survives_json(deep: Architecture) -> None:
+    sites = sites_to_measure(deep)
+    original = Sensitivity(
+        responses(deep, sites, measured_costs(deep, sites)),
+        {"output.weight": {"Q4_K": [0.01, 0.02], "Q8_0": [1e-5, 2e-5]}},
+        {"reap": {4: 0.25, 2: 1.5}, "random": {4: 3.0}},
+        {"model": "abc", "tokens": 2048},
+    )
+    assert Sensitivity.from_json(json.loads(json.dumps(original.to_json()))) == original

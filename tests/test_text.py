@@ -1,0 +1,203 @@
+"""Calibration and held-out text: never the same tokens, every domain in turn, spread over the whole text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from edgeprune.errors import BadFile, UsageError
+from edgeprune.measure.text import (
+    SEPARATOR,
+    SHORTEST_WINDOW,
+    TextFile,
+    parse_texts,
+    read_documents,
+    shipped_texts,
+    texts_digest,
+    windows,
+)
+
+LENGTH = 20
+PLENTY = 10**9
+
+
+def numbers(text: str) -> list[int]:
+    """A token per number, so that every token of a text can be told from every other."""
+    return [int(word) for word in text.split()]
+
+
+def as_bytes(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def counted(path: Path, sizes: list[int], start: int = 0) -> TextFile:
+    """A file with documents of so many tokens, all different, counted up from ``start``."""
+    documents = []
+    for size in sizes:
+        documents.append(" ".join(map(str, range(start, start + size))))
+        start += size
+    path.write_text(f"\n{SEPARATOR}\n".join(documents), encoding="utf-8")
+    return TextFile(path.stem, str(path))
+
+
+def tokens(texts: list[TextFile], split: str, most: int = PLENTY) -> list[int]:
+    return [token for window in windows(texts, split, LENGTH, most, numbers) for token in window.tokens]
+
+
+def test_documents_are_separated_by_lines_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(f"one %%%% line\n\n{SEPARATOR}\n\n\n{SEPARATOR}\n  two\nlines\n", encoding="utf-8")
+    assert read_documents(path) == ["one %%%% line", "  two\nlines"]
+
+
+@pytest.mark.parametrize("sizes", [[40] * 8, [25, 90, 33, 61, 20, 300, 47], [400], [100, 100], [17] * 9])
+def test_held_out_text_is_never_calibrated_on(tmp_path: Path, sizes: list[int]) -> None:
+    text = counted(tmp_path / "a.txt", sizes)
+    calibration, held_out = tokens([text], "calibration"), tokens([text], "held_out")
+    assert calibration
+    assert held_out
+    assert not set(calibration) & set(held_out)
+    assert len(set(calibration)) == len(calibration)
+    assert sorted(calibration) == calibration
+    # Together all of the text but the ends of documents that are too short for a window.
+    lost = sum(size % LENGTH for size in sizes if size % LENGTH < SHORTEST_WINDOW)
+    assert len(calibration) + len(held_out) == sum(sizes) - lost
+
+
+def test_every_fourth_document_is_held_out(tmp_path: Path) -> None:
+    text = counted(tmp_path / "a.txt", [LENGTH] * 8)
+    assert tokens([text], "held_out") == [*range(60, 80), *range(140, 160)]
+
+
+def test_every_fourth_window_of_a_single_document_is_held_out(tmp_path: Path) -> None:
+    text = counted(tmp_path / "a.txt", [LENGTH * 8])
+    assert tokens([text], "held_out") == [*range(60, 80), *range(140, 160)]
+
+
+def test_windows_are_runs_within_one_document(tmp_path: Path) -> None:
+    text = counted(tmp_path / "a.txt", [47, 20, 16, 39, 33, 15])
+    for split in ("calibration", "held_out"):
+        for window in windows([text], split, LENGTH, PLENTY, numbers):
+            assert SHORTEST_WINDOW <= len(window.tokens) <= LENGTH
+            assert list(window.tokens) == list(range(window.tokens[0], window.tokens[-1] + 1))
+            assert window.domain == "a"
+
+
+def test_text_of_one_split_is_used_for_nothing_else(tmp_path: Path) -> None:
+    first, second = counted(tmp_path / "a.txt", [100] * 5), counted(tmp_path / "b.txt", [200], start=1000)
+    texts = [
+        TextFile(first.domain, first.path, "calibration"),
+        TextFile(second.domain, second.path, "held_out"),
+    ]
+    assert tokens(texts, "calibration") == list(range(500))
+    assert tokens(texts, "held_out") == list(range(1000, 1200))
+
+
+def test_domains_take_turns_until_the_tokens_are_used_up(tmp_path: Path) -> None:
+    texts = [
+        counted(tmp_path / "a.txt", [LENGTH] * 40),
+        counted(tmp_path / "b.txt", [LENGTH] * 2, start=5000),
+        counted(tmp_path / "c.txt", [LENGTH] * 40, start=9000),
+    ]
+    chosen = windows(texts, "calibration", LENGTH, 12 * LENGTH, numbers)
+    # Two documents are windows of one split; the others fill up what the small domain leaves.
+    assert "".join(window.domain for window in chosen) == "abcabcacacac"
+    assert sum(len(window.tokens) for window in chosen) == 12 * LENGTH
+
+
+@pytest.mark.parametrize("most", [20, 55, 100, 399, 400, 401])
+def test_tokens_never_exceed_what_was_asked_for(tmp_path: Path, most: int) -> None:
+    texts = [counted(tmp_path / "a.txt", [33] * 12), counted(tmp_path / "b.txt", [LENGTH] * 20, start=5000)]
+    taken = tokens(texts, "calibration", most)
+    assert most - LENGTH < len(taken) <= most
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 20, 30])
+def test_windows_are_spread_over_the_whole_text(tmp_path: Path, count: int) -> None:
+    text = counted(tmp_path / "a.txt", [LENGTH] * 40)
+    chosen = [window.tokens[0] for window in windows([text], "calibration", LENGTH, count * LENGTH, numbers)]
+    assert len(set(chosen)) == count
+    steps = [later - earlier for earlier, later in zip(chosen, [*chosen[1:], 40 * LENGTH], strict=True)]
+    assert max(steps) <= 40 * LENGTH / count + 3 * LENGTH
+
+
+def test_shipped_text_gives_every_domain_in_both_splits() -> None:
+    texts = shipped_texts()
+    assert len(texts) >= 5
+    taken = {}
+    for split in ("calibration", "held_out"):
+        chosen = windows(texts, split, 512, 40_000, as_bytes)
+        first = [window.domain for window in chosen[: len(texts)]]
+        assert sorted(first) == sorted(text.domain for text in texts)
+        per_domain = Counter(window.domain for window in chosen)
+        assert max(per_domain.values()) - min(per_domain.values()) <= 2
+        taken[split] = {window.tokens for window in chosen if len(window.tokens) == 512}
+    assert not taken["calibration"] & taken["held_out"]
+
+
+def test_texts_are_named_by_file_or_by_hand(tmp_path: Path) -> None:
+    path = counted(tmp_path / "my.notes.txt", [50]).path
+    assert parse_texts([path]) == [TextFile("my.notes", path)]
+    assert parse_texts([f"chat={path}"], "held_out") == [TextFile("chat", path, "held_out")]
+    assert TextFile(**parse_texts([path])[0].to_json()) == parse_texts([path])[0]
+    assert parse_texts([]) == []
+
+
+def test_missing_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no text file .*none\.txt"):
+        parse_texts([f"chat={tmp_path / 'none.txt'}"])
+
+
+def test_two_texts_of_one_domain_are_refused(tmp_path: Path) -> None:
+    path = counted(tmp_path / "a.txt", [50]).path
+    with pytest.raises(UsageError, match="same domain") as raised:
+        parse_texts([path, f"a={path}"])
+    assert "NAME=FILE" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe broken", "as UTF-8 text"),
+        (b"", "is empty"),
+        (b"\n%%%%\n \n%%%%\n", "is empty"),
+        (None, "cannot read"),
+    ],
+    ids=["not UTF-8", "empty", "separators only", "missing"],
+)
+def test_unreadable_text_is_a_bad_file(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadFile, match=message):
+        read_documents(path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "split"),
+    [([SHORTEST_WINDOW - 1], "calibration"), ([3 * LENGTH], "held_out"), ([5, 9, 15, 3, 2], "held_out")],
+    ids=["shorter than a window", "too short to hold out", "short documents"],
+)
+def test_text_without_a_window_is_refused(tmp_path: Path, sizes: list[int], split: str) -> None:
+    text = counted(tmp_path / "a.txt", sizes)
+    with pytest.raises(BadFile, match=f"no {split.replace('_', '-')} windows of {SHORTEST_WINDOW} tokens"):
+        windows([text], split, LENGTH, PLENTY, numbers)
+
+
+def test_digest_tells_contents_domains_and_splits_apart(tmp_path: Path) -> None:
+    one, other = counted(tmp_path / "a.txt", [50]), counted(tmp_path / "b.txt", [51])
+    variants = [
+        [one],
+        [other],
+        [one, other],
+        [other, one],
+        [TextFile("named", one.path)],
+        [TextFile("a", one.path, "calibration")],
+    ]
+    assert len({texts_digest(variant) for variant in variants}) == len(variants)
+    copy = tmp_path / "elsewhere" / "a.txt"
+    copy.parent.mkdir()
+    copy.write_bytes(Path(one.path).read_bytes())
+    assert texts_digest([TextFile("a", str(copy))]) == texts_digest([one])
