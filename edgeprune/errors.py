@@ -15,6 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+_WIDEST_FIGURE = 40
+
+
 class EdgepruneError(Exception):
     """An explained failure: one line for the cause, rows of figures, and the nearest way out.
 
@@ -37,6 +40,8 @@ class EdgepruneError(Exception):
         if self.rows:
             label_width = max(len(label) for label, _ in self.rows)
             figure_width = max(len(figure) for _, figure in self.rows)
+            if figure_width > _WIDEST_FIGURE:  # lines of a log
+                figure_width = 0
             lines += [f"  {label:<{label_width}}   {figure:>{figure_width}}" for label, figure in self.rows]
         if self.hint:
             lines.append(f"hint: {self.hint}")

@@ -123,23 +123,33 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             f"cannot write {path}: {error.strerror or error}", hint="choose another folder with -o"
         ) from error
     try:
-        with opened as stream:
+        with room_for(path), opened as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        if error.errno in _NO_ROOM:
-            raise EdgepruneError(
-                f"{_NO_ROOM[error.errno]}: writing {path} failed",
-                rows=[("free", format_bytes(shutil.disk_usage(path.parent).free))],
-                hint="free some space and run the same command again; it goes on where it was",
-            ) from error
-        raise
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """A block that writes ``path``: running out of room in it is explained.
+
+    Raises:
+        EdgepruneError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise EdgepruneError(
+            f"{_NO_ROOM[error.errno]}: writing {path} failed",
+            rows=[("free", format_bytes(shutil.disk_usage(path.parent).free))],
+            hint="free some space and run the same command again; it goes on where it was",
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeprune.errors import UsageError
+from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import Architecture
@@ -67,7 +67,11 @@ def price(layout: Layout, launch: Launch, architecture: Architecture) -> Needs:
         with shadow.open("wb") as stream:
             stream.write(layout.header)
             stream.truncate(layout.nbytes)
-        priced = child.call("edgeprune.measure.tasks:price", {"shadow": str(shadow), "launch": launch.to_json()})
+        try:
+            priced = child.call("edgeprune.measure.tasks:price", {"shadow": str(shadow), "launch": launch.to_json()})
+        except EdgepruneError as error:
+            cause = error.cause.replace(str(shadow), architecture.name)
+            raise type(error)(cause, rows=error.rows, hint=error.hint) from error
     buffers = priced["buffers"]
     compute = sum(sizes.get("compute", 0) + sizes.get("output", 0) for sizes in buffers.values())
     recurrent = sum(sizes.get("RS", 0) for sizes in buffers.values())

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune.files import room_for
 from edgeprune.measure.child import peak_memory_bytes
 from edgeprune.measure.divergence import Quality, Reference, TokenScores, summarise
 from edgeprune.measure.launch import Launch
@@ -84,7 +85,7 @@ def reference(
     """Log-probabilities of ``model`` over the ``split`` of the text, for later comparisons."""
     partial = Path(output + ".partial")
     partial.unlink(missing_ok=True)
-    with session(Path(model), _launch(window, threads)) as opened:
+    with room_for(Path(output)), session(Path(model), _launch(window, threads)) as opened:
         chosen = _chosen(opened, texts, split, window, most_tokens)
         kept = Reference(partial, opened.vocabulary_size)
         for index, part in enumerate(chosen):
