@@ -75,6 +75,8 @@ class Settings:
                 "say what to fit: exactly one of --device, --memory and --file-size",
                 hint="`--device auto` is this machine; `edgeprune profiles` lists the others",
             )
+        if self.folder.resolve() == Path(self.source).resolve():
+            raise UsageError(f"{self.folder} is the source itself", hint="choose another folder with -o")
         if self.device not in (None, "auto"):
             find_profile(self.device)  # a typo is found before a large checkpoint is converted
 

@@ -201,6 +201,8 @@ class DecideStages(MeasureStages):
         found = self._built(output, plan)
         if found is not None:
             return found
+        if output.is_file() and output.samefile(self.source):
+            raise UsageError(f"the result would replace its source {output}", hint="choose another folder with -o")
         with self.listener.progress("build") as progress:
             value = child.call(
                 "edgeprune.build.builder:build",
@@ -213,8 +215,10 @@ class DecideStages(MeasureStages):
                 progress,
             )
         for other in self.folder.path.glob("*bpw.gguf"):
-            if other != output and GgufFile(other).get("edgeprune.plan_digest"):
-                other.unlink()
+            if other != output and not other.samefile(self.source):
+                with contextlib.suppress(EdgepruneError):
+                    if GgufFile(other).get("edgeprune.plan_digest"):
+                        other.unlink()
         return Build(**value)
 
     def _built(self, output: Path, plan: Plan) -> Build | None:
