@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ pytest_plugins = ("demo_fixtures",)
 
 
 @pytest.mark.parametrize(
-    ("context", "kv_type"), [(512, "F16"), (2048, "F16"), (2048, "Q8_0")], ids=["short", "long", "quantised cache"]
+    ("context", "kv_type"), [(512, "F16"), (1024, "F16"), (1024, "Q8_0")], ids=["short", "long", "quantised cache"]
 )
 def test_predicted_peak_is_what_a_full_context_takes(demo_gguf: Path, context: int, kv_type: str) -> None:
     file = GgufFile(demo_gguf)
@@ -54,3 +55,18 @@ def test_a_context_beyond_the_models_is_refused(demo_gguf: Path) -> None:
     whole = layout(file, architecture, architecture.experts, {}, [])
     with pytest.raises(UsageError, match="longer than the model's 2048"):
         memory.price(whole, Launch(context=4096), architecture)
+
+
+@pytest.mark.parametrize("arch", ["deepseek2", "gpt-oss"], ids=["latent attention", "sliding window"])
+def test_cache_of_unusual_attention_is_llamacpps_own_figure(synthetic: Callable[[str], Path], arch: str) -> None:
+    path = synthetic(arch)
+    file = GgufFile(path)
+    architecture = read_architecture(file)
+    whole = layout(file, architecture, architecture.experts, {}, [])
+    short, long = (memory.price(whole, Launch(context=n), architecture).kv_bytes for n in (512, 2048))
+    assert 0 < short <= long
+    buffers = child.call(
+        "edgeprune.measure.tasks:benchmark",
+        {"model": str(path), "launch": Launch(context=512).to_json(), "prompt_tokens": 8, "generated_tokens": 1},
+    )
+    assert buffers["finite"]

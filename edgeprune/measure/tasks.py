@@ -6,6 +6,7 @@ Every function here runs in a child (``edgeprune.measure.child.call``) and retur
 from __future__ import annotations
 
 import contextlib
+import re
 import statistics as stdlib_statistics
 import time
 from collections.abc import Callable, Iterator
@@ -221,13 +222,13 @@ def price(shadow: str, launch: dict[str, Any]) -> dict[str, Any]:
         }
 
 
+_CACHE_LINE = re.compile(r"llama_kv_cache\S*: size =\s*([0-9.]+) MiB")
+
+
 def _cache_bytes(lines: list[str]) -> int:
     """Bytes of the KV cache from the ``size = ... MiB`` lines; sliding-window models print two."""
-    total = 0.0
-    for line in lines:
-        if line.startswith("llama_kv_cache") and "size =" in line and "cells" in line:
-            total += float(line.split("size =")[1].split("MiB")[0])
-    return int(total * 2**20)
+    sizes = (float(match[1]) for line in lines if (match := _CACHE_LINE.match(line)))
+    return int(sum(sizes) * 2**20)
 
 
 def benchmark(
