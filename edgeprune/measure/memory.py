@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.files import room_for
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import Architecture
@@ -64,7 +65,7 @@ def price(layout: Layout, launch: Launch, architecture: Architecture) -> Needs:
         )
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         shadow = Path(folder) / "shadow.gguf"
-        with shadow.open("wb") as stream:
+        with room_for(shadow), shadow.open("wb") as stream:
             stream.write(layout.header)
             stream.truncate(layout.nbytes)
         try:
