@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from edgeprune import errors
@@ -48,3 +50,15 @@ def test_every_kind_is_known_by_name_so_that_it_survives_a_child_process() -> No
     defined = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)}
     assert set(errors.KINDS.values()) == defined
     assert all(errors.KINDS[kind.__name__] is kind for kind in defined)
+
+
+def test_lines_of_a_log_are_not_pushed_to_the_right() -> None:
+    error = EdgepruneError("llama.cpp cannot load toy.gguf", rows=[("llama.cpp", "x" * 60), ("llama.cpp", "short")])
+    assert str(error).splitlines()[1:] == ["  llama.cpp   " + "x" * 60, "  llama.cpp   short"]
+
+
+def test_failed_system_call_names_the_file_and_what_the_system_said(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="none") as raised:
+        (tmp_path / "none").read_bytes()
+    assert errors.system_cause(raised.value) == f"{tmp_path / 'none'}: No such file or directory"
+    assert errors.system_cause(OSError("no number, no file")) == "no number, no file"

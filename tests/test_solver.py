@@ -34,7 +34,7 @@ def least_nats(items: Items, limit_bytes: int) -> float:
     )
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_solution_is_the_best_of_all_combinations(seed: int) -> None:
     items = random_items(seed)
     smallest = smallest_bytes(items)
@@ -173,3 +173,15 @@ def test_leaving_out_dominated_choices_changes_nothing(seed: int) -> None:
     assert reduced is not None
     assert smallest_bytes(fewer) == smallest_bytes(items)
     assert reduced.nats == pytest.approx(whole.nats, rel=2e-4)
+
+
+def test_step_within_the_tolerance_of_the_solver_does_not_exceed_the_limit() -> None:
+    """A terabyte tensor beside small ones: HiGHS takes 32 bytes too many for none."""
+    large = [Choice("small", 10**12, 5.0), Choice("large", 2 * 10**12, 1.0)]
+    little = [[Choice("small", 32, 1.0), Choice("large", 64, 1.0 / (index + 2))] for index in range(6)]
+    for room in range(6):
+        limit = 2 * 10**12 + 6 * 32 + 32 * room
+        found = solve([large, *little], limit)
+        assert found is not None
+        # The most worth it, which are the last ones, take the larger choice.
+        assert (found.nbytes, found.picks) == (limit, (1, *(int(index >= 6 - room) for index in range(6))))
