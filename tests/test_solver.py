@@ -185,3 +185,11 @@ def test_step_within_the_tolerance_of_the_solver_does_not_exceed_the_limit() -> 
         assert found is not None
         # The most worth it, which are the last ones, take the larger choice.
         assert (found.nbytes, found.picks) == (limit, (1, *(int(index >= 6 - room) for index in range(6))))
+
+
+def test_costs_of_either_sign_are_minimised() -> None:
+    """A measured divergence of nearly nothing may be below zero."""
+    items = [[Choice("small", 32, -1e-9), Choice("large", 64, -2e-9 * (index + 1))] for index in range(4)]
+    found = solve(items, 4 * 32 + 64)
+    assert found is not None
+    assert found.picks == (0, 0, 1, 1)

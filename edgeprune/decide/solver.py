@@ -66,7 +66,8 @@ def solve(items: Sequence[Sequence[Choice]], limit_bytes: int) -> Solution | Non
     richest = tuple(_richest(choices) for choices in items)
     if (best := _summed(items, richest)).nbytes <= limit_bytes:
         return best
-    dearest = max(choice.nats for choices in items for choice in choices)
+    # Not below zero, though a cost may be: a measured divergence of nearly nothing has either sign.
+    dearest = max(abs(choice.nats) for choices in items for choice in choices)
     solution = _milp(items, limit_bytes, dearest)
     # HiGHS also stops at an absolute gap of 1e-6, which SciPy does not let one set: when the optimum is
     # tiny beside the dearest choice, it has to be the unit of cost.
