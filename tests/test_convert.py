@@ -97,14 +97,17 @@ def test_llama_cpp_computes_what_transformers_computes(
     assert_computes_the_same(toy_checkpoint(family), toy_gguf(family), tmp_path)
 
 
-ROPE = {"rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32.0}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, tied embeddings": ("qwen3_moe", {"tie_word_embeddings": True}),
     "qwen3_moe, YaRN": (
         "qwen3_moe",
-        {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        {"rope_parameters": {**YARN, "rope_theta": 10000.0}},
     ),
-    "mixtral, linear scaling": ("mixtral", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0}}),
+    "mixtral, linear scaling": (
+        "mixtral",
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
+    ),
     "mixtral, wide heads and another epsilon": ("mixtral", {"head_dim": 128, "rms_norm_eps": 1e-2}),
     "olmoe, tied embeddings": ("olmoe", {"tie_word_embeddings": True}),
 }
@@ -151,6 +154,18 @@ def test_stacked_experts_give_the_same_bytes_as_single_ones(
     convert(stacked, tmp_path / "stacked.gguf", "f32")
     assert tensor_bytes(tmp_path / "stacked.gguf") == tensor_bytes(toy_gguf(family))
     assert metadata(tmp_path / "stacked.gguf") == metadata(toy_gguf(family))
+
+
+def test_configuration_of_an_older_transformers_says_the_same(tmp_path: Path) -> None:
+    new = toys.qwen3_moe(tmp_path / "model", rope_parameters={**YARN, "rope_theta": 5e5}, **SMALL)
+    convert(new, tmp_path / "new.gguf")
+    scaling = {"type": "yarn", **{key: value for key, value in YARN.items() if key != "rope_type"}}
+    old = {"rope_theta": 5e5, "rope_scaling": scaling, "num_experts": toys.EXPERTS, "torch_dtype": "float32"}
+    gone = dict.fromkeys(("rope_parameters", "num_local_experts", "dtype"), ...)
+    toys.change_json(new / "config.json", **old, **gone)
+    convert(new, tmp_path / "old.gguf")
+    assert metadata(tmp_path / "old.gguf") == metadata(tmp_path / "new.gguf")
+    assert GgufFile(tmp_path / "old.gguf").get("qwen3moe.rope.scaling.original_context_length") == 32
 
 
 def test_expert_numbers_are_those_of_the_checkpoint(toy_checkpoint: toys.Maker, toy_gguf: toys.Maker) -> None:
@@ -262,8 +277,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
     "an unknown rope setting": (
         {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}},
         Unsupported,
-        "'yarn' with mscale is not supported",
+        "'yarn' with mscale = 0.7 is not supported",
     ),
+    "a rope setting that llama.cpp ignores": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 8.0}},
+        Unsupported,
+        "'yarn' with beta_fast = 8.0 is not supported",
+    ),
+    "a rope without its factor": ({"rope_parameters": {"rope_type": "yarn"}}, BadFile, "rotary embedding settings"),
     "a rope that is a text": ({"rope_parameters": "yarn"}, BadFile, "rotary embedding settings"),
     "a rope factor that is a text": (
         {"rope_parameters": {"rope_type": "linear", "factor": "two"}},

@@ -35,16 +35,12 @@ LARGEST_F16 = 65504.0
 MOST_HEADS = 4096
 OUTPUT = "lm_head.weight"
 Progress = Callable[[int, int], None]
-# Settings of the rotary embedding: GGUF key below ``rope.scaling`` and its type; "" when handled apart.
+# Settings of a scaled rotary embedding: those with a place in GGUF, and those that llama.cpp fixes.
 _ROPE_KEYS = {
-    "rope_type": ("", ""),
-    "type": ("", ""),
-    "rope_theta": ("", ""),
     "factor": ("factor", "f32"),
     "original_max_position_embeddings": ("original_context_length", "u32"),
-    "beta_fast": ("yarn_beta_fast", "f32"),
-    "beta_slow": ("yarn_beta_slow", "f32"),
 }
+_ROPE_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -138,15 +134,20 @@ def _rope_entries(converter: Converter, config: dict[str, Any]) -> list[Entry]:
         entries = [make_entry(f"{prefix}.freq_base", "f32", float(base or 10000.0))]
         if kind in ("default", None):
             return entries
-        unknown = sorted(k for k, value in rope.items() if k not in _ROPE_KEYS and value is not None)
-        if kind not in ("linear", "yarn") or unknown:
-            what = f"with {', '.join(unknown)} " if unknown else ""
-            raise Unsupported(f"rotary embedding scaling '{kind}' {what}is not supported")
+        foreign = sorted(
+            f"{key} = {value!r}"
+            for key, value in rope.items()
+            if key not in ("rope_type", "type", "rope_theta", *_ROPE_KEYS)
+            and value not in (None, _ROPE_FIXED.get(key))
+        )
+        if kind not in ("linear", "yarn") or foreign:
+            what = f"with {foreign[0]} " if foreign else ""
+            raise Unsupported(f"rotary embedding scaling '{kind}' {what}is not supported"[:200])
         entries.append(make_entry(f"{prefix}.scaling.type", "str", kind))
         for key, (ours, form) in _ROPE_KEYS.items():
-            if ours and rope.get(key) is not None:
+            if rope.get(key) is not None or key == "factor":
                 entries.append(make_entry(f"{prefix}.scaling.{ours}", form, rope[key]))
-    except (AttributeError, TypeError, ValueError, struct.error) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
         raise BadFile(f"config.json has unusable rotary embedding settings: {rope!r}"[:200]) from error
     return entries
 
