@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         yield home
+
+
+@pytest.fixture(autouse=True, scope="session")
+def closed_null_files() -> Iterator[None]:
+    """llama-cpp-python keeps two files open for good, about which the interpreter would complain when it ends."""
+    yield
+    holder = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file"):
+        if hasattr(holder, name):
+            getattr(holder, name).close()
 
 
 @pytest.fixture(scope="session")

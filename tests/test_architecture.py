@@ -11,6 +11,8 @@ import pytest
 import toys
 
 from edgeprune.errors import BadFile, Unsupported
+from edgeprune.measure import child
+from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile, TensorShape, make_entry
 
@@ -61,6 +63,22 @@ def test_norms_routers_and_vectors_keep_their_type(arch: str, synthetic: toys.Ma
         assert tensor.quantisable == matrix, tensor.name
 
 
+RUNNING: dict[str, dict[str, Any]] = {
+    "shared expert": {"arch": "qwen2moe"},
+    "latent attention, grouped sigmoid routing, biased": {"arch": "deepseek2", "groups": 2, "groups_used": 1},
+    "biased experts and attention sinks": {"arch": "gpt-oss"},
+}
+
+
+@pytest.mark.parametrize("case", RUNNING)
+def test_llama_cpp_runs_the_models_that_these_tests_are_made_of(case: str, tmp_path: Path) -> None:
+    path = toys.synthetic_gguf(tmp_path / "a.gguf", **RUNNING[case])
+    arguments = {"model": str(path), "launch": Launch(threads=1).to_json(), "repeats": 1}
+    arguments |= {"prompt_tokens": 8, "generated_tokens": 1}
+    assert child.call("edgeprune.measure.tasks:benchmark", arguments)["finite"]
+    assert described(path).obstacle == ""
+
+
 def test_numbers_of_a_converted_checkpoint(toy_gguf: toys.Maker) -> None:
     for family, arch in (("qwen3_moe", "qwen3moe"), ("mixtral", "llama"), ("olmoe", "olmoe")):
         found = described(toy_gguf(family))
@@ -102,7 +120,7 @@ def test_nameless_model_is_called_like_its_file(tmp_path: Path) -> None:
     assert described(path).name == "some-model"
 
 
-# llama.cpp ends its process on most of these (facts: src/llama-model.cpp), so they must not reach it.
+# llama.cpp ends its process on most of these (src/llama-model.cpp), so they must not reach it.
 IMPOSSIBLE: dict[str, tuple[str, tuple[str, str, Any]]] = {
     "no layers": ("impossible metadata: 0 layers", ("block_count", "u32", 0)),
     "too many layers": (f"impossible metadata: {MOST_LAYERS + 1} layers", ("block_count", "u32", MOST_LAYERS + 1)),
