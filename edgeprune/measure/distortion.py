@@ -97,22 +97,29 @@ def _distortions(
 def measure(
     model: str,
     statistics: str,
+    wanted: dict[str, list[str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Distortion of every quantisable tensor for every candidate type. A task for a child process.
+
+    Args:
+        wanted: types by tensor, instead of all candidates of all quantisable tensors.
 
     Returns:
         by tensor, by type: [as a product's weight, as a lookup table], relative squared errors.
     """
     file = GgufFile(Path(model))
     tensors = [tensor for tensor in read_architecture(file).tensors if tensor.quantisable]
+    if wanted is not None:
+        tensors = [tensor for tensor in tensors if tensor.name in wanted]
     moments = Statistics.load(Path(statistics)).moments
     results: dict[str, dict[str, list[float]]] = {}
 
     def one(item: tuple[int, Tensor]) -> Any:
         index, tensor = item
         moment = moments.get(tensor.name)
-        return tensor.name, _distortions(file, tensor, moment, candidate_types(tensor), index)
+        types = candidate_types(tensor) if wanted is None else wanted[tensor.name]
+        return tensor.name, _distortions(file, tensor, moment, types, index)
 
     with ThreadPoolExecutor(cores()) as pool:
         for name, by_type in pool.map(one, enumerate(tensors)):

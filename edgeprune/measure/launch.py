@@ -38,8 +38,8 @@ class Launch:
         words = ["llama-server", "-m", path, "-c", str(self.context)]
         if self.kv_type != "F16":
             words += ["-ctk", self.kv_type.lower(), "-ctv", self.kv_type.lower(), "-fa", "on"]
-        if self.gpu_layers:
-            words += ["-ngl", "all" if self.gpu_layers < 0 else str(self.gpu_layers)]
+        # Printed for 0 too: llama-server moves layers to a GPU by itself when nothing is said.
+        words += ["-ngl", "all" if self.gpu_layers < 0 else str(self.gpu_layers)]
         if self.cpu_experts:
             words += ["--n-cpu-moe", str(self.cpu_experts)]
         if self.threads:

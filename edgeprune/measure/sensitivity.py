@@ -55,6 +55,8 @@ class Response:
 
     def nats(self, relative_square: float) -> float:
         """Predicted cost of an error: linear below the small point, the measured power above it."""
+        if self.small <= 0:  # below what rounding lets us see: the line through the large point
+            return max(self.large, 0.0) * relative_square / LARGE
         if relative_square <= SMALL:
             return self.small * relative_square / SMALL
         return self.small * float((relative_square / SMALL) ** self.exponent)

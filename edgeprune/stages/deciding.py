@@ -14,7 +14,7 @@ from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
 from edgeprune.decide.keep import check_score, rankings
 from edgeprune.decide.plan import Plan
-from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError, UsageError
+from edgeprune.errors import DoesNotFit, EdgepruneError, UsageError
 from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.distortion import candidate_types
@@ -166,16 +166,10 @@ class DecideStages(MeasureStages):
         Raises:
             DoesNotFit: it exceeds the budget.
         """
-        known = {**self.sensitivity.drops.get(plan.method, {}), plan.experts: 0.0}
-        if plan.kept not in known:
-            known[plan.kept] = 0.0
-        problem = replace(self.problem([plan.experts]), drop_nats=known)
+        drop = self.keep_nats([plan.keep])[0] if plan.keep else 0.0
+        problem = replace(self.problem([plan.experts]), drop_nats={plan.kept: drop})
         changed = {name: kind for name, kind in plan.types.items() if kind != self.architecture.tensor(name).type}
-        measured = self.sensitivity.distortions
-        costed = {name: kind for name, kind in changed.items() if kind in measured.get(name, {})}
-        if costed != changed:
-            name = next(iter(changed.keys() - costed.keys()))
-            raise BadFile(f"the plan gives {name} {changed[name]}, which is no smaller than what it has")
+        self.measure_types(changed)
         edited = replace(plan, types=changed)
         made = layout(self.file, self.architecture, plan.kept, changed, edited.records())
         whole = priced(replace(problem, ranked=self._ranked_like(plan)), plan.kept, changed)
@@ -188,7 +182,6 @@ class DecideStages(MeasureStages):
 
     def _ranked_like(self, plan: Plan) -> dict[int, Any]:
         """A ranking that leads to the plan's own kept experts."""
-
         ranked = {}
         for layer, ids in plan.keep.items():
             rest = [expert for expert in range(plan.experts) if expert not in set(ids)]

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edgeprune.decide.keep import keep_set, rankings
+from edgeprune.decide.keep import KeepSet, keep_set, rankings
 from edgeprune.errors import BadFile, EdgepruneError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
@@ -110,7 +110,7 @@ class MeasureStages(SourceStages):
         }
         found: Sensitivity | None = None
         if self.folder.sensitivity.is_file():
-            with contextlib.suppress(BadFile, KeyError, TypeError):
+            with contextlib.suppress(BadFile, KeyError, TypeError, AttributeError):
                 found = Sensitivity.from_json(read_json(self.folder.sensitivity))
                 if found.made_from != made_from:
                     self._changed("sensitivity", found.made_from, made_from)
@@ -120,11 +120,20 @@ class MeasureStages(SourceStages):
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         return found
 
-    def _distortions(self) -> dict[str, dict[str, list[float]]]:
+    def measure_types(self, types: Mapping[str, str]) -> None:
+        """Make sure that the distortion of each tensor in ``types`` is known for its type."""
+        known = self.sensitivity.distortions
+        wanted = {name: [kind] for name, kind in types.items() if kind not in known.get(name, {})}
+        if wanted:
+            for name, measured in self._distortions(wanted).items():
+                known.setdefault(name, {}).update(measured)
+            write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
+
+    def _distortions(self, wanted: Mapping[str, list[str]] | None = None) -> dict[str, dict[str, list[float]]]:
         with self.listener.progress("distortion of each type") as progress:
             measured: dict[str, dict[str, list[float]]] = child.call(
                 "edgeprune.measure.distortion:measure",
-                {"model": str(self.source), "statistics": str(self.folder.statistics)},
+                {"model": str(self.source), "statistics": str(self.folder.statistics), "wanted": wanted},
                 progress,
             )
         return measured
@@ -153,17 +162,18 @@ class MeasureStages(SourceStages):
         missing = [kept for kept in counts if kept not in known]
         if missing:
             ranked = rankings(self.statistics, self.architecture, method)
-            masks = [
-                {str(layer): list(ids) for layer, ids in keep_set(ranked, self.architecture, kept).items()}
-                for kept in missing
-            ]
-            measured = self.divergence(
-                self.source, "calibration", self.settings.sensitivity_tokens, masks, "dropping experts"
-            )
-            known.update({k: row["all"]["kl_mean"] for k, row in zip(missing, measured, strict=True)})
+            sets = [keep_set(ranked, self.architecture, kept) for kept in missing]
+            known.update(zip(missing, self.keep_nats(sets), strict=True))
             self.sensitivity.drops[method] = known
             write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
         return known
+
+    def keep_nats(self, sets: Sequence[KeepSet]) -> list[float]:
+        """Nats per token of keeping only the experts in each of ``sets``, measured by masking the router."""
+        masks = [{str(layer): list(ids) for layer, ids in keep.items()} for keep in sets]
+        tokens = self.settings.sensitivity_tokens
+        measured = self.divergence(self.source, "calibration", tokens, masks, "dropping experts")
+        return [float(row["all"]["kl_mean"]) for row in measured]
 
     def divergence(
         self,

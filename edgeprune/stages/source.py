@@ -116,12 +116,15 @@ class SourceStages:
         basis = f"KV cache and compute buffers as llama.cpp's {' and '.join(needs.backends)} backend allocates them"
         if other:
             basis += f" (this build has no {self.profile.backend} backend; its compute buffers may differ)"
+        limit, memory_bytes = self.settings.file_bytes, self.settings.memory_bytes
+        if limit is not None:  # the file is the limit, not the memory of the machine that makes it
+            memory_bytes = limit + needs.kv_bytes + needs.compute_bytes + needs.runtime_bytes
         return make_budget(
             self.profile,
             kv_bytes=needs.kv_bytes,
             compute_bytes=needs.compute_bytes,
             runtime_bytes=needs.runtime_bytes,
-            memory_bytes=self.settings.memory_bytes,
-            file_limit_bytes=self.settings.file_bytes,
+            memory_bytes=memory_bytes,
+            file_limit_bytes=limit,
             basis=basis,
         )

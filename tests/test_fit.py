@@ -1,0 +1,55 @@
+"""Whole fits: what is shipped, and that a better stock preset is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from runs import Ear
+
+from edgeprune.model.gguf import GgufFile
+from edgeprune.pipeline import Settings, fit, opened
+
+pytest_plugins = ("demo_fixtures",)
+
+FEW = {"window": 64, "calibration_tokens": 512, "evaluation_tokens": 256, "sensitivity_tokens": 128}
+
+
+def test_a_better_stock_preset_is_shipped(tiny_checkpoint: Path, small_text: Path, tmp_path: Path) -> None:
+    # Keeping 2 of 8 experts ruins the model; a preset of the same bytes keeps them all.
+    settings = Settings(
+        source=str(tiny_checkpoint), file_bytes=900_000, texts=(str(small_text),), keep=2, output=str(tmp_path), **FEW
+    )
+    report, folder = fit(settings, Ear())
+    best = min(report.baselines, key=lambda rival: rival.quality["kl_mean"])
+    assert report.shipped == best.preset
+    assert report.plan["origin"] == f"stock preset {best.preset}"
+    assert report.plan["kept"] == 8
+    assert report.quality["kl_mean"] == pytest.approx(best.quality["kl_mean"], rel=1e-6)
+    built = GgufFile(folder / report.build["path"])
+    assert built.size == report.plan["predicted"]["file_bytes"] <= 900_000
+    assert {name: built.tensors[name].type for name in report.plan["types"]} == report.plan["types"]
+    assert not (folder / "scratch").exists()
+
+
+def test_a_hand_edited_keep_set_is_measured_not_believed(
+    tiny_checkpoint: Path, small_text: Path, tmp_path: Path
+) -> None:
+    settings = Settings(
+        source=str(tiny_checkpoint), file_bytes=900_000, texts=(str(small_text),), keep=4, output=str(tmp_path), **FEW
+    )
+    with opened(settings, Ear()) as run:
+        chosen = run.plan()
+    path = tmp_path / "plan.json"
+    edited = json.loads(path.read_text())
+    layer, ids = next(iter(edited["keep"].items()))
+    swapped = sorted({*ids[:-1], *(set(range(8)) - set(ids))})[:4]
+    edited["keep"][layer] = swapped
+    path.write_text(json.dumps(edited))
+    ear = Ear()
+    with opened(settings, ear) as run:
+        obeyed = run.plan()
+    assert list(obeyed.keep[int(layer)]) == swapped
+    assert 0 < obeyed.predicted.nats_drop != chosen.predicted.nats_drop
+    assert any("edited by hand" in line for line in ear.said)
