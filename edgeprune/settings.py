@@ -10,7 +10,7 @@ from typing import Protocol
 
 from edgeprune.device.profile import find_profile
 from edgeprune.errors import UsageError
-from edgeprune.units import format_bytes
+from edgeprune.units import compact_bytes
 
 Progress = Callable[[int, int], None]
 
@@ -84,9 +84,9 @@ class Settings:
     def target(self) -> str:
         """Short name of the device or limit, for folders and titles."""
         if self.file_bytes is not None:
-            return f"file-{format_bytes(self.file_bytes).replace(' ', '')}"
+            return f"file-{compact_bytes(self.file_bytes)}"
         if self.memory_bytes is not None:
-            return f"memory-{format_bytes(self.memory_bytes).replace(' ', '')}"
+            return f"memory-{compact_bytes(self.memory_bytes)}"
         return Path(self.device or "auto").stem
 
     @property

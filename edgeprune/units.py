@@ -45,6 +45,13 @@ def format_bytes(count: float) -> str:
     return f"{sign}{value:.{digits}f} {unit}"
 
 
+def compact_bytes(count: int) -> str:
+    """``count`` for a file name, in the unit that writes it shortest: ``"4MB"``, ``"9.5GiB"``."""
+    written = [f"{count / _FACTORS[unit.lower()]:.6g}{unit}" for unit in ("MB", "GB", "MiB", "GiB")]
+    exact = [text for text in written if parse_bytes(text) == count]
+    return min(exact or [f"{count / 2**20:.1f}MiB"], key=len)
+
+
 def format_seconds(seconds: float) -> str:
     """A duration: ``"0.8 s"``, ``"42 s"``, ``"3 min 20 s"``, ``"2 h 5 min"``."""
     if seconds < 10:

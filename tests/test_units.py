@@ -7,7 +7,7 @@ import re
 import pytest
 
 from edgeprune.errors import UsageError
-from edgeprune.units import format_bytes, format_seconds, parse_bytes
+from edgeprune.units import compact_bytes, format_bytes, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,15 @@ def test_printed_size_reads_back_to_within_its_digits(count: int) -> None:
 )
 def test_duration_is_printed_in_two_units_at_most(seconds: float, expected: str) -> None:
     assert format_seconds(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(4 * 10**6, "4MB"), (19 * 2**29, "9.5GiB"), (12_500_000, "12.5MB"), (3 * 2**20, "3MiB")]
+)
+def test_compact_sizes_are_short_and_exact(count: int, text: str) -> None:
+    assert compact_bytes(count) == text
+    assert parse_bytes(text) == count
+
+
+def test_a_compact_size_of_odd_bytes_is_rounded() -> None:
+    assert compact_bytes(5_242_881) == "5.0MiB"

@@ -136,7 +136,7 @@ class Run(DecideStages):
         }
         curve_path = self.folder.path / "candidates.json"
         report = Report(
-            title=f"{self.architecture.name} on {self.profile.name}",
+            title=f"{self.architecture.name} for {self.profile.name}",
             verdict="",
             shipped=shipped,
             promises=lines,
