@@ -53,3 +53,18 @@ def test_a_hand_edited_keep_set_is_measured_not_believed(
     assert list(obeyed.keep[int(layer)]) == swapped
     assert 0 < obeyed.predicted.nats_drop != chosen.predicted.nats_drop
     assert any("edited by hand" in line for line in ear.said)
+
+
+def test_a_model_that_fits_is_left_alone_without_measuring_types(
+    tiny_checkpoint: Path, small_text: Path, tmp_path: Path
+) -> None:
+    settings = Settings(
+        source=str(tiny_checkpoint), memory_bytes=2 * 10**9, texts=(str(small_text),), output=str(tmp_path), **FEW
+    )
+    ear = Ear()
+    report, folder = fit(settings, ear)
+    assert report.plan["types"] == {} and report.plan["keep"] == {}
+    assert report.quality["kl_mean"] < 1e-7
+    assert not any("sensitivity" in stage or "distortion" in stage for stage in ear.stages)
+    source, built = GgufFile(folder / "source.gguf"), GgufFile(folder / report.build["path"])
+    assert all((source.raw(name) == built.raw(name)).all() for name in source.tensors)

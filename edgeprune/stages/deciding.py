@@ -41,13 +41,14 @@ class DecideStages(MeasureStages):
             raise UsageError(f"--keep {keep} is not possible: {reason}")
         return [keep]
 
-    def _made_from(self) -> dict[str, Any]:
+    def _made_from(self, *, measured: bool) -> dict[str, Any]:
+        """What a plan is made from; one that changes nothing needs no measurement."""
         profile = self.profile
         local = self.settings.device in (None, "auto")
         return {
             "source": self.fingerprint,
-            "statistics": digest(self.statistics.made_from),
-            "sensitivity": digest(self.sensitivity.made_from),
+            "statistics": digest(self.statistics.made_from) if measured else None,
+            "sensitivity": digest(self.sensitivity.made_from) if measured else None,
             # The free memory and bandwidth of this machine vary from run to run.
             "device": digest(profile.ram.total_bytes if local else profile.to_json()),
             "memory": self.settings.memory_bytes,
@@ -74,7 +75,7 @@ class DecideStages(MeasureStages):
             profile=self.profile,
             launch=self.launch,
             method=self.settings.method,
-            made_from=self._made_from(),
+            made_from=self._made_from(measured=True),
         )
 
     def candidates(self) -> list[Candidate]:
@@ -107,31 +108,44 @@ class DecideStages(MeasureStages):
             )
         # When every type costs nothing, the best plan is the smallest.
         free = {t.name: {k: [0.0, 0.0] for k in candidate_types(t)} for t in architecture.tensors if t.quantisable}
-        smallest = Problem(
+        candidates(self._unmeasured(free, types), [min(counts)], forced_types=bool(self.settings.types))
+
+    def _unmeasured(self, distortions: dict[str, dict[str, list[float]]], types: frozenset[str]) -> Problem:
+        """A problem without any measurement, in which every choice is free."""
+        architecture = self.architecture
+        return Problem(
             file=self.file,
             architecture=architecture,
-            sensitivity=Sensitivity({}, free, {}, {}),
+            sensitivity=Sensitivity({}, distortions, {}, {}),
             ranked={layer: np.arange(architecture.experts) for layer in architecture.moe_layers},
-            drop_nats=dict.fromkeys(counts, 0.0),
+            drop_nats=dict.fromkeys(self._counts(), 0.0),
             types=types,
             budget=self.budget,
             profile=self.profile,
             launch=self.launch,
             method=self.settings.method,
-            made_from={},
+            made_from=self._made_from(measured=False),
         )
-        candidates(smallest, [min(counts)], forced_types=bool(self.settings.types))
+
+    def _untouched(self) -> Candidate | None:
+        """The source as it is, if that fits: no other plan can be closer to it, so nothing need be measured."""
+        if self.settings.types or self.architecture.experts not in self._counts():
+            return None
+        return priced(self._unmeasured({}, frozenset()), self.architecture.experts, {})
 
     def plan(self) -> Plan:
         """The plan in the folder if it is still right, else the best candidate, saved."""
         self._fail_early()
-        made_from = self._made_from()
+        untouched = self._untouched()
+        made_from = self._made_from(measured=untouched is None)
         if self.folder.plan.is_file():
             found = Plan.load(self.folder.plan)
             if found.made_from == made_from:
                 return self._obeyed(found)
             self._changed("plan", found.made_from, made_from)
-        found_candidates = self.candidates()
+        found_candidates = self.candidates() if untouched is None else [untouched]
+        if untouched is not None:
+            self.listener.say("the model fits as it is: nothing is dropped and no type is changed")
         self._save_curve(found_candidates)
         best = found_candidates[0].plan
         best.save(self.folder.plan)
@@ -203,7 +217,7 @@ class DecideStages(MeasureStages):
                     "model": str(self.source),
                     "plan": plan.to_json(),
                     "output": str(output),
-                    "statistics": str(self.folder.statistics) if plan.types else "",
+                    "statistics": self.statistics_file if plan.types else "",
                 },
                 progress,
             )

@@ -80,6 +80,12 @@ class MeasureStages(SourceStages):
         write_imatrix(measured, self.folder.imatrix)
         return measured
 
+    @property
+    def statistics_file(self) -> str:
+        """Path of the statistics, measured if need be."""
+        _ = self.statistics
+        return str(self.folder.statistics)
+
     def _check_layers(self, measured: Statistics) -> None:
         unseen = [layer for layer in self.architecture.moe_layers if layer not in measured.layers]
         if unseen and not self.architecture.obstacle:
@@ -133,7 +139,7 @@ class MeasureStages(SourceStages):
         with self.listener.progress("distortion of each type") as progress:
             measured: dict[str, dict[str, list[float]]] = child.call(
                 "edgeprune.measure.distortion:measure",
-                {"model": str(self.source), "statistics": str(self.folder.statistics), "wanted": wanted},
+                {"model": str(self.source), "statistics": self.statistics_file, "wanted": wanted},
                 progress,
             )
         return measured

@@ -35,7 +35,7 @@ class Run(DecideStages):
         Returns:
             each with the GGML type that it gives every tensor.
         """
-        statistics = str(self.folder.statistics)
+        statistics = self.statistics_file
         sizes = child.call("edgeprune.build.preset:sizes", {"model": str(self.source), "statistics": statistics})
         limit = plan.predicted.file_bytes
         names = baseline.contenders(sizes, limit, self.file.data_offset)
