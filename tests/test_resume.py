@@ -1,0 +1,335 @@
+"""A run that was killed goes on where it was; a finished one does nothing again; two do not meet in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import toys
+from runs import Fit, edgeprune_command, environment, read, run_edgeprune
+
+from edgeprune.errors import Busy
+from edgeprune.files import file_digest
+from edgeprune.model.gguf import GgufFile
+from edgeprune.rundir import RunFolder, changed_fields
+
+pytest_plugins = ("demo_fixtures",)
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+PATIENCE_SECONDS = 60.0
+
+
+class Running:
+    """The real command, watched from outside."""
+
+    def __init__(self, *words: str | Path) -> None:
+        self.process = subprocess.Popen(
+            edgeprune_command(*words),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            start_new_session=True,  # a group of its own, as a shell gives to each command
+        )
+
+    def wait_for(self, task: str) -> psutil.Process | None:
+        """The child that works on ``task``, as soon as there is one; None if the command ends before."""
+        own = psutil.Process(self.process.pid)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            for worker in own.children():
+                try:
+                    if any(word.endswith(task) for word in worker.cmdline()):
+                        return worker
+                except psutil.Error:
+                    continue
+            time.sleep(0.03)
+        assert self.process.poll() is not None, f"{task} did not begin in time"
+        return None
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr, once it has ended."""
+        out, err = self.process.communicate(timeout=PATIENCE_SECONDS)
+        return self.process.returncode, out, err
+
+
+def gone(worker: psutil.Process) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*.partial")]
+
+
+def result(folder: Path) -> tuple[dict[str, Any], str]:
+    """The plan without its predictions, which contain this machine's momentary state, and the file's SHA-256."""
+    plan = read(folder / "plan.json")
+    (built,) = folder.glob("*bpw.gguf")
+    return {key: plan[key] for key in ("digest", "keep", "types", "kept", "made_from")}, file_digest(built)
+
+
+STAGES = [
+    "convert:convert_task",
+    "tasks:collect",
+    "tasks:reference",
+    "tasks:disturb",
+    "distortion:measure",
+    "builder:build",
+    "tasks:benchmark",
+]
+
+
+@posix
+def test_killed_in_every_stage_the_same_command_ends_with_the_same_file(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("fit", *tiny_fit.arguments, "-o", folder)
+    done: dict[str, int] = {}
+    for number, stage in enumerate(STAGES):
+        run = Running(*words)
+        worker = run.wait_for(stage)
+        assert worker is not None, run.end()
+        # Once at its beginning, once some way into it.
+        time.sleep((0.0, 0.3)[number % 2])
+        run.process.send_signal(signal.SIGKILL)
+        assert run.end()[0] == -signal.SIGKILL
+        assert gone(worker)
+        for name, changed in done.items():  # what was finished before was not made again
+            assert (folder / name).stat().st_mtime_ns == changed, (stage, name)
+        kept = ("source.gguf", "statistics.safetensors", "sensitivity.json", "plan.json")
+        done = {name: (folder / name).stat().st_mtime_ns for name in kept if (folder / name).is_file()}
+        if "sensitivity.json" in done and "plan.json" not in done:
+            del done["sensitivity.json"]  # the costs of dropping experts are still to be added to it
+    assert set(done) == {"source.gguf", "statistics.safetensors", "sensitivity.json", "plan.json"}
+    (folder / "scratch").mkdir(exist_ok=True)
+    for name in ("source.gguf.partial", "scratch/held_out.logprobs.partial"):
+        (folder / name).write_bytes(b"left by a kill in the middle of a write")
+    final = run_edgeprune(*words)
+    assert (final.returncode, final.stderr) == (0, "")
+    assert result(folder) == result(tiny_fit.folder)
+    assert leftovers(folder) == []
+    assert {path.name for path in folder.iterdir()} == {path.name for path in tiny_fit.folder.iterdir()}
+
+
+@posix
+def test_an_interrupt_exits_130_with_one_line(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = Running("fit", *tiny_fit.arguments, "-o", folder)
+    worker = run.wait_for("tasks:collect")
+    assert worker is not None
+    time.sleep(0.2)
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: to the command and its child
+    code, out, err = run.end()
+    assert (code, out) == (130, "")
+    # The empty line ends the one with the terminal's ^C.
+    assert err == "\nstopped; the same command goes on where it was\n"
+    assert gone(worker)
+    assert leftovers(folder) == []
+    assert GgufFile(folder / "source.gguf").tensors  # what was finished is kept, and is whole
+
+
+def times(folder: Path) -> dict[str, int]:
+    names = ("source.gguf", "statistics.safetensors", "imatrix.gguf", "sensitivity.json", "plan.json")
+    paths = [folder / name for name in names] + list(folder.glob("*bpw.gguf"))
+    assert len(paths) == len(names) + 1
+    return {path.name: path.stat().st_mtime_ns for path in paths}
+
+
+def test_a_second_run_over_a_finished_folder_makes_nothing_again(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    before = times(folder)
+    done = run_edgeprune("fit", *tiny_fit.arguments, "-o", folder, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert times(folder) == before
+    assert result(folder) == result(tiny_fit.folder)
+
+
+def test_another_limit_measures_nothing_again_and_replaces_the_file(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    before = times(folder)
+    source, _, _, *rest = tiny_fit.arguments
+    done = run_edgeprune("build", source, "--file-size", "600kB", *rest, "-o", folder)
+    assert done.returncode == 0
+    assert done.stderr == "plan changed: file_size: 500000 -> 600000; doing it again\n"
+    after = times(folder)
+    unchanged = {name for name in before if after.get(name) == before[name]}
+    assert unchanged == {"source.gguf", "statistics.safetensors", "imatrix.gguf", "sensitivity.json"}
+    (built,) = folder.glob("*bpw.gguf")
+    assert 500_000 < built.stat().st_size <= 600_000
+
+
+def test_a_changed_text_is_noticed_and_named(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    text = tmp_path / "small.txt"
+    text.write_text(Path(tiny_fit.arguments[-1]).read_text(encoding="utf-8") + "one more line\n", encoding="utf-8")
+    done = run_edgeprune("calibrate", tiny_fit.arguments[0], "--text", text, "-o", folder)
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("calibration changed: text: ") and line.endswith("...; doing it again")
+    assert times(folder)["statistics.safetensors"] > times(tiny_fit.folder)["statistics.safetensors"]
+    assert times(folder)["source.gguf"] == times(tiny_fit.folder)["source.gguf"]
+
+
+def test_a_checkpoint_that_changed_is_converted_again(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    checkpoint = tmp_path / "tiny"
+    shutil.copytree(tiny_fit.arguments[0], checkpoint)
+    toys.change_json(checkpoint / "config.json", rope_theta=20000.0, rope_parameters=...)
+    done = run_edgeprune("calibrate", checkpoint, *tiny_fit.arguments[-2:], "-o", folder)
+    assert done.returncode == 0
+    said = done.stderr.splitlines()
+    assert len(said) == 2
+    assert said[0].startswith("the checkpoint changed: content: ") and said[1].startswith(
+        "calibration changed: model: "
+    )
+    assert GgufFile(folder / "source.gguf").get("qwen3moe.rope.freq_base") == 20000.0
+
+
+def halved(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        (path,) = folder.glob(pattern)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_files_of_an_earlier_run_are_made_anew(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    halved(folder, "source.gguf", "statistics.safetensors", "sensitivity.json", "*bpw.gguf")
+    done = run_edgeprune("build", *tiny_fit.arguments, "-o", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert result(folder) == result(tiny_fit.folder)
+
+
+def test_a_damaged_plan_is_named_and_not_thrown_away(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    halved(folder, "plan.json")
+    left = (folder / "plan.json").read_bytes()
+    done = run_edgeprune("build", *tiny_fit.arguments, "-o", folder)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cannot read {folder / 'plan.json'}: ")
+    assert (folder / "plan.json").read_bytes() == left
+
+
+def edited(folder: Path, types: dict[str, str]) -> dict[str, Any]:
+    """Change tensor types in the folder's plan as a person would; returns the plan before."""
+    path = folder / "plan.json"
+    before = read(path)
+    path.write_text(json.dumps({**before, "types": {**before["types"], **types}}, indent=2), encoding="utf-8")
+    return before
+
+
+def test_a_plan_edited_by_hand_is_obeyed_and_priced_anew(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    name = "blk.0.attn_q.weight"
+    assert read(folder / "plan.json")["types"][name] != "Q4_0"
+    before = edited(folder, {name: "Q4_0"})
+    done = run_edgeprune("build", *tiny_fit.arguments, "-o", folder, "--json")
+    assert done.returncode == 0
+    assert done.stderr == "plan.json was edited by hand; it is obeyed, and its predictions are made anew\n"
+    (built,) = folder.glob("*bpw.gguf")
+    types = {info.name: info.type for info in GgufFile(built).tensors.values()}
+    assert types[name] == "Q4_0"
+    assert {key: types[key] for key in before["types"] if key != name} == {
+        key: kind for key, kind in before["types"].items() if key != name
+    }
+    plan = run_edgeprune("plan", *tiny_fit.arguments, "-o", folder, "--json")
+    priced = json.loads(plan.stdout)
+    assert priced["predicted"]["file_bytes"] == built.stat().st_size < before["predicted"]["file_bytes"]
+    assert priced["predicted"]["nats_quant"] > before["predicted"]["nats_quant"]
+    assert priced["predicted"]["nats_drop"] == before["predicted"]["nats_drop"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"blk.0.attn_q.weight": "Q4_K"}, 1, "whose blocks do not divide 128"),
+        ({"token_embd.weight": "BF16", "output.weight": "BF16"}, 3, "more than the budget allows"),
+    ],
+    ids=["a type that does not fit", "beyond the budget"],
+)
+def test_an_edit_that_cannot_be_obeyed_is_refused(
+    change: dict[str, str], code: int, message: str, tiny_fit: Fit, tmp_path: Path
+) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    edited(folder, change)
+    done = run_edgeprune("build", *tiny_fit.arguments, "-o", folder)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(list(folder.glob("*bpw.gguf"))) == 1
+
+
+def test_a_second_run_at_the_same_time_fails_at_once_and_harms_nothing(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("calibrate", tiny_fit.arguments[0], *tiny_fit.arguments[-2:], "-o", folder)
+    first = Running(*words)
+    assert first.wait_for("convert:convert_task") is not None
+    second = run_edgeprune(*words)
+    assert first.process.poll() is None  # the second did not wait for the first
+    assert second.returncode == 1
+    assert second.stderr.splitlines() == [
+        f"error: another edgeprune is working in {folder}",
+        "hint: wait for it, or choose another folder with -o",
+    ]
+    code, _, err = first.end()
+    assert (code, err) == (0, "")
+    for name in ("source.gguf", "statistics.safetensors", "imatrix.gguf"):
+        assert file_digest(folder / name) == file_digest(tiny_fit.folder / name)
+
+
+# The run folder itself.
+
+
+def test_a_folder_is_locked_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked(), pytest.raises(Busy), RunFolder(tmp_path / "run").locked():
+        raise AssertionError("two in one folder")
+    with folder.locked():
+        pass
+
+
+def test_leftovers_go_when_the_folder_is_opened_and_when_it_is_closed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.scratch.mkdir(parents=True)
+    (folder.path / "kept.json").touch()
+    old = [folder.path / "a.gguf.partial", folder.scratch / "b.logprobs.partial"]
+    for path in old:
+        path.touch()
+    with folder.locked():
+        assert not any(path.exists() for path in old)
+        for path in old:
+            path.touch()
+    assert not any(path.exists() for path in old)
+    assert (folder.path / "kept.json").exists()
+
+
+def test_a_folder_in_which_nothing_was_made_is_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), folder.locked():
+        raise ZeroDivisionError
+    assert not folder.path.exists()
+    with folder.locked():
+        (folder.path / "statistics.safetensors").touch()
+    assert folder.statistics.exists()
+
+
+def test_changed_fields_name_the_field_and_both_values() -> None:
+    old = {"tokens": 512, "text": "a" * 64, "window": 64}
+    new = {"tokens": 1024, "text": "b" * 64, "window": 64, "method": "reap"}
+    assert changed_fields(old, new) == [
+        "method: none -> reap",
+        "text: aaaaaaaaaaaa... -> bbbbbbbbbbbb...",
+        "tokens: 512 -> 1024",
+    ]
+    assert changed_fields(old, old) == []
