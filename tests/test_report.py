@@ -1,0 +1,332 @@
+"""The report, its page and the model card, of real fits: pruned, beside presets, and unchanged."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from runs import Ear, Fit, read, settings
+
+from edgeprune import pipeline
+from edgeprune.errors import BrokenPromise
+from edgeprune.files import file_digest
+from edgeprune.model.architecture import read_architecture
+from edgeprune.model.gguf import GgufFile
+from edgeprune.prove.page import render
+from edgeprune.prove.report import Promise, Report, promises
+from edgeprune.share.card import model_card
+
+pytest_plugins = ("demo_fixtures",)
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+SVG_NAMESPACE = "http://www.w3.org/2000/svg"
+
+
+@dataclass
+class Element:
+    tag: str
+    attributes: dict[str, str]
+    text: str = ""
+    inside: list[Element] = field(default_factory=list)
+
+    def all(self, tag: str) -> Iterator[Element]:
+        for element in self.inside:
+            if element.tag == tag:
+                yield element
+            yield from element.all(tag)
+
+
+class Page(HTMLParser):
+    """A strict reader: every element that is opened is closed, in order."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.root = Element("", {})
+        self.open = [self.root]
+        self.feed(content)
+        self.close()
+        assert self.open == [self.root], f"never closed: {[element.tag for element in self.open]}"
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[-1].inside.append(Element(tag, {name: value or "" for name, value in attrs}))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(self.open[-1].inside[-1])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}> at {self.getpos()}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].text += data
+
+    def figure(self, title: str) -> Element:
+        """The picture whose accessible name begins with ``title``."""
+        (found,) = (svg for svg in self.root.all("svg") if svg.attributes["aria-label"].startswith(title))
+        assert next(found.all("title")).text == found.attributes["aria-label"]
+        return found
+
+
+@dataclass(frozen=True)
+class Case:
+    folder: Path
+    report: Report
+
+    @property
+    def page(self) -> Page:
+        return Page((self.folder / "report.html").read_text(encoding="utf-8"))
+
+    @property
+    def built(self) -> Path:
+        return self.folder / str(self.report.build["path"])
+
+
+@pytest.fixture(scope="module", params=["pruned", "beside presets", "unchanged"])
+def case(request: pytest.FixtureRequest, tiny_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A finished fit: to 500 kB experts are dropped, to 700 kB there are presets, and 20 MB hold all of it."""
+    if request.param == "pruned":
+        return Case(tiny_fit.folder, tiny_fit.report)
+    folder = tiny_fit.copy(tmp_path_factory.mktemp("report") / "run")
+    limit = {"beside presets": 700_000, "unchanged": 20_000_000}[request.param]
+    report, _ = pipeline.fit(settings(tiny_fit, folder, file_bytes=limit), Ear())
+    return Case(folder, report)
+
+
+def test_cases_are_what_they_are_called(case: Case, request: pytest.FixtureRequest) -> None:
+    plan, name = case.report.plan, request.node.callspec.params["case"]
+    assert bool(plan["keep"]) == (name == "pruned")
+    assert bool(plan["types"]) == (name != "unchanged")
+    assert bool(case.report.baselines) == (name != "pruned")
+    assert not case.report.broken
+
+
+def test_the_report_survives_json_and_renders_the_same_page_and_card(case: Case) -> None:
+    value = read(case.folder / "report.json")
+    again = Report.from_json(value)
+    assert again.to_json() == value
+    # JSON orders the lines of the budget by name, and the bar with them; all else is the same.
+    rendered, written = Page(render(again)).root, case.page.root
+    for tag in ("title", "h1", "td", "th", "pre", "p", "text"):
+        assert sorted(e.text for e in rendered.all(tag)) == sorted(e.text for e in written.all(tag)), tag
+    assert model_card(again) == (case.folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_report_speaks_of_the_file_beside_it(case: Case) -> None:
+    build, report = case.report.build, case.report
+    assert build["nbytes"] == case.built.stat().st_size == report.plan["predicted"]["file_bytes"]
+    assert build["sha256"] == file_digest(case.built) == report.made_from["build"]
+    assert build["plan_digest"] == report.plan["digest"] == GgufFile(case.built).get("edgeprune.plan_digest")
+    assert report.launch_line.startswith(f"llama-server -m {case.built.name} -c ")
+    assert set(report.domains) == {"small"}
+    assert report.quality["tokens"] == sum(row["tokens"] for row in report.domains.values()) > 0
+    for rival in report.baselines:  # never worse than the stock presets of at most these bytes
+        assert rival.nbytes <= 700_000 or report.shipped == "plan"
+        assert report.quality["kl_mean"] <= rival.quality["kl_mean"]
+
+
+def test_the_page_is_well_formed_and_has_its_parts(case: Case) -> None:
+    root = case.page.root
+    assert [element.text for element in root.all("h1")] == [case.report.title]
+    assert next(root.all("title")).text == case.report.title
+    headings = [element.text for element in root.all("h2")]
+    wanted = ["Run it", "Predicted and measured", "Beside the stock presets", "Memory", "By domain", "Types"]
+    assert [heading for heading in headings if heading in wanted] == wanted
+    (html,) = root.all("html")
+    assert html.attributes["lang"] == "en"
+    tables = [len(list(table.all("tr"))) for table in root.all("table")]
+    assert tables[0] == 1 + len(case.report.promises)
+    assert tables[1] == 2 + len(case.report.baselines)
+    assert tables[2] == 1 + len(case.report.domains)
+    run_it = next(root.all("pre")).text
+    assert run_it == case.report.launch_line
+
+
+def test_the_page_needs_nothing_but_itself(case: Case) -> None:
+    content = (case.folder / "report.html").read_text(encoding="utf-8")
+    assert not re.findall(r"https?://[^\s\"'<]*", content.replace(SVG_NAMESPACE, ""))
+    assert "@import" not in content and "url(" not in content
+    root = case.page.root
+    for tag in ("script", "link", "img", "iframe", "object", "form", "base"):
+        assert list(root.all(tag)) == []
+    elements = [root, *(element for tag in ("a", "svg", "rect", "path", "use") for element in root.all(tag))]
+    for element in elements:
+        assert not {name for name in element.attributes if name.startswith("on") or name in ("href", "src")}
+
+
+def numbers(svg: Element) -> Iterator[tuple[str, str, float]]:
+    """Tag, attribute and value of everything that places a mark."""
+    for tag in ("rect", "circle", "line", "text"):
+        for element in svg.all(tag):
+            for name in ("x", "y", "cx", "cy", "x1", "x2", "y1", "y2", "width", "height", "fill-opacity"):
+                if name in element.attributes:
+                    yield tag, name, float(element.attributes[name])
+
+
+def test_every_mark_is_inside_its_picture(case: Case) -> None:
+    pictures = list(case.page.root.all("svg"))
+    assert len(pictures) >= 3
+    for svg in pictures:
+        left, top, width, height = map(float, svg.attributes["viewbox"].split())
+        assert (left, top) == (0, 0) and width > 0 and height > 0
+        for tag, name, value in numbers(svg):
+            most = {"fill-opacity": 1.0}.get(name, width if "x" in name or name == "width" else height)
+            assert math.isfinite(value) and -0.5 <= value <= most + 0.5, (svg.attributes["aria-label"], tag, name)
+
+
+def test_the_memory_bar_shows_every_line_of_the_budget(case: Case) -> None:
+    svg = case.page.figure("Memory budget")
+    tips = [next(rect.all("title")).text for rect in svg.all("rect") if rect.inside]
+    pools = case.report.budget["pools"]
+    for lines in pools.values():
+        for name in lines.keys() - {"total", "left for weights"}:
+            assert any(tip.startswith(f"{name}: ") for tip in tips)
+    assert sum(tip.startswith("weights: ") for tip in tips) == len(pools)
+
+
+def test_the_curve_has_a_point_for_every_candidate_preset_and_the_shipped_file(case: Case) -> None:
+    svg = case.page.figure("File size against KL divergence")
+    tips = [next(circle.all("title")).text for circle in svg.all("circle") if circle.inside]
+    report = case.report
+    assert len(tips) == len(report.curve) + len(report.baselines) + 1
+    for rival in report.baselines:
+        assert any(tip.startswith(f"{rival.preset}: ") for tip in tips)
+    assert tips[-1].startswith("shipped: ") and f"{report.quality['kl_mean']:.4g} nats" in tips[-1]
+
+
+def test_the_map_of_experts_crosses_out_the_dropped_ones(case: Case) -> None:
+    report = case.report
+    svg = case.page.figure("Experts by layer")
+    cells = [next(rect.all("title")).text for rect in svg.all("rect")]
+    layers, experts = len(report.importance), report.plan["experts"]
+    assert len(cells) == layers * experts
+    dropped = {
+        (int(layer), expert)
+        for layer, ids in report.plan["keep"].items()
+        for expert in set(range(experts)) - set(ids)
+    }
+    assert len(dropped) == (layers * (experts - report.plan["kept"]))
+    for layer, expert in dropped:
+        assert any(cell.startswith(f"layer {layer}, expert {expert}:") and cell.endswith("dropped") for cell in cells)
+    assert sum(cell.endswith("dropped") for cell in cells) == len(list(svg.all("path"))) == len(dropped)
+
+
+def test_the_map_of_types_has_a_cell_for_every_changed_tensor(case: Case) -> None:
+    svg = case.page.figure("GGML type")
+    cells = [next(rect.all("title")).text for rect in svg.all("rect")]
+    types = case.report.plan["types"]
+    assert len(cells) >= len(types)
+    assert {kind for kind in types.values()} <= {cell.split(",")[0].rpartition(": ")[2] for cell in cells}
+
+
+def test_the_types_are_told_in_full(case: Case) -> None:
+    architecture = read_architecture(GgufFile(case.built))
+    text = "\n".join(case.report.folded)
+    for tensor in architecture.tensors:
+        if tensor.quantisable:
+            kind = tensor.name.split(".", 2)[2] if tensor.layer >= 0 else tensor.name
+            (line,) = (line for line in case.report.folded if line.split()[0] == kind.removesuffix(".weight"))
+            assert tensor.type in line, text
+
+
+def test_a_hostile_name_is_shown_and_not_obeyed(case: Case) -> None:
+    name = '<script>alert("1")</script><img src=x onerror=alert(1)>'
+    report = replace(
+        case.report,
+        title=name,
+        verdict=name,
+        folded=[name],
+        launch_line=name,
+        source={**case.report.source, "name": name, "arch": name},
+        domains={name: next(iter(case.report.domains.values()))},
+        conditions={name: name},
+    )
+    root = Page(render(report)).root
+    assert list(root.all("script")) == list(root.all("img")) == []
+    assert next(root.all("h1")).text == name
+
+
+def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
+    text = (case.folder / "README.md").read_text(encoding="utf-8")
+    _, front, body = text.split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert metadata["library_name"] == "gguf"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert metadata["base_model_relation"] == "quantized"
+    assert {"gguf", "mixture-of-experts"} <= set(metadata["tags"])
+    report = case.report
+    for wanted in (f"# {report.title}", report.verdict, report.launch_line, report.build["sha256"], *report.folded):
+        assert wanted in body
+    assert body.count("\n| stock ") == len(report.baselines)
+    experts = "6 of 8 experts per layer, chosen by reap" if report.plan["keep"] else "all 8 experts per layer"
+    assert f"- Kept: {experts}\n" in body
+
+
+# Verdicts.
+
+GIB = 2**30
+PLAN = {"predicted": {"file_bytes": 1000, "pool_bytes": {"ram": 5 * GIB}, "nats": 0.1, "decode_per_s": 20.0}}
+QUALITY = {"kl_mean": 0.12}
+SPEED = {"peak_bytes": 3 * GIB, "finite": True, "decode_per_s": 18.0, "prefill_per_s": 200.0}
+# 8 GiB, of which the system takes 2: 6 are there for the model, and the plan promises to need 3 of them.
+BUDGET = {
+    "pools": {
+        "ram": {"total": 8 * GIB, "system and applications": 2 * GIB, "KV cache": GIB, "left for weights": 5 * GIB}
+    },
+    "file_limit_bytes": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "verdict"),
+    [
+        ({}, "file size", "kept"),
+        ({"build_bytes": 1001}, "file size", "broken"),
+        ({"build_bytes": 999}, "file size", "broken"),
+        ({"budget": {**BUDGET, "file_limit_bytes": 999}}, "file size", "broken"),
+        ({}, "peak memory", "kept"),
+        ({"speed": {**SPEED, "peak_bytes": int(3.02 * GIB)}}, "peak memory", "kept"),
+        ({"speed": {**SPEED, "peak_bytes": int(3.2 * GIB)}}, "peak memory", "broken"),
+        ({"speed": {**SPEED, "peak_bytes": int(3.2 * GIB)}, "on_device": False}, "peak memory", "information"),
+        ({}, "output is finite", "kept"),
+        ({"speed": {**SPEED, "finite": False}}, "output is finite", "broken"),
+        ({"quality": {"kl_mean": 9.0}}, "KL divergence from the source (nats per token)", "information"),
+        ({"speed": {**SPEED, "decode_per_s": 1.0}}, "decode (tokens per second)", "information"),
+    ],
+    ids=[
+        "exact size",
+        "a byte too many",
+        "a byte too few",
+        "beyond the limit of the file",
+        "memory as promised",
+        "memory within a hundredth",
+        "memory beyond it",
+        "memory of another machine",
+        "finite",
+        "not finite",
+        "divergence is a prediction",
+        "speed is a prediction",
+    ],
+)
+def test_verdicts(changes: dict[str, Any], name: str, verdict: str) -> None:
+    arguments: dict[str, Any] = {"build_bytes": 1000, "quality": QUALITY, "speed": SPEED, "budget": BUDGET}
+    arguments |= {"on_device": True, **changes}
+    (line,) = (line for line in promises(PLAN, **arguments) if line.name == name)
+    assert line.verdict == verdict
+
+
+def test_a_broken_promise_is_an_error_that_names_the_figures(tiny_fit: Fit) -> None:
+    pipeline.raise_if_broken(tiny_fit.report, Path("report.html"))
+    broken = replace(tiny_fit.report, promises=[Promise("file size", "10 bytes", "11 bytes", "broken")])
+    with pytest.raises(BrokenPromise) as error:
+        pipeline.raise_if_broken(broken, Path("report.html"))
+    assert error.value.rows == (("file size", "predicted 10 bytes, measured 11 bytes"),)
+    assert error.value.exit_code == 3 and "report.html" in error.value.hint
