@@ -22,7 +22,7 @@ __all__ = ["Listener", "Progress", "Run", "Settings", "fit", "opened", "raise_if
 def opened(settings: Settings, listener: Listener) -> Iterator[Run]:
     """A run whose folder is locked for the time of the block."""
     run = Run(settings, listener)
-    with run.folder.locked():
+    with run.folder.locked(settings.owner):
         yield run
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import Busy
-from edgeprune.files import remove_partials
+from edgeprune.errors import Busy, UsageError
+from edgeprune.files import remove_partials, write_text
 
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -72,8 +72,28 @@ class RunFolder:
     def scratch(self) -> Path:
         return self.path / "scratch"
 
+    def claim(self, owner: str) -> None:
+        """Mark the folder as the run directory of the model ``owner``, so that nothing of anybody else's is
+        overwritten or deleted in it.
+
+        Raises:
+            UsageError: it holds other files, or the run of another model.
+        """
+        marker = self.path / ".edgeprune"
+        if marker.is_file():
+            if (known := marker.read_text(encoding="utf-8").strip()) != owner:
+                raise UsageError(
+                    f"{self.path} is the run directory of {known}", hint="choose another folder with -o, or delete it"
+                )
+            return
+        if any(path.name != ".lock" for path in self.path.iterdir()):
+            raise UsageError(
+                f"{self.path} holds files that are not edgeprune's", hint="choose an empty or new folder with -o"
+            )
+        write_text(marker, owner + "\n")
+
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, owner: str) -> Iterator[None]:
         """Hold the folder for this process, and clear away what was left half-written, before and after.
 
         The lock is the operating system's and ends with the process, however it ends. A run that failed
@@ -94,6 +114,7 @@ class RunFolder:
                 hint="wait for it, or choose another folder with -o",
             ) from None
         try:
+            self.claim(owner)
             self._remove_partials()
             yield
         finally:
@@ -108,6 +129,8 @@ class RunFolder:
     def _remove_empty(self, lock: Path) -> None:
         """Delete the folder if it holds nothing but the lock; who waits for a deleted lock tries again."""
         with suppress(OSError):
-            if list(self.path.iterdir()) == [lock]:
-                lock.unlink()
+            own = {lock, self.path / ".edgeprune"}
+            if set(self.path.iterdir()) <= own:
+                for path in own:
+                    path.unlink(missing_ok=True)
                 self.path.rmdir()

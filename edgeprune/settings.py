@@ -41,6 +41,7 @@ class Settings:
         method: expert score.
         output: run directory, or None for the default.
         window: tokens per calibration window.
+        sensitivity_window: the same where little text is used, so that every domain takes part.
         calibration_tokens, evaluation_tokens, sensitivity_tokens: how much text is used.
         baselines: whether stock presets are built and measured beside the plan.
     """
@@ -60,7 +61,8 @@ class Settings:
     window: int = 512
     calibration_tokens: int = 24_576
     evaluation_tokens: int = 8_192
-    sensitivity_tokens: int = 1_024
+    sensitivity_tokens: int = 2_048
+    sensitivity_window: int = 128
     baselines: bool = True
 
     def check(self) -> None:
@@ -90,8 +92,15 @@ class Settings:
         return Path(self.device or "auto").stem
 
     @property
+    def owner(self) -> str:
+        """The model that the run directory belongs to."""
+        return "demo" if self.source == "demo" else str(Path(self.source).resolve())
+
+    @property
     def folder(self) -> Path:
         """The run directory."""
         if self.output is not None:
             return Path(self.output)
-        return Path("runs") / f"{Path(self.source).resolve().stem if self.source != 'demo' else 'demo'}-{self.target}"
+        path = Path(self.source).resolve()
+        name = "demo" if self.source == "demo" else path.stem if path.is_file() else path.name
+        return Path("runs") / f"{name}-{self.target}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from runs import Ear
 
+from edgeprune.decide.candidates import candidate
 from edgeprune.model.gguf import GgufFile
 from edgeprune.pipeline import Settings, fit, opened
 
@@ -17,19 +18,39 @@ FEW = {"window": 64, "calibration_tokens": 512, "evaluation_tokens": 256, "sensi
 
 
 def test_a_better_stock_preset_is_shipped(tiny_checkpoint: Path, small_text: Path, tmp_path: Path) -> None:
-    # Keeping 2 of 8 experts ruins the model; a preset of the same bytes keeps them all.
     settings = Settings(
-        source=str(tiny_checkpoint), file_bytes=900_000, texts=(str(small_text),), keep=2, output=str(tmp_path), **FEW
+        source=str(tiny_checkpoint), file_bytes=900_000, texts=(str(small_text),), output=str(tmp_path / "run"), **FEW
     )
-    report, folder = fit(settings, Ear())
+    with opened(settings, Ear()) as run:
+        # Keeping 2 of 8 experts ruins the model; a preset of the same bytes keeps them all.
+        poor = candidate(run.problem([2]), 2)
+        assert poor is not None
+        report = run.verify(poor.plan, run.build(poor.plan))
     best = min(report.baselines, key=lambda rival: rival.quality["kl_mean"])
     assert report.shipped == best.preset
     assert report.plan["origin"] == f"stock preset {best.preset}"
     assert report.plan["kept"] == 8
     assert report.quality["kl_mean"] == pytest.approx(best.quality["kl_mean"], rel=1e-6)
-    built = GgufFile(folder / report.build["path"])
+    built = GgufFile(tmp_path / "run" / report.build["path"])
     assert built.size == report.plan["predicted"]["file_bytes"] <= 900_000
     assert {name: built.tensors[name].type for name in report.plan["types"]} == report.plan["types"]
+
+
+def test_a_forced_number_of_experts_is_shipped_and_the_better_preset_reported(
+    tiny_checkpoint: Path, small_text: Path, tmp_path: Path
+) -> None:
+    settings = Settings(
+        source=str(tiny_checkpoint),
+        file_bytes=900_000,
+        texts=(str(small_text),),
+        keep=2,
+        output=str(tmp_path / "run"),
+        **FEW,
+    )
+    report, folder = fit(settings, Ear())
+    assert (report.shipped, report.plan["kept"]) == ("plan", 2)
+    assert min(rival.quality["kl_mean"] for rival in report.baselines) < report.quality["kl_mean"]
+    assert "better" in report.verdict
     assert not (folder / "scratch").exists()
 
 
@@ -37,11 +58,16 @@ def test_a_hand_edited_keep_set_is_measured_not_believed(
     tiny_checkpoint: Path, small_text: Path, tmp_path: Path
 ) -> None:
     settings = Settings(
-        source=str(tiny_checkpoint), file_bytes=900_000, texts=(str(small_text),), keep=4, output=str(tmp_path), **FEW
+        source=str(tiny_checkpoint),
+        file_bytes=900_000,
+        texts=(str(small_text),),
+        keep=4,
+        output=str(tmp_path / "run"),
+        **FEW,
     )
     with opened(settings, Ear()) as run:
         chosen = run.plan()
-    path = tmp_path / "plan.json"
+    path = tmp_path / "run" / "plan.json"
     edited = json.loads(path.read_text())
     layer, ids = next(iter(edited["keep"].items()))
     swapped = sorted({*ids[:-1], *(set(range(8)) - set(ids))})[:4]
@@ -53,13 +79,22 @@ def test_a_hand_edited_keep_set_is_measured_not_believed(
     assert list(obeyed.keep[int(layer)]) == swapped
     assert 0 < obeyed.predicted.nats_drop != chosen.predicted.nats_drop
     assert any("edited by hand" in line for line in ear.said)
+    assert obeyed.origin == "user"
+    again = Ear()
+    with opened(settings, again) as run:
+        assert run.plan() == obeyed
+    assert not again.said
 
 
 def test_a_model_that_fits_is_left_alone_without_measuring_types(
     tiny_checkpoint: Path, small_text: Path, tmp_path: Path
 ) -> None:
     settings = Settings(
-        source=str(tiny_checkpoint), memory_bytes=2 * 10**9, texts=(str(small_text),), output=str(tmp_path), **FEW
+        source=str(tiny_checkpoint),
+        memory_bytes=2 * 10**9,
+        texts=(str(small_text),),
+        output=str(tmp_path / "run"),
+        **FEW,
     )
     ear = Ear()
     report, folder = fit(settings, ear)

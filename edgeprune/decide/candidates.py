@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from edgeprune.decide.keep import keep_set
 from edgeprune.decide.placement import Placement, place
-from edgeprune.decide.plan import Plan, Prediction
+from edgeprune.decide.plan import SOLVER, Plan, Prediction
 from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
 from edgeprune.device.budget import Budget
 from edgeprune.device.profile import Profile
@@ -105,7 +105,7 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str]) -> tuple[Plan
         types=dict(types),
         launch=problem.launch,
         method=problem.method if kept < problem.architecture.experts else "all experts kept",
-        origin="solver",
+        origin=SOLVER,
         predicted=Prediction(),
         made_from=problem.made_from,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from edgeprune.model.gguf import Entry, make_entry
 
 # llama.cpp computes with these types but has no product with a stored weight of them.
 _NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
+
+
+SOLVER, USER = "solver", "user"  # who chose a plan; else "stock preset NAME"
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Plan:
         tensors = {tensor.name: tensor for tensor in architecture.tensors}
         for name, type_name in self.types.items():
             tensor = tensors.get(name)
-            if tensor is None or not (tensor.quantisable or type_name == tensor.type):
+            if tensor is None or not (tensor.retypable or type_name == tensor.type):
                 raise BadFile(f"the plan changes {name}, which is not a quantisable tensor of the model")
             if tensor.shape[0] % ggml.BY_NAME[type_name].block:
                 raise BadFile(f"the plan gives {name} {type_name}, whose blocks do not divide {tensor.shape[0]}")
@@ -133,6 +136,8 @@ class Plan:
             "keep": {str(layer): list(ids) for layer, ids in self.keep.items()},
             "types": self.types,
             "source": self.made_from.get("source"),
+            # Encodings depend on the importance matrix.
+            "statistics": self.made_from.get("statistics") if self.types else None,
         }
         return digest(identity)
 
@@ -148,15 +153,12 @@ class Plan:
             entries.append(make_entry("edgeprune.kept_layers", "[u16]", sorted(self.keep)))
         return entries
 
-    def with_prediction(self, **changes: Any) -> Plan:
-        """The plan with some predictions replaced."""
-        return replace(self, predicted=replace(self.predicted, **changes))
-
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
         value["keep"] = {str(layer): list(ids) for layer, ids in self.keep.items()}
         value["launch"] = self.launch.to_json()
         value["digest"] = self.digest
+        value["signature"] = digest(value)
         return value
 
     @classmethod
@@ -167,7 +169,7 @@ class Plan:
             BadFile: missing or unknown keys, or an unloadable plan.
         """
         names = set(cls.__dataclass_fields__)
-        check_keys(where, value, names - {"predicted"}, {"predicted", "digest"})
+        check_keys(where, value, names - {"predicted"}, {"predicted", "digest", "signature"})
         try:
             return cls(
                 arch=str(value["arch"]),

@@ -109,9 +109,10 @@ def measure(
         by tensor, by type: [as a product's weight, as a lookup table], relative squared errors.
     """
     file = GgufFile(Path(model))
-    tensors = [tensor for tensor in read_architecture(file).tensors if tensor.quantisable]
+    everything = read_architecture(file).tensors
+    tensors = [tensor for tensor in everything if tensor.quantisable]
     if wanted is not None:
-        tensors = [tensor for tensor in tensors if tensor.name in wanted]
+        tensors = [tensor for tensor in everything if tensor.name in wanted]
     moments = Statistics.load(Path(statistics)).moments
     results: dict[str, dict[str, list[float]]] = {}
 

@@ -76,6 +76,13 @@ class Node:
         pointer = self.struct.src[index]
         return Node(pointer) if pointer else None
 
+    def read_rows(self, most: int) -> npt.NDArray[np.float32]:
+        """The first rows, ``most`` at most, of a contiguous F32 matrix, float32 [rows, ne0]."""
+        rows = min(most, self.shape[1])
+        values = np.empty((rows, self.shape[0]), np.float32)
+        _library().ggml_backend_tensor_get(self.pointer, values.ctypes.data, 0, values.nbytes)
+        return values
+
     def read(self) -> npt.NDArray[Any]:
         """The values, F32 or I32, as an array [ne3, ne2, ne1, ne0], honouring strides."""
         dtype = {0: np.dtype(np.float32), 26: np.dtype(np.int32)}.get(self.struct.type)

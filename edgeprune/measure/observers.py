@@ -21,8 +21,9 @@ _WEIGHTS = re.compile(r"ffn_moe_weights(?:_softmax|_norm|_scaled)?-(\d+)")
 _OUTPUT = re.compile(r"ffn_moe_(weighted|down|down_scaled|down_biased)-(\d+)")
 _LOGITS = re.compile(r"ffn_moe_(?:logits|probs_biased)-(\d+)")
 _DOWN = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
-# Larger products (the logits of a big vocabulary) are not read back just for their energy.
-_MOST_OUTPUTS_READ = 1 << 24
+# Of wider products (the logits of a big vocabulary) a few rows stand for the energy of all.
+_WIDEST_OUTPUT_READ = 1 << 15
+_ROWS_OF_WIDE_OUTPUT = 32
 MASKED_LOGIT = -1.0e9  # finite: llama.cpp's kernels handle -inf, its checks do not
 
 
@@ -107,10 +108,12 @@ class Collector:
         else:
             sums = squares.reshape(-1, inputs.shape[3]).sum(axis=0, dtype=np.float64)[None]
         rows = inputs.size // inputs.shape[3] // len(sums)
-        energy = np.zeros(len(sums))
-        if np.prod(node.shape) <= _MOST_OUTPUTS_READ:
+        if batched or node.shape[0] <= _WIDEST_OUTPUT_READ:
             squared = np.square(node.read(), dtype=np.float32)
             energy = squared.sum(axis=(0, 2, 3), dtype=np.float64) if batched else squared.sum(dtype=np.float64)[None]
+        else:
+            sample = node.read_rows(_ROWS_OF_WIDE_OUTPUT)
+            energy = np.square(sample).sum(dtype=np.float64)[None] * (rows / len(sample))
         self._add(weight, sums, np.full(len(sums), float(rows)), energy)
 
     def _add(self, weight: str, sums: Doubles, counts: Doubles, energy: Doubles) -> None:

@@ -83,11 +83,12 @@ class Sensitivity:
         if type_name == tensor.type:
             return 0.0
         product, lookup = self.distortions[tensor.name][type_name]
-        cost = 0.0
-        for site, error in ((Site(tensor.name, False), product), (Site(tensor.name, True), lookup)):
-            if site.key in self.responses:
-                cost += self.responses[site.key].nats(error)
-        return cost
+        pairs = ((Site(tensor.name, False), product), (Site(tensor.name, True), lookup))
+        known = [self.responses[site.key].nats(error) for site, error in pairs if site.key in self.responses]
+        if known or not self.responses:
+            return sum(known)
+        # What was not seen in the graph is not free: it costs as much as the most sensitive tensor.
+        return max(response.nats(product) for response in self.responses.values())
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -131,10 +132,16 @@ def measured_layers(layers: int) -> list[int]:
 
 
 def sites_to_measure(architecture: Architecture) -> list[Site]:
-    """The sites outside the blocks, and those of the measured layers."""
+    """The sites outside the blocks, those of the measured layers, and one of each kind found elsewhere only."""
     layer_of = {tensor.name: tensor.layer for tensor in architecture.tensors}
     wanted = set(measured_layers(architecture.layers)) | {-1}
-    return [site for site in all_sites(architecture) if layer_of[site.weight] in wanted]
+    chosen = [site for site in all_sites(architecture) if layer_of[site.weight] in wanted]
+    kinds = {_kind(site.key) for site in chosen}
+    for site in all_sites(architecture):
+        if _kind(site.key) not in kinds:
+            kinds.add(_kind(site.key))
+            chosen.append(site)
+    return chosen
 
 
 def site_settings(sites: Sequence[Site]) -> list[dict[str, Any]]:
@@ -146,15 +153,21 @@ def site_settings(sites: Sequence[Site]) -> list[dict[str, Any]]:
     ]
 
 
-def responses(architecture: Architecture, sites: Sequence[Site], costs: Sequence[float]) -> dict[str, Response]:
-    """Responses of all sites: measured ones from ``costs`` (as ``site_settings`` orders them), the others
-    interpolated between layers on a logarithmic scale, tensor kind by tensor kind."""
-    count = len(sites)
-    measured = {site.key: Response(costs[index], costs[count + index]) for index, site in enumerate(sites)}
+def responses(
+    architecture: Architecture, sites: Sequence[Site], costs: Sequence[float | None]
+) -> dict[str, Response]:
+    """Responses of all sites: measured ones from ``costs`` (as ``site_settings`` orders them; None where the
+    graph has no such product), the others interpolated between layers on a logarithmic scale, tensor kind by
+    tensor kind."""
+    pairs = zip(sites, costs[: len(sites)], costs[len(sites) :], strict=True)
+    measured = {
+        site.key: Response(small, large) for site, small, large in pairs if small is not None and large is not None
+    }
     layer_of = {tensor.name: tensor.layer for tensor in architecture.tensors}
     by_kind: dict[str, list[tuple[int, Response]]] = {}
     for site in sites:
-        by_kind.setdefault(_kind(site.key), []).append((layer_of[site.weight], measured[site.key]))
+        if site.key in measured:
+            by_kind.setdefault(_kind(site.key), []).append((layer_of[site.weight], measured[site.key]))
     for site in all_sites(architecture):
         if site.key not in measured and _kind(site.key) in by_kind:
             measured[site.key] = _between(by_kind[_kind(site.key)], layer_of[site.weight])

@@ -177,8 +177,9 @@ def disturb(
     sites: list[dict[str, Any]],
     threads: int = 0,
     progress: Progress | None = None,
-) -> list[float]:
-    """Mean KL divergence in nats per token, for noise at each of ``sites`` in turn.
+) -> list[float | None]:
+    """Mean KL divergence in nats per token, for noise at each of ``sites`` in turn; None where the graph
+    has no such product.
 
     Args:
         sites: each ``{"weight": name, "lookup": bool, "relative_square": size of the error}``.
@@ -197,7 +198,7 @@ def disturb(
             )
             observer.current = disturbance
             quality: Quality = summarise(list(_compare(opened, chosen, kept, None)))
-            results.append(quality.kl_mean if disturbance.touched else 0.0)
+            results.append(quality.kl_mean if disturbance.touched else None)
             if progress is not None:
                 progress(number + 1, len(sites))
     return results
@@ -243,22 +244,22 @@ def benchmark(
         seconds, peak memory in bytes with as much of the context filled as 20 seconds allow.
     """
     settings = Launch(**launch)
-    prefill, decode = [], []
+    prefill, decode, finite = [], [], True
     with session(Path(model), settings, single_output=True) as opened:
         random = np.random.default_rng(0)
         prompt = random.integers(0, opened.vocabulary_size, prompt_tokens).tolist()
         batch = min(settings.batch, settings.context)
         for _ in range(repeats):
             started = time.perf_counter()
-            logits = _fill(opened, prompt, batch)
+            logits = _fill(opened, prompt, batch).copy()
             prefill.append(prompt_tokens / (time.perf_counter() - started))
             token = int(logits[-1].argmax())
             started = time.perf_counter()
             for step in range(generated_tokens):
                 token = int(opened.extend([token], prompt_tokens + step, all_logits=False)[-1].argmax())
             decode.append(generated_tokens / (time.perf_counter() - started))
+            finite = finite and bool(np.isfinite(logits).all())
         filled = _fill_context(opened, random, batch)
-        finite = bool(np.isfinite(logits).all())
     return {
         "prefill_per_s": stdlib_statistics.median(prefill),
         "decode_per_s": stdlib_statistics.median(decode),

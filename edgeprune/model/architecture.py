@@ -55,6 +55,11 @@ class Tensor:
     quantisable: bool
 
     @property
+    def retypable(self) -> bool:
+        """Whether llama.cpp's own quantizer might give it another type: a matrix that is no norm or router."""
+        return len(self.shape) >= 2 and self.name.endswith(".weight") and self.role not in ("norm", "router")
+
+    @property
     def is_expert(self) -> bool:
         return self.role in ("expert_gate", "expert_up", "expert_gate_up", "expert_down")
 

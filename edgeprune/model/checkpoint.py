@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Raised when conversion changes its result, so that converted files are made again.
+CONVERSION_FORMAT = 1
 LARGEST_HEADER = 100_000_000
 
 
@@ -73,8 +75,12 @@ class Checkpoint:
             self._open = {shard: _open_shard(self.folder / shard)}
         return self._open[shard]
 
+    def origin(self) -> str:
+        """Digest of the checkpoint and of the way it is converted."""
+        return hashlib.sha256(f"conversion {CONVERSION_FORMAT}, {self.fingerprint()}".encode()).hexdigest()
+
     def fingerprint(self) -> str:
-        """SHA-256 over the small files whole, and over each shard's header, size and samples of its data."""
+        """SHA-256 over the small files whole, and over each shard's header, size and the start of every tensor."""
         state = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
@@ -89,8 +95,9 @@ def _shard_sample(path: Path) -> bytes:
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         sample = stream.read(min(length, LARGEST_HEADER))
-        for part in range(64):
-            stream.seek(8 + length + (size - 8 - length) * part // 64)
+        offsets = [entry.get("data_offsets", [0])[0] for entry in json.loads(sample).values()]
+        for offset in sorted(offsets):
+            stream.seek(8 + length + offset)
             sample += stream.read(4096)
     return sample + str(size).encode()
 

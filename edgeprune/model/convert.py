@@ -95,10 +95,11 @@ def _apply_tying(checkpoint: Checkpoint) -> None:
 def _check_assumptions(converter: Converter, config: dict[str, Any]) -> None:
     for key, expected in converter.require.items():
         wanted = None if expected == "null" else expected
-        # A key that older checkpoints lack has the default that the converter expects.
-        if key in config and config[key] != wanted:
+        # An absent key is off, empty or none; what a model needs switched on has to be written down.
+        value = config.get(key)
+        if value != wanted and (value or wanted):
             raise Unsupported(
-                f"this {converter.name} checkpoint has {key} = {config[key]!r}; "
+                f"this {converter.name} checkpoint has {key} = {value!r}; "
                 f"llama.cpp's {converter.arch} assumes {wanted!r}",
                 hint="a GGUF of it that someone else has made works without a converter",
             )
@@ -131,7 +132,9 @@ def _rope_entries(converter: Converter, config: dict[str, Any]) -> list[Entry]:
     prefix = f"{converter.arch}.rope"
     try:
         kind = rope.get("rope_type", rope.get("type"))
-        entries = [make_entry(f"{prefix}.freq_base", "f32", float(base or 10000.0))]
+        if base is None:
+            raise BadFile("config.json names no rope_theta, the base of the rotary embedding")
+        entries = [make_entry(f"{prefix}.freq_base", "f32", float(base))]
         if kind in ("default", None):
             return entries
         foreign = sorted(
@@ -272,7 +275,7 @@ def convert(folder: Path, output: Path, base: str = "auto", name: str = "", prog
         *_rope_entries(converter, config),
         *tokenizer_entries(folder, config, vocabulary),
         make_entry("general.quantization_version", "u32", 2),
-        make_entry(SOURCE_KEY, "str", checkpoint.fingerprint()),
+        make_entry(SOURCE_KEY, "str", checkpoint.origin()),
     ]
     heads = _count(config, ("num_attention_heads",), folder, MOST_HEADS)
     counts = Heads(heads, _count(config, ("num_key_value_heads", "num_attention_heads"), folder, MOST_HEADS))

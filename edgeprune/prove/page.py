@@ -40,10 +40,5 @@ def render(report: Report) -> str:
         budget_bars=figures.budget_bars(report.budget, _weights(report)),
         curve=figures.curve(report.curve, rivals, chosen),
         keep_map=figures.keep_map(report.importance, report.plan["keep"]) if report.importance else "",
-        type_map=figures.type_map(_all_types(report)),
+        type_map=figures.type_map(report.types),
     )
-
-
-def _all_types(report: Report) -> dict[str, str]:
-    types: dict[str, str] = report.plan["types"]
-    return types

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,6 +54,7 @@ class Report:
         budget: ``Budget`` as JSON.
         plan: ``Plan`` as JSON.
         folded: the plan's types in a few lines.
+        types: GGML type of every matrix of the shipped file.
         curve: candidates by number of experts: kept, bytes, predicted nats.
         importance: score by MoE layer, [layers][E].
         build: ``Build`` as JSON.
@@ -72,6 +74,7 @@ class Report:
     budget: dict[str, Any]
     plan: dict[str, Any]
     folded: list[str]
+    types: dict[str, str]
     curve: list[dict[str, Any]]
     importance: dict[str, list[float]]
     build: dict[str, Any]
@@ -131,7 +134,9 @@ def promises(
     )
     within = speed["peak_bytes"] <= (memory - reserve) * (1 + _MEMORY_TOLERANCE)
     fits = speed["peak_bytes"] + reserve <= available
-    verdict = (KEPT if within and fits else BROKEN) if limit is None and on_device else INFORMATION
+    # Resident memory is the whole of it only where everything is in one pool that the CPU computes in.
+    whole = limit is None and on_device and len(budget["pools"]) == 1 and not plan["launch"]["gpu_layers"]
+    verdict = (KEPT if within and fits else BROKEN) if whole else INFORMATION
     lines.append(Promise("peak memory", format_bytes(memory - reserve), format_bytes(speed["peak_bytes"]), verdict))
     lines.append(
         Promise("output is finite", "yes", "yes" if speed["finite"] else "no", KEPT if speed["finite"] else BROKEN)
@@ -141,7 +146,7 @@ def promises(
             "KL divergence from the source (nats per token)",
             f"{predicted['nats']:.4g}",
             f"{quality['kl_mean']:.4g}",
-            INFORMATION,
+            INFORMATION if math.isfinite(quality["kl_mean"]) else BROKEN,
         )
     )
     lines.append(

@@ -13,7 +13,7 @@ import numpy as np
 from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
 from edgeprune.decide.keep import check_score, rankings
-from edgeprune.decide.plan import Plan
+from edgeprune.decide.plan import USER, Plan
 from edgeprune.errors import DoesNotFit, EdgepruneError, UsageError
 from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
@@ -21,8 +21,11 @@ from edgeprune.measure.distortion import candidate_types
 from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
-from edgeprune.stages.measuring import MeasureStages
+from edgeprune.stages.measuring import MeasureStages, tools
 from edgeprune.units import format_bytes
+
+# How much the memory of a process varies from run to run; no reason to make another plan.
+_JITTER_BYTES = 8 << 20
 
 
 @dataclass
@@ -50,7 +53,8 @@ class DecideStages(MeasureStages):
             "statistics": digest(self.statistics.made_from) if measured else None,
             "sensitivity": digest(self.sensitivity.made_from) if measured else None,
             # The free memory and bandwidth of this machine vary from run to run.
-            "device": digest(profile.ram.total_bytes if local else profile.to_json()),
+            "device": digest([profile.ram.total_bytes, profile.backend] if local else profile.to_json()),
+            "tools": tools(),
             "memory": self.settings.memory_bytes,
             "file_size": self.settings.file_bytes,
             "context": self.launch.context,
@@ -140,9 +144,11 @@ class DecideStages(MeasureStages):
         made_from = self._made_from(measured=untouched is None)
         if self.folder.plan.is_file():
             found = Plan.load(self.folder.plan)
-            if found.made_from == made_from:
+            if found.made_from == made_from and self._still_fits(found):
                 return self._obeyed(found)
             self._changed("plan", found.made_from, made_from)
+            if found.made_from == made_from:
+                self.listener.say("the earlier plan no longer fits into the memory that is free; planning anew")
         found_candidates = self.candidates() if untouched is None else [untouched]
         if untouched is not None:
             self.listener.say("the model fits as it is: nothing is dropped and no type is changed")
@@ -168,11 +174,21 @@ class DecideStages(MeasureStages):
     def _obeyed(self, plan: Plan) -> Plan:
         """A loaded plan, priced anew if a person has edited it."""
         plan.check(self.architecture)
-        stored = read_json(self.folder.plan).get("digest")
-        if stored == plan.digest:
+        stored = read_json(self.folder.plan).get("signature")
+        if stored == plan.to_json()["signature"]:
             return plan
         self.listener.say("plan.json was edited by hand; it is obeyed, and its predictions are made anew")
-        return self.repriced(plan)
+        obeyed = replace(self.repriced(plan), origin=USER)
+        obeyed.save(self.folder.plan)
+        return obeyed
+
+    def _still_fits(self, plan: Plan) -> bool:
+        """Whether today's budget, which on this machine varies, still has room for an earlier plan."""
+        taken = plan.predicted.pool_bytes
+        limits = {
+            pool.pool: pool.total_bytes + max(pool.total_bytes // 100, _JITTER_BYTES) for pool in self.budget.pools
+        }
+        return all(taken.get(pool, 0) <= limit for pool, limit in limits.items())
 
     def repriced(self, plan: Plan) -> Plan:
         """``plan`` with predictions made from its kept experts and types.
@@ -181,7 +197,7 @@ class DecideStages(MeasureStages):
             DoesNotFit: it exceeds the budget.
         """
         drop = self.keep_nats([plan.keep])[0] if plan.keep else 0.0
-        problem = replace(self.problem([plan.experts]), drop_nats={plan.kept: drop})
+        problem = replace(self.problem([plan.experts]), drop_nats={plan.kept: drop}, launch=plan.launch)
         changed = {name: kind for name, kind in plan.types.items() if kind != self.architecture.tensor(name).type}
         self.measure_types(changed)
         edited = replace(plan, types=changed)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings,
 from edgeprune.measure.statistics import Statistics, write_imatrix
 from edgeprune.measure.text import TextFile, parse_texts, shipped_texts, texts_digest
 from edgeprune.stages.source import SourceStages
+
+# Raised when a measurement changes its meaning, so that saved ones are made again.
+FORMAT = 1
+
+
+def tools() -> str:
+    """What the measurements were made with."""
+    return f"format {FORMAT}, llama-cpp-python {version('llama-cpp-python')}"
 
 
 @dataclass
@@ -34,10 +43,13 @@ class MeasureStages(SourceStages):
         return parse_texts(self.settings.texts) or shipped_texts()
 
     def _text_arguments(self, split: str, tokens: int) -> dict[str, Any]:
+        window = self.settings.window
+        if tokens == self.settings.sensitivity_tokens:
+            window = min(window, self.settings.sensitivity_window)
         return {
             "texts": [text.to_json() for text in self.texts],
             "split": split,
-            "window": self.settings.window,
+            "window": window,
             "most_tokens": tokens,
         }
 
@@ -49,13 +61,14 @@ class MeasureStages(SourceStages):
             "text": texts_digest(self.texts),
             "tokens": self.settings.calibration_tokens,
             "window": self.settings.window,
+            "tools": tools(),
         }
         path = self.folder.statistics
         if path.is_file():
             with contextlib.suppress(BadFile):
                 found = Statistics.load(path)
                 if found.made_from == made_from:
-                    return found
+                    return self._checked(found)
                 self._changed("calibration", found.made_from, made_from)
         arguments = self._text_arguments("calibration", self.settings.calibration_tokens)
         del arguments["split"]
@@ -75,10 +88,8 @@ class MeasureStages(SourceStages):
                 },
                 progress,
             )
-        measured = Statistics.load(path)
-        self._check_layers(measured)
-        write_imatrix(measured, self.folder.imatrix)
-        return measured
+        self.folder.imatrix.unlink(missing_ok=True)
+        return self._checked(Statistics.load(path))
 
     @property
     def statistics_file(self) -> str:
@@ -86,10 +97,14 @@ class MeasureStages(SourceStages):
         _ = self.statistics
         return str(self.folder.statistics)
 
-    def _check_layers(self, measured: Statistics) -> None:
+    def _checked(self, measured: Statistics) -> Statistics:
+        """``measured``, with every MoE layer seen and the imatrix beside it."""
         unseen = [layer for layer in self.architecture.moe_layers if layer not in measured.layers]
         if unseen and not self.architecture.obstacle:
             raise EdgepruneError(f"llama.cpp's graph showed no routing in layer {unseen[0]} of {self.source}")
+        if not self.folder.imatrix.is_file():
+            write_imatrix(measured, self.folder.imatrix)
+        return measured
 
     def _reference(self, split: str, tokens: int) -> Path:
         """The source's log-probabilities over the ``split``, kept in the scratch folder."""
@@ -113,6 +128,7 @@ class MeasureStages(SourceStages):
             "model": self.fingerprint,
             "statistics": digest(self.statistics.made_from),
             "tokens": self.settings.sensitivity_tokens,
+            "window": self.settings.sensitivity_window,
         }
         found: Sensitivity | None = None
         if self.folder.sensitivity.is_file():
@@ -122,7 +138,10 @@ class MeasureStages(SourceStages):
                     self._changed("sensitivity", found.made_from, made_from)
                     found = None
         if found is None:
-            found = Sensitivity(self._responses(), self._distortions(), {}, made_from)
+            found = Sensitivity(self._responses(), {}, {}, made_from)
+            write_text(self.folder.sensitivity, to_json(found.to_json()))
+        if not found.distortions:
+            found.distortions.update(self._distortions())
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         return found
 

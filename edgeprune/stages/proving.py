@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.build.builder import Build
-from edgeprune.decide.plan import Plan, folded
+from edgeprune.decide.plan import SOLVER, Plan, folded
 from edgeprune.decide.scores import SCORES
 from edgeprune.errors import BadFile, DoesNotFit
 from edgeprune.files import read_json, to_json, write_text
@@ -20,9 +20,13 @@ from edgeprune.measure import child
 from edgeprune.measure.text import texts_digest
 from edgeprune.prove import baseline
 from edgeprune.prove.page import render
-from edgeprune.prove.report import Baseline, Report, promises
+from edgeprune.prove.report import KEPT, Baseline, Report, promises
 from edgeprune.share.card import model_card
 from edgeprune.stages.deciding import DecideStages
+
+PRESET = "stock preset "
+# Context of the speed measurement when the device is another machine.
+_FOREIGN_CONTEXT = 2048
 
 
 @dataclass
@@ -40,8 +44,10 @@ class Run(DecideStages):
         limit = plan.predicted.file_bytes
         names = baseline.contenders(sizes, limit, self.file.data_offset)
         self.folder.scratch.mkdir(parents=True, exist_ok=True)
-        results = []
+        results: list[tuple[Baseline, dict[str, str]]] = []
         for name in names:
+            if len(results) == baseline.MEASURED:
+                break
             path = self.folder.scratch / f"{name}.gguf"
             with self.listener.progress(f"stock preset {name}") as progress:
                 made = child.call(
@@ -68,15 +74,17 @@ class Run(DecideStages):
         """Measure the build, hold the flat presets against it, ship the better, write the report."""
         measured = self.quality(Path(build.path), "quality of the plan")
         rivals = self.baselines(plan) if self.settings.baselines else []
-        shipped = "plan"
         winner = min(rivals, key=lambda pair: pair[0].quality["kl_mean"], default=None)
-        if winner is not None and winner[0].quality["kl_mean"] < measured["all"]["kl_mean"]:
+        free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types
+        # "not <": a divergence that is not a number loses against any preset.
+        if winner is not None and free and not measured["all"]["kl_mean"] <= winner[0].quality["kl_mean"]:
             flat = self._as_plan(plan, *winner)
             if flat is not None:
-                shipped, plan = winner[0].preset, flat
-                plan.save(self.folder.plan)
+                plan = flat
                 build = self.build(plan)
+                plan.save(self.folder.plan)
                 measured = self.quality(Path(build.path), "quality of the shipped preset")
+        shipped = plan.origin.removeprefix(PRESET) if plan.origin.startswith(PRESET) else "plan"
         speed = self.speed(plan, build)
         report = self._report(plan, build, measured, [rival for rival, _ in rivals], shipped, speed)
         self.save_report(report)
@@ -92,15 +100,18 @@ class Run(DecideStages):
             keep={},
             types=changed,
             method="all experts kept",
-            origin=f"stock preset {rival.preset}",
+            origin=f"{PRESET}{rival.preset}",
         )
         with contextlib.suppress(DoesNotFit, BadFile):
+            flat.check(self.architecture)
             return self.repriced(flat)
         return None
 
     def speed(self, plan: Plan, build: Build) -> dict[str, Any]:
         """Prefill and decode speed and peak memory with the plan's launch settings, on this machine."""
         context = plan.launch.context
+        if self.settings.device not in (None, "auto"):  # this machine may not have the memory of that device
+            context = min(context, _FOREIGN_CONTEXT)
         generated = min(48, max(1, context // 8))
         prompt = max(1, min(512, context - generated - 1))
         with self.listener.progress("speed and memory"):
@@ -108,7 +119,7 @@ class Run(DecideStages):
                 "edgeprune.measure.tasks:benchmark",
                 {
                     "model": build.path,
-                    "launch": replace(plan.launch, threads=0).to_json(),
+                    "launch": replace(plan.launch, threads=0, context=context).to_json(),
                     "prompt_tokens": prompt,
                     "generated_tokens": generated,
                 },
@@ -146,6 +157,7 @@ class Run(DecideStages):
             budget=self.budget.to_json(),
             plan=plan.to_json(),
             folded=folded(plan, self.architecture),
+            types={t.name: plan.types.get(t.name, t.type) for t in self.architecture.tensors if t.quantisable},
             curve=read_json(curve_path) if curve_path.is_file() else [],
             importance=importance,
             build={**build.to_json(), "path": Path(build.path).name},
@@ -201,11 +213,14 @@ def _verdict(report: Report) -> str:
         if not report.plan["types"] and not report.plan["keep"]
         else (f"{kl:.4g} nats per token from the source")
     )
+    kept = "All promises kept" if any(line.verdict == KEPT for line in report.promises) else "Measured"
     if not report.baselines:
-        beside = "no stock preset is this small" if report.plan["types"] else "no stock preset was measured"
-        return f"All promises kept; {moved}; {beside}."
+        return f"{kept}; {moved}; no stock preset of at most this size was measured."
     best = min(report.baselines, key=lambda rival: float(rival.quality["kl_mean"]))
     if report.shipped != "plan":
-        return f"All promises kept; {moved}; the stock preset {best.preset} was best and is shipped."
-    ratio = kl / best.quality["kl_mean"] if best.quality["kl_mean"] else 1.0
-    return f"All promises kept; {moved}, {ratio:.2f} of the best stock preset of at most this size ({best.preset})."
+        return f"{kept}; {moved}; the stock preset {best.preset} was best and is shipped."
+    flat = float(best.quality["kl_mean"])
+    beside = f"{kl / flat:.2f} of the best stock preset of at most this size ({best.preset})" if flat else best.preset
+    if kl > flat:
+        return f"{kept}; {moved}, as asked; the stock preset {best.preset} would be better: {flat:.4g}."
+    return f"{kept}; {moved}, {beside}."

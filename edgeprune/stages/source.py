@@ -50,7 +50,7 @@ class SourceStages:
 
     def _converted(self, checkpoint: Path) -> Path:
         output = self.folder.source
-        origin = open_checkpoint(checkpoint).fingerprint()
+        origin = open_checkpoint(checkpoint).origin()
         if output.is_file():
             with contextlib.suppress(EdgepruneError):
                 old = str(GgufFile(output).get(SOURCE_KEY, ""))
@@ -111,7 +111,8 @@ class SourceStages:
     def budget(self) -> Budget:
         """Memory by pool, with llama.cpp's own figures for what is not weights."""
         whole = layout(self.file, self.architecture, self.architecture.experts, {}, [])
-        needs = memory.price(whole, replace(self.launch, threads=0), self.architecture)
+        layers = -1 if self.profile.on_gpu else 0
+        needs = memory.price(whole, replace(self.launch, threads=0, gpu_layers=layers), self.architecture)
         other = self.profile.backend != "cpu" and needs.backends == ("CPU",)
         basis = f"KV cache and compute buffers as llama.cpp's {' and '.join(needs.backends)} backend allocates them"
         if other:
