@@ -315,7 +315,7 @@ def test_an_impossible_wish_exits_2_before_anything_is_measured(
         ),
         (
             ("--memory", "20MiB"),
-            "error: toy qwen3moe does not fit memory-20.0MiB: nothing is left for weights",
+            "error: toy qwen3moe does not fit memory-20MiB: nothing is left for weights",
             ["RAM", "runtime (process, libraries)", "KV cache", "compute buffers", "left for weights"],
             "--context",
         ),
@@ -347,7 +347,9 @@ def test_what_does_not_fit_exits_3_with_the_figures_before_anything_is_measured(
 def test_a_bad_text_is_explained(content: bytes, code: int, expected: str, good_gguf: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(content)
-    said, _ = first_lines(run_edgeprune("fit", good_gguf, *DEVICE, "--text", text, "-o", tmp_path / "run"), code)
+    said, _ = first_lines(
+        run_edgeprune("fit", good_gguf, "--file-size", "150kB", "--text", text, "-o", tmp_path / "run"), code
+    )
     assert said.startswith(expected.format(path=text)), said
 
 
@@ -404,7 +406,7 @@ def test_a_disk_that_fills_up_while_converting_leaves_nothing(tiny_checkpoint: P
 def test_a_disk_that_fills_up_while_measuring_keeps_what_was_measured(small_text: Path, tmp_path: Path) -> None:
     # The log-probabilities of the reference are larger than the model; everything before them is smaller.
     model = toys.synthetic_gguf(tmp_path / "model.gguf", layers=1, experts=2, width=64, expert_width=32)
-    words = ("fit", model, *DEVICE, "--text", small_text, "-o", tmp_path / "run")
+    words = ("fit", model, "--file-size", "120kB", "--text", small_text, "-o", tmp_path / "run")
     done = run_edgeprune(*words, preexec_fn=limited(model.stat().st_size + 4096))
     said, hint = first_lines(done, 1)
     assert said.startswith("error: ") and "scratch" in said and said.endswith(".logprobs failed")
@@ -418,11 +420,19 @@ def test_a_source_that_would_be_replaced_is_refused(tiny_fit: Fit, small_text: P
     checkpoint = Path(tiny_fit.arguments[0])
     said, hint = first_lines(run_edgeprune("fit", checkpoint, *DEVICE, "-o", checkpoint), 2)
     assert said == f"error: {checkpoint} is the source itself" and "-o" in hint
-    # An earlier result is as good a source as any, also in the folder that it lies in.
+    # The folder of a run belongs to its source, and an earlier result in it is another one.
     folder = tiny_fit.copy(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     source = next(folder.glob("*bpw.gguf"))
-    content = source.read_bytes()
-    done = run_edgeprune("build", source, "--file-size", "400kB", "--text", small_text, "-o", folder)
-    assert done.returncode == 0, done.stderr
-    assert source.read_bytes() == content
-    assert len(list(folder.glob("*bpw.gguf"))) == 2
+    words = ("build", source, "--file-size", "400kB", "--text", small_text, "-o", folder)
+    said, hint = first_lines(run_edgeprune(*words), 2)
+    assert said == f"error: {folder} is the run directory of {checkpoint}" and "-o" in hint
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_with_other_files_is_not_written_to(good_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    said, hint = first_lines(run_edgeprune("fit", good_gguf, *DEVICE, "-o", tmp_path), 2)
+    assert said == f"error: {tmp_path} holds files that are not edgeprune's" and "-o" in hint
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
