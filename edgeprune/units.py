@@ -47,7 +47,7 @@ def format_bytes(count: float) -> str:
 
 def compact_bytes(count: int) -> str:
     """``count`` for a file name, in the unit that writes it shortest: ``"4MB"``, ``"9.5GiB"``."""
-    written = [f"{count / _FACTORS[unit.lower()]:.6g}{unit}" for unit in ("MB", "GB", "MiB", "GiB")]
+    written = [f"{count / _FACTORS[unit.lower()]:.6g}{unit}" for unit in ("kB", "MB", "GB", "KiB", "MiB", "GiB")]
     exact = [text for text in written if "e" not in text and parse_bytes(text) == count]
     return min(exact or [f"{count / 2**20:.1f}MiB"], key=len)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,6 @@ def test_file_names_say_what_is_inside(
     nbytes = layout(GgufFile(model), architecture, plan.kept, {}, plan.records()).nbytes
     weights = sum(int(np.prod(tensor.kept_shape(plan.kept))) for tensor in architecture.tensors)
     assert (
-        describe(architecture, plan.with_prediction(file_bytes=nbytes))
+        describe(architecture, replace(plan, predicted=replace(plan.predicted, file_bytes=nbytes)))
         == f"{stem}-{8 * nbytes / weights:.2f}bpw.gguf"
     )

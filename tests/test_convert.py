@@ -233,7 +233,7 @@ def test_progress_ends_at_the_exact_size_and_the_origin_is_recorded(
     file = GgufFile(path)
     assert len(steps) == len(file.tensors)
     assert file.get("general.name") == "A name"
-    assert file.get(SOURCE_KEY) == open_checkpoint(toy_checkpoint("mixtral")).fingerprint()
+    assert file.get(SOURCE_KEY) == open_checkpoint(toy_checkpoint("mixtral")).origin()
     assert [entry.name for entry in path.parent.iterdir()] == ["model.gguf"]
 
 

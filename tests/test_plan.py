@@ -231,13 +231,6 @@ def test_records_say_which_experts_were_kept(tmp_path: Path) -> None:
     assert file.get("edgeprune.kept_experts").reshape(3, 4).tolist() == [list(ids) for ids in plan().keep.values()]
 
 
-def test_new_predictions_leave_the_rest_alone() -> None:
-    changed = plan().with_prediction(nats=0.5, decode_per_s=2.0)
-    assert (changed.predicted.nats, changed.predicted.decode_per_s) == (0.5, 2.0)
-    assert changed.predicted.file_bytes == plan().predicted.file_bytes
-    assert replace(changed, predicted=plan().predicted) == plan()
-
-
 @pytest.mark.parametrize("arch", ["qwen3moe", "qwen2moe", "gpt-oss"])
 def test_deep_plan_prints_in_a_few_lines_with_every_kind_of_tensor(tmp_path: Path, arch: str) -> None:
     path = toys.synthetic_gguf(tmp_path / "deep.gguf", arch, layers=48, experts=4, width=32, expert_width=32)

@@ -273,7 +273,10 @@ def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
 # Verdicts.
 
 GIB = 2**30
-PLAN = {"predicted": {"file_bytes": 1000, "pool_bytes": {"ram": 5 * GIB}, "nats": 0.1, "decode_per_s": 20.0}}
+PLAN = {
+    "predicted": {"file_bytes": 1000, "pool_bytes": {"ram": 5 * GIB}, "nats": 0.1, "decode_per_s": 20.0},
+    "launch": {"gpu_layers": 0},
+}
 QUALITY = {"kl_mean": 0.12}
 SPEED = {"peak_bytes": 3 * GIB, "finite": True, "decode_per_s": 18.0, "prefill_per_s": 200.0}
 # 8 GiB, of which the system takes 2: 6 are there for the model, and the plan promises to need 3 of them.
@@ -296,6 +299,11 @@ BUDGET = {
         ({"speed": {**SPEED, "peak_bytes": int(3.02 * GIB)}}, "peak memory", "kept"),
         ({"speed": {**SPEED, "peak_bytes": int(3.2 * GIB)}}, "peak memory", "broken"),
         ({"speed": {**SPEED, "peak_bytes": int(3.2 * GIB)}, "on_device": False}, "peak memory", "information"),
+        (
+            {"plan": {**PLAN, "launch": {"gpu_layers": -1}}, "speed": {**SPEED, "peak_bytes": 9 * GIB}},
+            "peak memory",
+            "information",
+        ),
         ({}, "output is finite", "kept"),
         ({"speed": {**SPEED, "finite": False}}, "output is finite", "broken"),
         ({"quality": {"kl_mean": 9.0}}, "KL divergence from the source (nats per token)", "information"),
@@ -310,6 +318,7 @@ BUDGET = {
         "memory within a hundredth",
         "memory beyond it",
         "memory of another machine",
+        "memory that a GPU shares",
         "finite",
         "not finite",
         "divergence is a prediction",
@@ -318,8 +327,8 @@ BUDGET = {
 )
 def test_verdicts(changes: dict[str, Any], name: str, verdict: str) -> None:
     arguments: dict[str, Any] = {"build_bytes": 1000, "quality": QUALITY, "speed": SPEED, "budget": BUDGET}
-    arguments |= {"on_device": True, **changes}
-    (line,) = (line for line in promises(PLAN, **arguments) if line.name == name)
+    arguments |= {"plan": PLAN, "on_device": True, **changes}
+    (line,) = (line for line in promises(**arguments) if line.name == name)
     assert line.verdict == verdict
 
 

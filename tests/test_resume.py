@@ -17,7 +17,7 @@ import pytest
 import toys
 from runs import Fit, edgeprune_command, environment, read, run_edgeprune
 
-from edgeprune.errors import Busy
+from edgeprune.errors import Busy, UsageError
 from edgeprune.files import file_digest
 from edgeprune.model.gguf import GgufFile
 from edgeprune.rundir import RunFolder, changed_fields
@@ -184,11 +184,12 @@ def test_a_changed_text_is_noticed_and_named(tiny_fit: Fit, tmp_path: Path) -> N
 
 
 def test_a_checkpoint_that_changed_is_converted_again(tiny_fit: Fit, tmp_path: Path) -> None:
-    folder = tiny_fit.copy(tmp_path / "run")
-    checkpoint = tmp_path / "tiny"
+    checkpoint, folder = tmp_path / "tiny", tmp_path / "run"
     shutil.copytree(tiny_fit.arguments[0], checkpoint)
+    words = ("calibrate", checkpoint, *tiny_fit.arguments[-2:], "-o", folder)
+    assert run_edgeprune(*words).returncode == 0
     toys.change_json(checkpoint / "config.json", rope_theta=20000.0, rope_parameters=...)
-    done = run_edgeprune("calibrate", checkpoint, *tiny_fit.arguments[-2:], "-o", folder)
+    done = run_edgeprune(*words)
     assert done.returncode == 0
     said = done.stderr.splitlines()
     assert len(said) == 2
@@ -293,9 +294,9 @@ def test_a_second_run_at_the_same_time_fails_at_once_and_harms_nothing(tiny_fit:
 
 def test_a_folder_is_locked_once(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    with folder.locked(), pytest.raises(Busy), RunFolder(tmp_path / "run").locked():
+    with folder.locked("model"), pytest.raises(Busy), RunFolder(tmp_path / "run").locked("model"):
         raise AssertionError("two in one folder")
-    with folder.locked():
+    with folder.locked("model"):
         pass
 
 
@@ -306,7 +307,7 @@ def test_leftovers_go_when_the_folder_is_opened_and_when_it_is_closed(tmp_path: 
     old = [folder.path / "a.gguf.partial", folder.scratch / "b.logprobs.partial"]
     for path in old:
         path.touch()
-    with folder.locked():
+    with folder.locked("model"):
         assert not any(path.exists() for path in old)
         for path in old:
             path.touch()
@@ -316,12 +317,14 @@ def test_leftovers_go_when_the_folder_is_opened_and_when_it_is_closed(tmp_path: 
 
 def test_a_folder_in_which_nothing_was_made_is_removed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(ZeroDivisionError), folder.locked():
+    with pytest.raises(ZeroDivisionError), folder.locked("model"):
         raise ZeroDivisionError
     assert not folder.path.exists()
-    with folder.locked():
+    with folder.locked("model"):
         (folder.path / "statistics.safetensors").touch()
     assert folder.statistics.exists()
+    with pytest.raises(UsageError, match="is the run directory of model"), folder.locked("another"):
+        raise AssertionError("two models in one folder")
 
 
 def test_changed_fields_name_the_field_and_both_values() -> None:

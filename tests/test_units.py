@@ -104,7 +104,8 @@ def test_duration_is_printed_in_two_units_at_most(seconds: float, expected: str)
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(4 * 10**6, "4MB"), (19 * 2**29, "9.5GiB"), (12_500_000, "12.5MB"), (3 * 2**20, "3MiB")]
+    ("count", "text"),
+    [(4 * 10**6, "4MB"), (19 * 2**29, "9.5GiB"), (12_500_000, "12.5MB"), (3 * 2**20, "3MiB"), (50_000, "50kB")],
 )
 def test_compact_sizes_are_short_and_exact(count: int, text: str) -> None:
     assert compact_bytes(count) == text

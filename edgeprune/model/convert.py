@@ -125,6 +125,13 @@ def _metadata(converter: Converter, config: dict[str, Any], folder: Path) -> lis
     return entries
 
 
+def _rope_base(prefix: str, base: Any) -> Entry:
+    """The base frequency; families differ in its default, so it has to be written down."""
+    if base is None:
+        raise BadFile("config.json names no rope_theta, the base of the rotary embedding")
+    return make_entry(f"{prefix}.freq_base", "f32", float(base))
+
+
 def _rope_entries(converter: Converter, config: dict[str, Any]) -> list[Entry]:
     """Base frequency and scaling of the rotary embedding, from either place where they are kept."""
     rope = lookup(config, ("rope_parameters", "rope_scaling")) or {}
@@ -132,27 +139,24 @@ def _rope_entries(converter: Converter, config: dict[str, Any]) -> list[Entry]:
     prefix = f"{converter.arch}.rope"
     try:
         kind = rope.get("rope_type", rope.get("type"))
-        if base is None:
-            raise BadFile("config.json names no rope_theta, the base of the rotary embedding")
-        entries = [make_entry(f"{prefix}.freq_base", "f32", float(base))]
-        if kind in ("default", None):
-            return entries
         foreign = sorted(
             f"{key} = {value!r}"
             for key, value in rope.items()
             if key not in ("rope_type", "type", "rope_theta", *_ROPE_KEYS)
             and value not in (None, _ROPE_FIXED.get(key))
         )
+        if kind in ("default", None):
+            return [_rope_base(prefix, base)]
         if kind not in ("linear", "yarn") or foreign:
             what = f"with {foreign[0]} " if foreign else ""
             raise Unsupported(f"rotary embedding scaling '{kind}' {what}is not supported"[:200])
-        entries.append(make_entry(f"{prefix}.scaling.type", "str", kind))
+        entries = [make_entry(f"{prefix}.scaling.type", "str", kind)]
         for key, (ours, form) in _ROPE_KEYS.items():
             if rope.get(key) is not None or key == "factor":
                 entries.append(make_entry(f"{prefix}.scaling.{ours}", form, rope[key]))
     except (AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
         raise BadFile(f"config.json has unusable rotary embedding settings: {rope!r}"[:200]) from error
-    return entries
+    return [_rope_base(prefix, base), *entries]
 
 
 def _gguf_type(name: str, dimensions: int, base: str) -> str:

@@ -102,6 +102,7 @@ class DecideStages(MeasureStages):
             UsageError: an impossible number of experts, type or score.
         """
         counts, architecture = self._counts(), self.architecture
+        _ = self.texts  # a missing text is found now, not after the plan
         check_score(self.settings.method)
         types = allowed_types(self.profile, self.settings.types)
         if self.budget.weights_bytes <= 0:
