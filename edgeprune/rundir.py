@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import Busy, UsageError
-from edgeprune.files import remove_partials, write_text
+from edgeprune.files import PARTIAL_SUFFIX, remove_partials, write_text
 
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -86,7 +86,8 @@ class RunFolder:
                     f"{self.path} is the run directory of {known}", hint="choose another folder with -o, or delete it"
                 )
             return
-        if any(path.name != ".lock" for path in self.path.iterdir()):
+        # A kill in the middle of the marker's own write leaves its beginning.
+        if {path.name for path in self.path.iterdir()} - {".lock", marker.name + PARTIAL_SUFFIX}:
             raise UsageError(
                 f"{self.path} holds files that are not edgeprune's", hint="choose an empty or new folder with -o"
             )
@@ -115,22 +116,28 @@ class RunFolder:
             ) from None
         try:
             self.claim(owner)
-            self._remove_partials()
-            yield
+            try:
+                self._remove_partials()
+                yield
+            finally:
+                self._remove_partials()
         finally:
-            self._remove_partials()
-            self._remove_empty(Path(lock.lock_file))
+            self._tidy(Path(lock.lock_file))
             lock.release()
 
     def _remove_partials(self) -> None:
         for folder in (self.path, self.scratch):
             remove_partials(folder)
 
-    def _remove_empty(self, lock: Path) -> None:
-        """Delete the folder if it holds nothing but the lock; who waits for a deleted lock tries again."""
+    def _tidy(self, lock: Path) -> None:
+        """Take the lock's file out of a folder that is not a run directory, and delete one that holds nothing else;
+        who waits for a deleted lock tries again."""
+        marker = self.path / ".edgeprune"
         with suppress(OSError):
-            own = {lock, self.path / ".edgeprune"}
-            if set(self.path.iterdir()) <= own:
-                for path in own:
-                    path.unlink(missing_ok=True)
+            empty = set(self.path.iterdir()) <= {lock, marker}
+            if empty:
+                marker.unlink(missing_ok=True)
+            if not marker.exists():
+                lock.unlink()
+            if empty:
                 self.path.rmdir()

@@ -302,8 +302,9 @@ def test_a_folder_is_locked_once(tmp_path: Path) -> None:
 
 def test_leftovers_go_when_the_folder_is_opened_and_when_it_is_closed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.scratch.mkdir(parents=True)
-    (folder.path / "kept.json").touch()
+    with folder.locked("model"):
+        folder.scratch.mkdir()
+        (folder.path / "kept.json").touch()
     old = [folder.path / "a.gguf.partial", folder.scratch / "b.logprobs.partial"]
     for path in old:
         path.touch()
@@ -313,6 +314,24 @@ def test_leftovers_go_when_the_folder_is_opened_and_when_it_is_closed(tmp_path: 
             path.touch()
     assert not any(path.exists() for path in old)
     assert (folder.path / "kept.json").exists()
+
+
+def test_a_kill_while_a_folder_is_claimed_does_not_close_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    (folder.path / ".edgeprune.partial").write_bytes(b"mo")
+    with folder.locked("model"):
+        assert [path.name for path in folder.path.glob("*.partial")] == []
+    assert not folder.path.exists()
+
+
+def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "mine")
+    folder.path.mkdir()
+    (folder.path / "movie.partial").touch()
+    with pytest.raises(UsageError, match="holds files that are not edgeprune's"), folder.locked("model"):
+        raise AssertionError("taken")
+    assert [path.name for path in folder.path.iterdir()] == ["movie.partial"]
 
 
 def test_a_folder_in_which_nothing_was_made_is_removed(tmp_path: Path) -> None:
