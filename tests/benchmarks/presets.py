@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--calibration-tokens", type=int, default=80_000)
     parser.add_argument("--evaluation-tokens", type=int, default=10_240)
-    parser.add_argument("--sensitivity-tokens", type=int, default=4_096)
+    parser.add_argument("--sensitivity-tokens", type=int, default=2_048)
     parser.add_argument("-o", "--output", default="runs/benchmark-presets")
     arguments = parser.parse_args()
     settings = Settings(
