@@ -339,10 +339,9 @@ def test_what_does_not_fit_exits_3_with_the_figures_before_anything_is_measured(
     ("content", "code", "expected"),
     [
         (b"\xff\xfe\x00garbage" * 100, 1, "error: cannot read {path} as UTF-8 text: "),
-        (b"\n\n  \n", 1, "error: {path} is empty"),
         (b"short", 1, "error: the text gives no calibration windows of 16 tokens or more"),
     ],
-    ids=["no UTF-8", "empty", "too short"],
+    ids=["no UTF-8", "too short"],
 )
 def test_a_bad_text_is_explained(content: bytes, code: int, expected: str, good_gguf: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"

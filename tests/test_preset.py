@@ -16,7 +16,7 @@ from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.errors import BadFile, EdgepruneError
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch
-from edgeprune.measure.statistics import Statistics, write_imatrix
+from edgeprune.measure.statistics import InputMoments, Statistics, write_imatrix
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.prove.baseline import contenders
@@ -98,14 +98,21 @@ def test_contenders_are_the_presets_that_can_fit_largest_first(preset: str, size
     assert contenders(sizes, min(sizes.values()) // 2, header) == []
 
 
-def test_presets_that_need_an_importance_matrix_take_ours(demo_gguf: Path, statistics: Path, tmp_path: Path) -> None:
-    empty = tmp_path / "empty.safetensors"
+def test_presets_that_need_an_importance_matrix_take_ours(tmp_path: Path) -> None:
+    model = toys.synthetic_gguf(tmp_path / "model.gguf", "qwen3moe", layers=1, experts=2)
+    empty, full = tmp_path / "empty.safetensors", tmp_path / "full.safetensors"
     Statistics(["none"], 0, 64, {}, {}, {}).save(empty)
+    moments = {
+        tensor.name: InputMoments(np.ones((tensor.matrices, tensor.shape[0])), *np.ones((2, tensor.matrices)))
+        for tensor in read_architecture(GgufFile(model)).tensors
+        if tensor.quantisable
+    }
+    Statistics(["all"], 64, 64, {}, moments, {}).save(full)
     with pytest.raises(EdgepruneError, match="could not make preset IQ2_XXS"):
-        quantized(demo_gguf, tmp_path / "x.gguf", "IQ2_XXS", empty)
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.safetensors"]
-    made = quantized(demo_gguf, tmp_path / "x.gguf", "IQ2_XXS", statistics)
-    assert made["types"]["blk.1.ffn_up_exps.weight"] == "IQ2_XXS"
+        quantized(model, tmp_path / "x.gguf", "IQ2_XXS", empty)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "empty.safetensors", "full.safetensors"}
+    made = quantized(model, tmp_path / "x.gguf", "IQ2_XXS", full)
+    assert made["types"]["blk.0.ffn_up_exps.weight"] == "IQ2_XXS"
 
 
 def test_statistics_of_a_model_of_other_widths_are_refused(statistics: Path, tmp_path: Path) -> None:

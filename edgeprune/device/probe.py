@@ -19,7 +19,7 @@ from edgeprune.units import format_bytes
 # What an idle desktop and its applications take, as share and bounds; ``--memory`` overrides it.
 _RESERVE_SHARE = 0.15
 _LEAST_RESERVE, _MOST_RESERVE = 1 << 30, 6 << 30
-_BANDWIDTH_BUFFER = 256 << 20
+_BANDWIDTH_BUFFER = 128 << 20  # read and as much written: more than caches hold, little on a small machine
 # The bandwidth of a graphics card is not measured; this is a modest discrete one's.
 _VRAM_BANDWIDTH = 300e9
 _LEAST_VRAM_RESERVE = 512 << 20
