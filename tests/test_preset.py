@@ -59,16 +59,32 @@ def sizes(demo_gguf: Path, statistics: Path) -> dict[str, int]:
     return found
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small random model, and statistics by which its inputs differ a lot."""
+    folder = tmp_path_factory.mktemp("small")
+    model = toys.synthetic_gguf(folder / "model.gguf", "qwen3moe", layers=1, experts=4)
+    random = np.random.default_rng(7)
+    moments = {
+        tensor.name: InputMoments(
+            random.lognormal(0, 2, (tensor.matrices, tensor.shape[0])), *np.ones((2, tensor.matrices))
+        )
+        for tensor in read_architecture(GgufFile(model)).tensors
+        if tensor.quantisable
+    }
+    Statistics(["all"], 64, 64, {}, moments, {}).save(folder / "statistics.safetensors")
+    return model, folder / "statistics.safetensors"
+
+
 @pytest.mark.parametrize("preset", ["Q8_0", "Q4_K_M", "IQ4_XS", "Q2_K"])
 def test_a_preset_is_what_the_builder_makes_of_its_types(
-    preset: str, demo_gguf: Path, statistics: Path, sizes: dict[str, int], tmp_path: Path
+    preset: str, small: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    made = quantized(demo_gguf, tmp_path / "preset.gguf", preset, statistics)
-    source, file = GgufFile(demo_gguf), GgufFile(tmp_path / "preset.gguf")
+    model, statistics = small
+    made = quantized(model, tmp_path / "preset.gguf", preset, statistics)
+    source, file = GgufFile(model), GgufFile(tmp_path / "preset.gguf")
     assert made["nbytes"] == (tmp_path / "preset.gguf").stat().st_size
     assert made["types"] == {info.name: info.type for info in file.tensors.values()}
-    tensor_bytes = sum(info.nbytes for info in file.tensors.values())
-    assert sizes[preset] == pytest.approx(tensor_bytes, rel=1e-3, abs=2**20 / 100)
 
     architecture = read_architecture(source)
     own = {info.name: info.type for info in source.tensors.values()}
@@ -76,10 +92,19 @@ def test_a_preset_is_what_the_builder_makes_of_its_types(
     plan = Plan(
         architecture.arch, architecture.experts, architecture.experts, {}, types, Launch(), "", "", Prediction(), {}
     )
-    build(str(demo_gguf), plan.to_json(), str(tmp_path / "ours.gguf"), str(statistics))
+    build(str(model), plan.to_json(), str(tmp_path / "ours.gguf"), str(statistics))
     ours = GgufFile(tmp_path / "ours.gguf")
     for name in file.tensors:
         np.testing.assert_array_equal(ours.raw(name), file.raw(name), err_msg=name)
+
+
+@pytest.mark.parametrize("preset", ["Q8_0", "Q4_K_M"])
+def test_the_size_of_a_preset_is_known_before_it_is_made(
+    preset: str, demo_gguf: Path, statistics: Path, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    quantized(demo_gguf, tmp_path / "preset.gguf", preset, statistics)
+    tensor_bytes = sum(info.nbytes for info in GgufFile(tmp_path / "preset.gguf").tensors.values())
+    assert sizes[preset] == pytest.approx(tensor_bytes, rel=1e-3, abs=2**20 / 100)
 
 
 def test_sizes_are_known_for_every_preset_and_fall_with_the_bits(sizes: dict[str, int]) -> None:
@@ -98,20 +123,14 @@ def test_contenders_are_the_presets_that_can_fit_largest_first(preset: str, size
     assert contenders(sizes, min(sizes.values()) // 2, header) == []
 
 
-def test_presets_that_need_an_importance_matrix_take_ours(tmp_path: Path) -> None:
-    model = toys.synthetic_gguf(tmp_path / "model.gguf", "qwen3moe", layers=1, experts=2)
-    empty, full = tmp_path / "empty.safetensors", tmp_path / "full.safetensors"
+def test_presets_that_need_an_importance_matrix_take_ours(small: tuple[Path, Path], tmp_path: Path) -> None:
+    model, statistics = small
+    empty = tmp_path / "empty.safetensors"
     Statistics(["none"], 0, 64, {}, {}, {}).save(empty)
-    moments = {
-        tensor.name: InputMoments(np.ones((tensor.matrices, tensor.shape[0])), *np.ones((2, tensor.matrices)))
-        for tensor in read_architecture(GgufFile(model)).tensors
-        if tensor.quantisable
-    }
-    Statistics(["all"], 64, 64, {}, moments, {}).save(full)
     with pytest.raises(EdgepruneError, match="could not make preset IQ2_XXS"):
         quantized(model, tmp_path / "x.gguf", "IQ2_XXS", empty)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "empty.safetensors", "full.safetensors"}
-    made = quantized(model, tmp_path / "x.gguf", "IQ2_XXS", full)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.safetensors"]
+    made = quantized(model, tmp_path / "x.gguf", "IQ2_XXS", statistics)
     assert made["types"]["blk.0.ffn_up_exps.weight"] == "IQ2_XXS"
 
 
