@@ -39,6 +39,9 @@ class Running:
             text=True,
             env=environment(),
             start_new_session=True,  # a group of its own, as a shell gives to each command
+            # A shell without a terminal starts what runs in the background with the interrupt ignored, and
+            # that is inherited; at a terminal it is not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for(self, task: str) -> psutil.Process | None:
