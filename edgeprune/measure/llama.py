@@ -249,6 +249,9 @@ class Session:
             raise EdgepruneError(
                 f"llama.cpp cannot create a context of {launch.context} tokens for {path}",
                 rows=[("llama.cpp", line) for line in self.log.errors()],
+                hint="try --kv-type f16: a quantised cache needs head widths that are multiples of 32"
+                if launch.kv_type != "F16"
+                else "try a shorter --context",
             )
         return context
 
