@@ -178,7 +178,7 @@ class Run(DecideStages):
 
     def _conditions(self, on_device: bool, speed: Mapping[str, Any]) -> dict[str, str]:
 
-        tokens = f"{self.settings.evaluation_tokens:,} tokens at most, windows of {self.settings.window}"
+        tokens = f"windows of at most {self.settings.window} tokens"
         where = "this device" if on_device else f"another machine than {self.profile.name}"
         return {
             "measured on": f"{platform.system()} {platform.machine()}, {where}",
@@ -216,6 +216,8 @@ def _verdict(report: Report) -> str:
     kept = "All promises kept" if any(line.verdict == KEPT for line in report.promises) else "Measured"
     if not report.baselines:
         return f"{kept}; {moved}; no stock preset of at most this size was measured."
+    if not report.plan["types"] and not report.plan["keep"]:
+        return f"{kept}; {moved}: nothing had to be dropped or quantised."
     best = min(report.baselines, key=lambda rival: float(rival.quality["kl_mean"]))
     if report.shipped != "plan":
         return f"{kept}; {moved}; the stock preset {best.preset} was best and is shipped."
