@@ -316,7 +316,10 @@ def test_an_impossible_wish_exits_2_before_anything_is_measured(
         (
             ("--memory", "20MiB"),
             "error: toy qwen3moe does not fit memory-20MiB: nothing is left for weights",
-            ["RAM", "runtime (process, libraries)", "KV cache", "compute buffers", "left for weights"],
+            [
+                *("RAM", "runtime (process, libraries)", "KV cache", "compute buffers", "left for weights"),
+                *("smallest plan", "its weights", "short of"),
+            ],
             "--context",
         ),
     ],
@@ -331,7 +334,8 @@ def test_what_does_not_fit_exits_3_with_the_figures_before_anything_is_measured(
     assert way_out in hint
     lines = done.stderr.splitlines()[1:-1]
     assert len(lines) == len(rows)
-    assert all(row in line and line.endswith("B") for row, line in zip(rows[1:], lines[1:], strict=True))
+    for row, line in zip(rows, lines, strict=True):
+        assert row in line and (line.endswith("B") or row == "smallest plan")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -89,5 +89,6 @@ def test_table_names_every_line_and_the_file_limit() -> None:
     value = made.to_json()
     assert value["file_limit_bytes"] == 5 * GIB
     assert value["basis"] == "as priced"
-    for pool in value["pools"].values():
-        assert sum(nbytes for name, nbytes in pool.items() if name != "total") == pool["total"]
+    assert [pool["pool"] for pool in value["pools"]] == ["ram", "vram"]
+    for pool in value["pools"]:
+        assert sum(line["nbytes"] for line in pool["lines"]) + pool["weights_bytes"] == pool["total_bytes"]

@@ -176,6 +176,28 @@ def test_an_unnamed_signal_is_an_error_as_well(hanging: Path) -> None:
 
 
 @posix
+def test_a_child_that_stands_still_is_ended(hanging: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "IDLE_SECONDS", 3.0)
+    with pytest.raises(NativeCrash, match=r"for GgufFile hung: it used no processor time for \d\.0 s") as error:
+        child.call("edgeprune.model.gguf:GgufFile", {"path": str(hanging)})
+    assert "goes on where it was" in error.value.hint
+
+
+def test_a_child_that_is_busy_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "SILENT_SECONDS", 3.0)
+    with pytest.raises(NativeCrash, match=r"hung: it made no progress for \d\.0 s and was ended"):
+        child.call("edgeprune.device.probe:memory_bandwidth_bytes_per_s", {"repeats": 10**9})
+
+
+def test_a_child_that_reports_progress_is_left_alone(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "_POLL_SECONDS", 0.01)
+    arguments = {"folder": str(tiny_checkpoint), "output": str(tmp_path / "x.gguf")}
+    child.call("edgeprune.model.convert:convert_task", arguments, lambda done, total: None)
+
+
+@posix
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
 def test_the_child_ends_when_its_parent_is_gone(how: signal.Signals, hanging: Path) -> None:
     program = (

@@ -114,6 +114,14 @@ def test_tokens_never_exceed_what_was_asked_for(tmp_path: Path, most: int) -> No
     assert most - LENGTH < len(taken) <= most
 
 
+@pytest.mark.parametrize("most", [60, 137, 400, 1000])
+def test_windows_of_unequal_length_do_not_exceed_it_either(tmp_path: Path, most: int) -> None:
+    short_first = counted(tmp_path / "a.txt", [16] * 30 + [LENGTH] * 30)
+    long_first = counted(tmp_path / "b.txt", [LENGTH] * 30 + [16] * 30, start=5000)
+    taken = tokens([short_first, long_first], "calibration", most)
+    assert most - LENGTH < len(taken) <= most
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20, 30])
 def test_windows_are_spread_over_the_whole_text(tmp_path: Path, count: int) -> None:
     text = counted(tmp_path / "a.txt", [LENGTH] * 40)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ PRESETS = {
     "Q3_K_L": 13, "Q3_K_M": 12, "IQ3_M": 27, "IQ3_S": 26, "Q3_K_S": 11, "IQ3_XS": 22, "IQ3_XXS": 23,
     "Q2_K": 10, "Q2_K_S": 21, "IQ2_M": 29, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24,
 }  # fmt: skip
+
+_PROGRESS = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")  # how llama.cpp begins the line of a tensor
 
 
 class _ImatrixEntry(ctypes.Structure):
@@ -52,8 +55,17 @@ def _parameters(preset: str, array: Any, dry_run: bool) -> Any:
     return parameters
 
 
-def quantize(model: str, output: str, preset: str, statistics: str) -> dict[str, Any]:
+def quantize(
+    model: str,
+    output: str,
+    preset: str,
+    statistics: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Write ``preset`` of ``model`` as ``output``. A task for a child process.
+
+    Args:
+        progress: called with tensors begun and tensors in all, as llama.cpp's log tells them.
 
     Returns:
         ``nbytes``: of the file; ``types``: GGML type by tensor.
@@ -67,7 +79,12 @@ def quantize(model: str, output: str, preset: str, statistics: str) -> dict[str,
 
     source = Path(model)
     require_space(Path(output).parent, source.stat().st_size)
-    log = Log()
+
+    def told(line: str) -> None:
+        if progress is not None and (match := _PROGRESS.match(line)):
+            progress(int(match[1]), int(match[2]))
+
+    log = Log(told)
     partial = Path(output + PARTIAL_SUFFIX)
     with _imatrix(statistics) as array:
         parameters = _parameters(preset, array, dry_run=False)
@@ -87,8 +104,6 @@ def sizes(model: str, statistics: str) -> dict[str, int]:
 
     The figure is the sum of tensor bytes rounded to 0.01 MiB; presets that llama.cpp refuses are left out.
     """
-    import re
-
     import llama_cpp.llama_cpp as binding
 
     from edgeprune.measure.llama import Log

@@ -231,11 +231,15 @@ def _does_not_fit(problem: Problem, counts: Sequence[int], forced_types: bool) -
     types = sorted({choices[0].type for choices in items}, key=lambda n: ggml.BY_NAME[n].bits_per_weight)
     by_file = problem.budget.file_limit_bytes is not None and budget < problem.budget.weights_bytes
     rows = [("smallest plan", f"K={kept}, {types[0]}"), ("its weights", format_bytes(smallest))]
-    if smallest > budget:
+    cause = f"{problem.architecture.name} does not fit {_limit_name(problem, by_file)}"
+    if problem.budget.weights_bytes <= 0:
+        short = smallest - sum(pool.weights_bytes for pool in problem.budget.pools)
+        cause += ": nothing is left for weights"
+        rows = [*problem.budget.rows(), *rows, ("short of", format_bytes(short))]
+    elif smallest > budget:
         rows += [("left for weights", format_bytes(budget)), ("short of", format_bytes(smallest - budget))]
     else:  # enough in all, but not in the one pool or the other
         rows += [(f"left in {p.pool.upper()}", format_bytes(p.weights_bytes)) for p in problem.budget.pools]
-    cause = f"{problem.architecture.name} does not fit {_limit_name(problem, by_file)}"
     return DoesNotFit(cause, rows=rows, hint=_way_out(problem, by_file))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from edgeprune.device.profile import Profile
 from edgeprune.units import format_bytes
 
+SYSTEM, DESKTOP = "system and applications", "desktop and driver"  # what others hold of RAM and of VRAM
+
 
 @dataclass(frozen=True)
 class Line:
@@ -71,14 +73,15 @@ class Budget:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "pools": {
-                pool.pool: {
-                    "total": pool.total_bytes,
-                    **{line.name: line.nbytes for line in pool.lines},
-                    "left for weights": pool.weights_bytes,
+            "pools": [
+                {
+                    "pool": pool.pool,
+                    "total_bytes": pool.total_bytes,
+                    "lines": [{"name": line.name, "nbytes": line.nbytes} for line in pool.lines],
+                    "weights_bytes": pool.weights_bytes,
                 }
                 for pool in self.pools
-            },
+            ],
             "file_limit_bytes": self.file_limit_bytes,
             "basis": self.basis,
         }
@@ -108,12 +111,12 @@ def make_budget(
         total, reserve = memory_bytes, 0
     else:
         total, reserve = profile.ram.total_bytes, profile.ram.total_bytes - profile.usable_ram_bytes
-    ram_lines = [Line("system and applications", reserve)] if reserve else []
+    ram_lines = [Line(SYSTEM, reserve)] if reserve else []
     ram_lines.append(Line("runtime (process, libraries)", runtime_bytes))
     buffers = [Line("KV cache", kv_bytes), Line("compute buffers", compute_bytes)]
     if profile.vram is None or memory_bytes is not None:
         return Budget((PoolBudget("ram", total, (*ram_lines, *buffers)),), file_limit_bytes, basis)
-    vram_lines = (Line("desktop and driver", profile.vram.reserve_bytes), *buffers)
+    vram_lines = (Line(DESKTOP, profile.vram.reserve_bytes), *buffers)
     return Budget(
         (
             PoolBudget("ram", total, tuple(ram_lines)),

@@ -27,8 +27,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgeprune.errors import KINDS, EdgepruneError, NativeCrash, system_cause
+from edgeprune.units import format_seconds
 
 Progress = Callable[[int, int], None]
+# A child is taken to hang when for this long it used no processor time and said nothing, or when it said
+# nothing for the longer time whatever it did: the threads of llama.cpp wait for each other by spinning.
+IDLE_SECONDS, SILENT_SECONDS = 300.0, 6 * 3600.0
+_POLL_SECONDS = 1.0
 _LOG_LINES = 6
 _FRAMES = 3
 _SIGNALS: dict[int, str] = {
@@ -64,14 +69,17 @@ def call(task: str, arguments: dict[str, Any], progress: Progress | None = None)
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
         )
+        watch = _Watch(process)
+        watch.start()
         try:
             assert process.stdin is not None and process.stdout is not None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(arguments).encode() + b"\n")
                 process.stdin.flush()
-            outcome = _listen(process.stdout, progress)
+            outcome = _listen(process.stdout, progress, watch.heard)
             process.wait()
         finally:
+            watch.stop()
             if process.poll() is None:
                 process.kill()
                 process.wait()
@@ -80,7 +88,7 @@ def call(task: str, arguments: dict[str, Any], progress: Progress | None = None)
                     if stream is not None:
                         stream.close()
         if outcome is None:
-            raise _crash(task, process.returncode, log)
+            raise _crash(task, process.returncode, log, watch.verdict)
     if "error" in outcome:
         kind = KINDS.get(outcome["error"], EdgepruneError)
         raise kind(outcome["cause"], rows=[(a, b) for a, b in outcome["rows"]], hint=outcome["hint"])
@@ -94,9 +102,58 @@ def _python_path() -> str:
     return root if not inherited else f"{root}{os.pathsep}{inherited}"
 
 
-def _listen(stream: IO[bytes], progress: Progress | None) -> dict[str, Any] | None:
+class _Watch(threading.Thread):
+    """Kills a child that hangs, and says why in ``verdict``.
+
+    Time is counted in looks at the child, so that a machine that sleeps or a stopped process group is no hang.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        super().__init__(daemon=True)
+        self.verdict = ""
+        self._process, self._ended = process, threading.Event()
+        self._messages = 0
+
+    def heard(self) -> None:
+        """The child has said something."""
+        self._messages += 1
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        before: tuple[int, float] = (-1, -1.0)
+        idle = silent = 0.0
+        while not self._ended.wait(_POLL_SECONDS):
+            now = (self._messages, _processor_seconds(self._process.pid))
+            silent = silent + _POLL_SECONDS if now[0] == before[0] else 0.0
+            idle = idle + _POLL_SECONDS if now == before else 0.0
+            before = now
+            if idle >= IDLE_SECONDS or silent >= SILENT_SECONDS:
+                doing = "used no processor time" if idle >= IDLE_SECONDS else "made no progress"
+                self.verdict = f"it {doing} for {format_seconds(max(idle, silent))} and was ended"
+                self._process.kill()
+                return
+
+
+def _processor_seconds(pid: int) -> float:
+    """Processor time of the process so far; -1 when it is gone."""
+    import psutil
+
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return -1.0
+    return float(times.user + times.system)
+
+
+def _listen(
+    stream: IO[bytes], progress: Progress | None, heard: Callable[[], None] = lambda: None
+) -> dict[str, Any] | None:
     outcome = None
     for line in stream:
+        heard()
         if not line.endswith(b"\n"):  # the child died while it wrote
             break
         message = json.loads(line)
@@ -108,10 +165,16 @@ def _listen(stream: IO[bytes], progress: Progress | None) -> dict[str, Any] | No
     return outcome
 
 
-def _crash(task: str, code: int, log: IO[bytes]) -> NativeCrash:
+def _crash(task: str, code: int, log: IO[bytes], verdict: str) -> NativeCrash:
     log.seek(0)
     lines = [line.strip() for line in log.read().decode("utf-8", errors="replace").splitlines()]
     tail = deque((line for line in lines if line), maxlen=_LOG_LINES)
+    if verdict:
+        return NativeCrash(
+            f"the child process for {task.rpartition(':')[2]} hung: {verdict}",
+            rows=[("log", line[:160]) for line in tail],
+            hint="run the same command again; it goes on where it was",
+        )
     reason = _SIGNALS.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
     out_of_memory = code == -getattr(signal, "SIGKILL", 0)
     return NativeCrash(

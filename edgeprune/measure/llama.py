@@ -146,8 +146,14 @@ class _BufferOverride(ctypes.Structure):
 
 @dataclass
 class Log:
-    """What llama.cpp said, kept for error messages and for the sizes it reports."""
+    """What llama.cpp said, kept for error messages and for the sizes it reports.
 
+    Attributes:
+        listener: called with every line.
+        lines: the last 5,000.
+    """
+
+    listener: Callable[[str], None] | None = None
     lines: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -157,8 +163,11 @@ class Log:
     def _append(self, level: int, text: bytes, _: Any) -> None:
         if level == _DEBUG:
             return
-        self.lines.append(text.decode("utf-8", errors="replace").rstrip("\n"))
+        line = text.decode("utf-8", errors="replace").rstrip("\n")
+        self.lines.append(line)
         del self.lines[:-5000]
+        if self.listener is not None:
+            self.listener(line)
 
     def errors(self) -> list[str]:
         interesting = [line for line in self.lines if "error" in line or "failed" in line or "invalid" in line]

@@ -263,6 +263,7 @@ def benchmark(
     return {
         "prefill_per_s": stdlib_statistics.median(prefill),
         "decode_per_s": stdlib_statistics.median(decode),
+        "prompt_tokens": prompt_tokens,
         "first_token_seconds": prompt_tokens / stdlib_statistics.median(prefill),
         "peak_bytes": peak_memory_bytes(),
         "filled_tokens": filled,

@@ -109,11 +109,21 @@ def _of_split(items: list[Any], own: str, wanted: str) -> list[Any]:
     return held if wanted == "held_out" else rest
 
 
-def _taking_turns(by_domain: list[list[Window]], most_tokens: int) -> list[Window]:
-    """Windows of every domain in turn until ``most_tokens`` are reached.
+def _spread(own: Sequence[Window], count: int) -> list[Window]:
+    """``count`` windows spread over the whole of a domain's text, not its beginning: joined collections change
+    their subject along the way."""
+    return [own[position * len(own) // count] for position in range(count)]
 
-    A domain that is not used up gives windows spread over its whole text, not its beginning: joined
-    collections change their subject along the way.
+
+def _tokens(own: Sequence[Window]) -> int:
+    return sum(len(window.tokens) for window in own)
+
+
+def _counts(by_domain: list[list[Window]], most_tokens: int) -> list[int]:
+    """How many windows each domain gives so that their spread has ``most_tokens`` at most, domains taking turns.
+
+    Spread windows differ in length from the first ones, with which the turns are counted; so a domain gives back
+    what is too much, and takes what is left.
     """
     counts, total = [0] * len(by_domain), 0
     for turn in zip_longest(*by_domain):
@@ -121,11 +131,30 @@ def _taking_turns(by_domain: list[list[Window]], most_tokens: int) -> list[Windo
             if window is not None and total + len(window.tokens) <= most_tokens:
                 counts[index] += 1
                 total += len(window.tokens)
-    spread = [
-        [own[position * len(own) // count] for position in range(count)]
-        for own, count in zip(by_domain, counts, strict=True)
-        if count
-    ]
+    taken = [_tokens(_spread(own, count)) for own, count in zip(by_domain, counts, strict=True)]
+
+    def change(index: int, step: int) -> bool:
+        """Change one count, unless that makes the whole too large."""
+        count = counts[index] + step
+        if count > len(by_domain[index]):
+            return False
+        tokens = _tokens(_spread(by_domain[index], count))
+        if step > 0 and sum(taken) - taken[index] + tokens > most_tokens:
+            return False
+        counts[index], taken[index] = count, tokens
+        return True
+
+    while sum(taken) > most_tokens:
+        change(max(range(len(taken)), key=lambda i: taken[i]), -1)
+    while any(change(index, 1) for index in sorted(range(len(taken)), key=lambda i: taken[i])):
+        pass
+    return counts
+
+
+def _taking_turns(by_domain: list[list[Window]], most_tokens: int) -> list[Window]:
+    """Windows of every domain in turn until ``most_tokens`` are reached."""
+    counts = _counts(by_domain, most_tokens)
+    spread = [_spread(own, count) for own, count in zip(by_domain, counts, strict=True)]
     return [window for turn in zip_longest(*spread) for window in turn if window is not None]
 
 

@@ -28,9 +28,9 @@ def _text(x: float, y: float, content: str, anchor: str = "start", css: str = ""
 def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int]) -> str:
     """One bar per pool: what is reserved, what the runtime takes, the weights, and what stays free."""
     body, y = [], 18
-    for name, lines in budget["pools"].items():
-        total = lines["total"]
-        parts = [(label, count) for label, count in lines.items() if label not in ("total", "left for weights")]
+    for pool in budget["pools"]:
+        name, total = pool["pool"], pool["total_bytes"]
+        parts = [(line["name"], line["nbytes"]) for line in pool["lines"]]
         parts.append(("weights", weights.get(name, 0)))
         used = sum(count for _, count in parts)
         parts.append(("free", max(0, total - used)))
@@ -92,21 +92,48 @@ def curve(
         anchor = ("start", "middle", "end")[int(share * 2)]
         body.append(_text(x, lower + 18, format_bytes(low + (high - low) * share), anchor))
     body.append(_text(left, lower + 38, "file size; vertical: KL divergence, nats per token, logarithmic"))
-    for index, (size, nats, label, css) in enumerate(marks):
-        x, y = place(size, nats)
+    places = [place(size, nats) for size, nats, _, _ in marks]
+    labels = _labels(places, [label for _, _, label, _ in marks], (left, upper, _WIDTH, lower))
+    for (size, nats, label, css), (x, y), spot in zip(marks, places, labels, strict=True):
         tip = f"{label}: {format_bytes(size)}, {nats:.4g} nats per token"
         radius = 7 if label == "shipped" else 5
         body.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"><title>{escape(tip)}</title></circle>'
         )
-        offset = -9 if index % 2 else 16
-        body.append(_text(min(x, right), y + offset, label, "middle", "small"))
+        if spot is not None:
+            body.append(_text(*spot, label, "middle", "small"))
     for index, (css, label) in enumerate(
         (("c1", "candidates, predicted"), ("c3", "stock presets, measured"), ("c4", "shipped, measured"))
     ):
         body.append(f'<circle cx="{left + 6 + index * 210}" cy="{lower + 56}" r="5" class="{css}"/>')
         body.append(_text(left + 17 + index * 210, lower + 60, label))
     return _svg(lower + 70, "File size against KL divergence", body)
+
+
+def _labels(
+    places: Sequence[tuple[float, float]], labels: Sequence[str], frame: tuple[float, float, float, float]
+) -> list[tuple[float, float] | None]:
+    """Where each point's label is centred so that it covers no point and no other label; None where there is no room.
+
+    Args:
+        frame: left, top, right and bottom of where labels may be.
+    """
+    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    spots: list[tuple[float, float] | None] = [None] * len(places)
+    for index in reversed(range(len(places))):  # the last point is the shipped file, which must have its label
+        (x, y), half = places[index], 3.4 * len(labels[index])
+        for dx, dy in ((0, -11), (0, 20), (half + 10, 4), (-half - 10, 4), (0, -24), (0, 33)):
+            box = (x + dx - half, y + dy - 10, x + dx + half, y + dy + 3)
+            inside = frame[0] < box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
+            if inside and not any(_overlap(box, other) for other in taken):
+                spots[index] = (x + dx, y + dy)
+                taken.append(box)
+                break
+    return spots
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def keep_map(importance: Mapping[str, Sequence[float]], keep: Mapping[str, Sequence[int]]) -> str:
@@ -139,10 +166,10 @@ def keep_map(importance: Mapping[str, Sequence[float]], keep: Mapping[str, Seque
     return _svg(int(len(layers) * size + 10), "Experts by layer: importance, and which were kept", body)
 
 
-def type_map(types: Mapping[str, str]) -> str:
-    """Layers by kind of tensor, each cell with its GGML type."""
+def type_map(types: Sequence[tuple[str, str]]) -> str:
+    """Layers by kind of tensor, each cell with its GGML type; ``types`` are pairs of tensor and type."""
     rows: dict[str, dict[str, str]] = {}
-    for name, kind in types.items():
+    for name, kind in types:
         layer, part = name.split(".", 2)[1:] if name.startswith("blk.") else ("", name)
         rows.setdefault(layer, {})[part.removesuffix(".weight")] = kind
     layered = sorted((layer for layer in rows if layer), key=int)

@@ -16,8 +16,8 @@ def _weights(report: Report) -> dict[str, int]:
     """Weights by pool: what the pool takes in all, less its other lines."""
     taken = report.plan["predicted"]["pool_bytes"]
     return {
-        pool: taken.get(pool, 0) - sum(c for label, c in lines.items() if label not in ("total", "left for weights"))
-        for pool, lines in report.budget["pools"].items()
+        pool["pool"]: taken.get(pool["pool"], 0) - sum(line["nbytes"] for line in pool["lines"])
+        for pool in report.budget["pools"]
     }
 
 

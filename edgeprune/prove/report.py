@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgeprune.units import format_bytes
+from edgeprune.device.budget import DESKTOP, SYSTEM
+from edgeprune.units import format_bytes, format_seconds
 
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
 # A prediction of speed or divergence is a guide, not a promise; size and memory are promises.
@@ -54,7 +55,7 @@ class Report:
         budget: ``Budget`` as JSON.
         plan: ``Plan`` as JSON.
         folded: the plan's types in a few lines.
-        types: GGML type of every matrix of the shipped file.
+        types: name and GGML type of every matrix of the shipped file, in file order.
         curve: candidates by number of experts: kept, bytes, predicted nats.
         importance: score by MoE layer, [layers][E].
         build: ``Build`` as JSON.
@@ -74,7 +75,7 @@ class Report:
     budget: dict[str, Any]
     plan: dict[str, Any]
     folded: list[str]
-    types: dict[str, str]
+    types: list[tuple[str, str]]
     curve: list[dict[str, Any]]
     importance: dict[str, list[float]]
     build: dict[str, Any]
@@ -95,6 +96,7 @@ class Report:
     def from_json(cls, value: Mapping[str, Any]) -> Report:
         fields = dict(value)
         fields["promises"] = [Promise(**row) for row in fields["promises"]]
+        fields["types"] = [(name, kind) for name, kind in fields["types"]]
         fields["baselines"] = [Baseline(**row) for row in fields["baselines"]]
         return cls(**fields)
 
@@ -127,11 +129,9 @@ def promises(
         )
     ]
     memory = sum(predicted["pool_bytes"].values())
-    available = sum(pool["total"] for pool in budget["pools"].values())
-    reserve = sum(
-        pool.get("system and applications", 0) + pool.get("desktop and driver", 0)
-        for pool in budget["pools"].values()
-    )
+    available = sum(pool["total_bytes"] for pool in budget["pools"])
+    others = (SYSTEM, DESKTOP)
+    reserve = sum(line["nbytes"] for pool in budget["pools"] for line in pool["lines"] if line["name"] in others)
     within = speed["peak_bytes"] <= (memory - reserve) * (1 + _MEMORY_TOLERANCE)
     fits = speed["peak_bytes"] + reserve <= available
     # Resident memory is the whole of it only where everything is in one pool that the CPU computes in.
@@ -158,4 +158,6 @@ def promises(
         )
     )
     lines.append(Promise("prefill (tokens per second)", "", f"{speed['prefill_per_s']:.3g}", INFORMATION))
+    first = f"first token after {speed['prompt_tokens']} tokens"
+    lines.append(Promise(first, "", format_seconds(speed["first_token_seconds"]), INFORMATION))
     return lines

@@ -105,12 +105,6 @@ class DecideStages(MeasureStages):
         _ = self.texts  # a missing text is found now, not after the plan
         check_score(self.settings.method)
         types = allowed_types(self.profile, self.settings.types)
-        if self.budget.weights_bytes <= 0:
-            raise DoesNotFit(
-                f"{architecture.name} does not fit {self.profile.name}: nothing is left for weights",
-                rows=self.budget.rows(),
-                hint="shorten the context with --context, or choose a quantised cache with --kv-type q8_0",
-            )
         # When every type costs nothing, the best plan is the smallest.
         free = {t.name: {k: [0.0, 0.0] for k in candidate_types(t)} for t in architecture.tensors if t.quantisable}
         candidates(self._unmeasured(free, types), [min(counts)], forced_types=bool(self.settings.types))

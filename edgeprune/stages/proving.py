@@ -60,7 +60,8 @@ class Run(DecideStages):
                     },
                     progress,
                 )
-            if made["nbytes"] <= limit:
+            # Presets that differ in name alone, as some do for small models, are one.
+            if made["nbytes"] <= limit and all(made["types"] != types for _, types in results):
                 quality = self.quality(path, f"quality of {name}")
                 results.append((Baseline(name, made["nbytes"], quality["all"]), made["types"]))
             path.unlink(missing_ok=True)
@@ -157,7 +158,7 @@ class Run(DecideStages):
             budget=self.budget.to_json(),
             plan=plan.to_json(),
             folded=folded(plan, self.architecture),
-            types={t.name: plan.types.get(t.name, t.type) for t in self.architecture.tensors if t.quantisable},
+            types=[(t.name, plan.types.get(t.name, t.type)) for t in self.architecture.tensors if t.quantisable],
             curve=read_json(curve_path) if curve_path.is_file() else [],
             importance=importance,
             build={**build.to_json(), "path": Path(build.path).name},
