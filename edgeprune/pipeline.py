@@ -7,15 +7,17 @@ field changed when it is not. A run that was killed therefore goes on where it w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgeprune.errors import BrokenPromise
+from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.report import Report
 from edgeprune.settings import Listener, Progress, Settings
+from edgeprune.stages import comparing
 from edgeprune.stages.proving import Run
 
-__all__ = ["Listener", "Progress", "Run", "Settings", "fit", "opened", "raise_if_broken"]
+__all__ = ["Listener", "Progress", "Run", "Settings", "compare", "fit", "opened", "raise_if_broken"]
 
 
 @contextlib.contextmanager
@@ -42,6 +44,20 @@ def fit(settings: Settings, listener: Listener) -> tuple[Report, Path]:
         run.clear_scratch()
         raise_if_broken(report, run.folder.page)
         return report, run.folder.path
+
+
+def compare(
+    settings: Settings, listener: Listener, fractions: Sequence[float], methods: Sequence[str] | None, seeds: int
+) -> tuple[Comparison, Path]:
+    """Methods of choosing experts side by side on held-out text; the comparison and the folder.
+
+    Args:
+        methods: all of ``decide.scores.METHODS`` when None, without those that a layer is too large for.
+    """
+    with opened(settings, listener) as run:
+        found = comparing.compare(run, fractions, methods or run.comparable(), seeds)
+        run.clear_scratch()
+        return found, run.folder.path
 
 
 def raise_if_broken(report: Report, page: Path) -> None:

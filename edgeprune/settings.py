@@ -38,11 +38,13 @@ class Settings:
         texts, evaluation_texts: ``FILE`` or ``NAME=FILE``; empty for the shipped text.
         keep: forced number of experts, or None.
         types: forced GGML types, or empty.
-        method: expert score.
+        method: how experts are ranked, one of ``decide.scores.METHODS``.
+        mixture: how the domains of the text are put together for that, one of ``decide.keep.MIXTURES``.
         output: run directory, or None for the default.
         window: tokens per calibration window.
         sensitivity_window: the same where little text is used, so that every domain takes part.
         calibration_tokens, evaluation_tokens, sensitivity_tokens: how much text is used.
+        reservoir_tokens: how many calibration tokens are kept whole, for replays of single layers.
         baselines: whether stock presets are built and measured beside the plan.
     """
 
@@ -56,10 +58,12 @@ class Settings:
     evaluation_texts: tuple[str, ...] = ()
     keep: int | None = None
     types: tuple[str, ...] = ()
-    method: str = "reap"
+    method: str = "replay"
+    mixture: str = "pooled"
     output: str | None = None
     window: int = 512
     calibration_tokens: int = 24_576
+    reservoir_tokens: int = 8_192
     evaluation_tokens: int = 8_192
     sensitivity_tokens: int = 2_048
     sensitivity_window: int = 128

@@ -38,7 +38,7 @@ def measured(routed: list[list[float]]) -> Statistics:
     layers = {}
     for layer, counts in enumerate(routed):
         layers[layer] = LayerStatistics.zeros(1, len(counts))
-        layers[layer].routed[0] = counts
+        layers[layer].arrays["routed"][0] = counts
     return Statistics(["toy"], 100, 50, layers, {}, {})
 
 

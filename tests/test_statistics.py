@@ -10,7 +10,9 @@ from gguf import GGUFReader
 from safetensors.numpy import save_file
 
 from edgeprune.errors import BadFile
-from edgeprune.measure.statistics import PER_EXPERT, InputMoments, LayerStatistics, Statistics, write_imatrix
+from edgeprune.measure.merging import merge
+from edgeprune.measure.reservoir import Reservoir
+from edgeprune.measure.statistics import ACCUMULATORS, InputMoments, LayerStatistics, Statistics, write_imatrix
 
 DOMAINS, EXPERTS = ["code", "prose"], 4
 
@@ -22,9 +24,10 @@ def moments(square_sum: list[list[float]], count: list[float]) -> InputMoments:
 @pytest.fixture
 def measured() -> Statistics:
     random = np.random.default_rng(0)
-    layers = {
-        layer: LayerStatistics(*(random.random((len(DOMAINS), EXPERTS)) for _ in PER_EXPERT)) for layer in (1, 12)
-    }
+    layers = {layer: LayerStatistics.zeros(len(DOMAINS), EXPERTS, width=3, hidden=5) for layer in (1, 12)}
+    for sums in layers.values():
+        for array in sums.arrays.values():
+            array += random.random(array.shape).astype(np.float32)
     counts = {"blk.1.ffn_down_exps.weight": (32, [5.0, 0.0, 7.0, 1.0]), "output.weight": (48, [1000.0])}
     seen = {
         name: InputMoments(random.random((len(count), width)), np.array(count), random.random(len(count)))
@@ -40,9 +43,10 @@ def test_statistics_survive_the_disk(measured: Statistics, tmp_path: Path) -> No
     assert loaded.made_from == {"model": "abc", "text": None}
     assert set(loaded.layers) == {1, 12}
     for layer, sums in measured.layers.items():
-        for name in PER_EXPERT:
-            assert np.array_equal(getattr(loaded.layers[layer], name), getattr(sums, name))
-            assert getattr(loaded.layers[layer], name).dtype == np.float64
+        assert set(loaded.layers[layer].arrays) == set(ACCUMULATORS)
+        for name in ACCUMULATORS:
+            assert np.array_equal(loaded.layers[layer][name], sums[name])
+            assert loaded.layers[layer][name].dtype == np.float64
     assert set(loaded.moments) == set(measured.moments)
     for name, moment in measured.moments.items():
         assert np.array_equal(loaded.moments[name].square_sum, moment.square_sum)
@@ -74,8 +78,80 @@ def test_safetensors_of_another_kind_are_a_bad_file(tmp_path: Path, metadata: di
 
 def test_total_sums_over_domains(measured: Statistics) -> None:
     sums = measured.layers[12]
-    assert sums.total("gate_sum").tolist() == pytest.approx((sums.gate_sum[0] + sums.gate_sum[1]).tolist())
+    assert sums.total("gate_sum").tolist() == pytest.approx(sums["gate_sum"].sum(axis=0).tolist())
+    assert sums.total("peak").tolist() == sums["peak"].max(axis=0).tolist()
     assert LayerStatistics.zeros(3, EXPERTS).total("routed").tolist() == [0.0] * EXPERTS
+
+
+def test_what_was_not_observed_is_named() -> None:
+    with pytest.raises(BadFile, match="no turn_sum"):
+        LayerStatistics({"routed": np.ones((1, 4))})["turn_sum"]
+
+
+def reservoir(tokens: int, seed: int) -> Reservoir:
+    random = np.random.default_rng(seed)
+    wide, experts = random.standard_normal((2, tokens, 6)).astype(np.float32), random.random((2, tokens, EXPERTS))
+    return Reservoir(
+        domain=np.zeros(tokens, np.int16),
+        x=wide[0],
+        y=1e6 * wide[1],
+        ids=random.integers(0, EXPERTS, (tokens, 2)).astype(np.int16),
+        gates=random.random((tokens, 2)).astype(np.float32),
+        selection=experts[0].astype(np.float32),
+        probs=experts[1].astype(np.float32),
+        residual=random.random(tokens).astype(np.float32),
+        turn=random.random(tokens).astype(np.float32),
+    )
+
+
+def part(domain: str, tokens: int, seed: int, folder: Path, model: str = "abc") -> tuple[Statistics, Path]:
+    random = np.random.default_rng(seed)
+    sums = LayerStatistics.zeros(1, EXPERTS, width=3, hidden=5)
+    for array in sums.arrays.values():
+        array += random.random(array.shape)
+    seen = {"output.weight": InputMoments(random.random((1, 7)), np.array([float(tokens)]), random.random(1))}
+    made = Statistics([domain], tokens, 64, {0: sums}, seen, {"model": model}, {0: reservoir(tokens, seed)})
+    made.save(folder / f"{domain}{seed}.safetensors")
+    return made, folder / f"{domain}{seed}.safetensors"
+
+
+def test_merging_adds_domains_of_one_name_and_puts_others_side_by_side(tmp_path: Path) -> None:
+    parts = [part("code", 5, 0, tmp_path), part("prose", 3, 1, tmp_path), part("code", 4, 2, tmp_path)]
+    merge([path for _, path in parts], tmp_path / "all.safetensors", {"model": "abc", "text": "x"})
+    (first, _), (second, _), (third, _) = parts
+    merged = Statistics.load(tmp_path / "all.safetensors")
+    assert (merged.domains, merged.tokens, merged.window) == (["code", "prose"], 12, 64)
+    assert merged.made_from == {"model": "abc", "text": "x"}
+    for name, kind in ACCUMULATORS.items():
+        code = kind.combine(first.layers[0][name][0], third.layers[0][name][0])
+        np.testing.assert_allclose(merged.layers[0][name], [code, second.layers[0][name][0]], rtol=1e-6)
+    moment = merged.moments["output.weight"]
+    assert moment.count.tolist() == [12.0]
+    np.testing.assert_allclose(moment.square_sum, sum(made.moments["output.weight"].square_sum for made, _ in parts))
+    tokens = merged.reservoirs[0]
+    assert tokens.domain.tolist() == [0] * 5 + [1] * 3 + [0] * 4
+    for name in ("ids", "gates", "selection", "probs", "residual", "turn"):
+        joined = np.concatenate([getattr(made.reservoirs[0], name) for made, _ in parts])
+        np.testing.assert_array_equal(getattr(tokens, name), joined)
+    y = np.concatenate([made.reservoirs[0].y for made, _ in parts])
+    np.testing.assert_allclose(tokens.y, y, atol=1e-3 * np.abs(y).max())
+
+
+def test_merging_does_not_depend_on_the_order_of_sums(tmp_path: Path) -> None:
+    paths = [part("code", 5, 0, tmp_path)[1], part("code", 3, 1, tmp_path)[1]]
+    for name, order in (("a", paths), ("b", paths[::-1])):
+        merge(order, tmp_path / name, {"model": "abc"})
+    one, other = Statistics.load(tmp_path / "a"), Statistics.load(tmp_path / "b")
+    for name in ACCUMULATORS:
+        np.testing.assert_array_equal(one.layers[0][name], other.layers[0][name])
+
+
+def test_statistics_of_another_model_are_not_merged(tmp_path: Path) -> None:
+    paths = [part("code", 5, 0, tmp_path)[1], part("prose", 3, 1, tmp_path, model="other")[1]]
+    with pytest.raises(BadFile, match="another model") as error:
+        merge(paths, tmp_path / "all.safetensors", {"model": "abc"})
+    assert dict(error.value.rows) == {"its model": "other", "this model": "abc"}
+    assert not (tmp_path / "all.safetensors").exists()
 
 
 def test_mean_is_the_mean_squared_input() -> None:

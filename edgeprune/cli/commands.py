@@ -36,7 +36,16 @@ _TARGET = (
 _CHOICE = (
     click.option("--keep", type=click.IntRange(1), metavar="K", help="Keep exactly K experts per layer."),
     click.option("--types", metavar="T,T", help="Use only these GGML types, for example Q4_K,Q6_K."),
-    click.option("--method", default="reap", show_default=True, help="Expert score: reap, frequency or random."),
+    click.option("--method", default="replay", show_default=True, help="How experts are ranked; see `compare`."),
+)
+_MIX = (
+    click.option(
+        "--mix",
+        type=click.Choice(["pooled", "balanced", "coverage"]),
+        default="pooled",
+        show_default=True,
+        help="Domains added up; each with the same say; or each keeping its best.",
+    ),
 )
 _TEXT = (
     click.option("--text", multiple=True, metavar="[NAME=]FILE", help="Calibration text; repeatable."),
@@ -73,7 +82,8 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "evaluation_texts": tuple(options.get("eval_text") or ()),
         "keep": options.get("keep"),
         "types": tuple(name.strip() for name in types.split(",") if name.strip()) if types else (),
-        "method": options.get("method") or "reap",
+        "method": options.get("method") or "replay",
+        "mixture": options.get("mix") or "pooled",
         "output": options.get("output"),
     }
     if options.get("tokens"):
@@ -89,7 +99,7 @@ def _print(value: Any, lines: list[str], as_json: bool) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
 def fit(source: str, **options: Any) -> None:
     """Do everything: measure SOURCE, decide, build the GGUF, prove it, write the report.
 
@@ -178,7 +188,7 @@ def calibrate(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
 def plan(source: str, **options: Any) -> None:
     """Choose experts and types for SOURCE within the budget; print and save plan.json.
 
@@ -199,7 +209,7 @@ def plan(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
 def build(source: str, **options: Any) -> None:
     """Build the file that plan.json in the run directory describes, making the plan first if need be."""
     from edgeprune import pipeline
@@ -214,7 +224,7 @@ def build(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
 def verify(source: str, **options: Any) -> None:
     """Measure the built file against the plan's predictions and the stock presets; write the report."""
     from edgeprune import pipeline
@@ -231,4 +241,47 @@ def verify(source: str, **options: Any) -> None:
     _print(report.to_json(), lines, options["as_json"])
 
 
-COMMANDS = [fit, inspect, profiles, convert, calibrate, plan, build, verify]
+class _Fractions(click.ParamType[tuple[float, ...]]):
+    """Numbers separated by commas."""
+
+    name = "fractions"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not of the form 0.9,0.75,0.5", param, ctx)
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--keep",
+    "fractions",
+    type=_Fractions(),
+    default="0.9,0.75,0.5",
+    show_default=True,
+    help="Shares of experts to keep.",
+)
+@click.option("--methods", metavar="M,M", help="Which to compare; all that need no gradients by default.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of random methods.")
+@_with(_MIX, _TEXT, _COMMON)
+def compare(model: str, fractions: tuple[float, ...], methods: str | None, seeds: int, **options: Any) -> None:
+    """Compare methods of choosing experts on held-out text of MODEL, without writing a file.
+
+    \b
+    edgeprune compare demo --keep 0.75,0.5 --methods replay,reap,random
+    """
+    from edgeprune import pipeline
+    from edgeprune.cli import show
+    from edgeprune.cli.console import Console
+
+    settings = _settings(model, {**options, "device": "auto"})
+    names = tuple(name.strip() for name in methods.split(",") if name.strip()) if methods else None
+    found, folder = pipeline.compare(settings, Console(), fractions, names, seeds)
+    _print(found.to_json(), show.comparison(found, folder), options["as_json"])
+
+
+COMMANDS = [fit, inspect, profiles, convert, calibrate, plan, build, verify, compare]

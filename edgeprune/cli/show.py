@@ -10,6 +10,7 @@ from edgeprune.decide.plan import Plan, folded
 from edgeprune.device.profile import Profile
 from edgeprune.inspection import Inspection
 from edgeprune.measure.statistics import Statistics
+from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.report import Report
 from edgeprune.units import format_bytes
 
@@ -96,6 +97,27 @@ def plan(chosen: Plan, run: Run) -> list[str]:
         f"run it:  {chosen.launch.command('FILE')}",
     ]
     return lines
+
+
+def comparison(found: Comparison, folder: Path) -> list[str]:
+    """Methods by number of experts, best first."""
+    lines = [f"{found.model}: KL divergence on {found.text['tokens']:,} held-out tokens, nats per token"]
+    for kept in sorted({row.kept for row in found.rows}, reverse=True):
+        rows = [
+            (
+                row.method + (f" (mean of {row.seeds})" if row.seeds > 1 else ""),
+                f"{row.quality['kl_mean']:.4f}",
+                f"{row.low:.4f}-{row.high:.4f}",
+                f"{row.quality['kl_99']:.3f}",
+                f"{100 * row.quality['same_top']:.1f} %",
+                f"{row.quality['perplexity']:.2f}",
+            )
+            for row in found.rows
+            if row.kept == kept
+        ]
+        title = f"K={kept} of {found.experts}"
+        lines += ["", *table(rows, (title, "KL mean", "95 % interval", "KL 99 %", "same top token", "perplexity"))]
+    return [*lines, "", f"saved in {folder}: compare.json, compare.html"]
 
 
 def statistics(found: Statistics, folder: Path) -> list[str]:

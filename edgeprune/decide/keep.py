@@ -2,46 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune.decide.scores import SCORES
+from edgeprune.decide.evidence import Doubles, Evidence
+from edgeprune.decide.scores import METHODS, SCORES
 from edgeprune.errors import UsageError
-from edgeprune.measure.statistics import Statistics
 from edgeprune.model.architecture import Architecture
 
 KeepSet = dict[int, tuple[int, ...]]
+Order = npt.NDArray[np.intp]
 
 
-def check_score(method: str) -> None:
-    """Refuse the name of a score that does not exist.
+def check_method(method: str) -> None:
+    """Refuse the name of a method that does not exist.
 
     Raises:
-        UsageError: names those that do.
+        UsageError: names near ones, and those that do.
     """
-    if method not in SCORES:
-        raise UsageError(f"unknown score '{method}'", hint=f"known: {', '.join(SCORES)}")
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=2)
+        suggestion = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(f"unknown method '{method}'", hint=f"{suggestion}known: {', '.join(METHODS)}")
 
 
-def rankings(statistics: Statistics, architecture: Architecture, method: str) -> dict[int, npt.NDArray[np.intp]]:
-    """Experts of each MoE layer from most to least worth keeping, int [E].
+def _pooled(score: Callable[[Evidence], Doubles], evidence: Evidence, domains: int) -> Doubles:
+    return score(evidence)
+
+
+def _balanced(score: Callable[[Evidence], Doubles], evidence: Evidence, domains: int) -> Doubles:
+    total = np.zeros(evidence.experts)
+    for domain in range(domains):
+        own = score(evidence.of_domain(domain))
+        own = own - min(float(own.min()), 0.0)
+        total += own / own.sum() if own.sum() > 0 else own
+    return total
+
+
+def _coverage(score: Callable[[Evidence], Doubles], evidence: Evidence, domains: int) -> Doubles:
+    orders = [np.argsort(-score(evidence.of_domain(domain)), kind="stable") for domain in range(domains)]
+    taken: dict[int, None] = {}
+    for turn in zip(*orders, strict=True):
+        taken.update(dict.fromkeys(int(expert) for expert in turn))
+    result = np.zeros(evidence.experts)
+    for place, expert in enumerate(taken):
+        result[expert] = evidence.experts - place
+    return result
+
+
+# How the domains of the text are put together: added up as they come; each domain's score made to sum to one first,
+# so that none outweighs the others (EASY-EP, arXiv 2504.06792); or every domain in turn keeps its best (TB-Coverage,
+# arXiv 2607.01710).
+MIXTURES: dict[str, Callable[[Callable[[Evidence], Doubles], Evidence, int], Doubles]] = {
+    "pooled": _pooled,
+    "balanced": _balanced,
+    "coverage": _coverage,
+}
+
+
+def rankings(evidence: Iterable[Evidence], method: str, domains: int, mixture: str = "pooled") -> dict[int, Order]:
+    """Experts of each layer from most to least worth keeping, int [E].
 
     Ties go to the lower id, so that the result does not depend on the sort.
 
-    Raises:
-        UsageError: an unknown method.
+    Args:
+        method: one of ``SCORES``.
+        mixture: one of ``MIXTURES``.
     """
-    check_score(method)
-    ranked = {}
-    for layer in architecture.moe_layers:
-        score = SCORES[method](statistics.layers[layer], layer)
-        ranked[layer] = np.argsort(-score, kind="stable")
-    return ranked
+    score = SCORES[method].score
+    return {own.layer: np.argsort(-MIXTURES[mixture](score, own, domains), kind="stable") for own in evidence}
 
 
-def keep_set(ranked: Mapping[int, npt.NDArray[np.intp]], architecture: Architecture, kept: int) -> KeepSet:
+def protecting(ranked: Mapping[int, Order], protected: Mapping[int, Sequence[int]]) -> dict[int, Order]:
+    """``ranked`` with the protected experts of each layer moved to the front."""
+    result = {}
+    for layer, order in ranked.items():
+        first = set(protected.get(layer, ()))
+        result[layer] = np.array([*(e for e in order if e in first), *(e for e in order if e not in first)], np.intp)
+    return result
+
+
+def keep_set(ranked: Mapping[int, Order], architecture: Architecture, kept: int) -> KeepSet:
     """The ``kept`` best experts of each layer, ids ascending; equal numbers per routing group.
 
     Sets are nested: the set for a smaller count is a subset of that for a larger one.

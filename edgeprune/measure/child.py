@@ -47,12 +47,19 @@ if hasattr(signal, "SIGBUS"):
     _SIGNALS[signal.SIGBUS] = "a mapped file changed or shrank while it was read"
 
 
-def call(task: str, arguments: dict[str, Any], progress: Progress | None = None) -> Any:
+# Threads that wait for each other by spinning take the cores away from those they wait for as soon as anything else
+# runs on the machine: four times the wall time was seen on two busy cores. The matrix products made in Python are
+# too small to be worth threads of their own.
+_POLITE = {"GOMP_SPINCOUNT": "1000", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def call(task: str, arguments: dict[str, Any], progress: Progress | None = None, *, as_user: bool = False) -> Any:
     """The value that ``task`` returns for ``arguments``, computed in a child process.
 
     Args:
         task: ``"edgeprune.room.module:function"``.
         progress: called with steps done and steps in all, as the task reports them.
+        as_user: leave the threads' way of waiting as the user's own programs have it, to measure their speed.
 
     Raises:
         NativeCrash: the child died; the message has the reason and the end of its log.
@@ -60,6 +67,7 @@ def call(task: str, arguments: dict[str, Any], progress: Progress | None = None)
     """
     command = [sys.executable, "-m", "edgeprune.measure.child", task]
     environment = {
+        **({} if as_user else _POLITE),
         **os.environ,
         "PYTHONPATH": _python_path(),
         "TOKENIZERS_PARALLELISM": "false",

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Node:
 
     @property
     def op(self) -> str:
-        return str(_library().ggml_op_name(self.struct.op).decode())
+        return _op_name(self.struct.op)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,12 +86,23 @@ class Node:
 
     def read(self) -> npt.NDArray[Any]:
         """The values, F32 or I32, as an array [ne3, ne2, ne1, ne0], honouring strides."""
-        dtype = {0: np.dtype(np.float32), 26: np.dtype(np.int32)}.get(self.struct.type)
-        if dtype is None:
-            raise EdgepruneError(f"tensor {self.name} has type {self.struct.type}, not F32 or I32")
         count = int(_library().ggml_nbytes(self.pointer))
         buffer = np.empty(count, np.uint8)
         _library().ggml_backend_tensor_get(self.pointer, buffer.ctypes.data, 0, count)
+        return self._as_array(buffer)
+
+    def view(self) -> npt.NDArray[Any]:
+        """As ``read``, but without a copy where the tensor is in host memory: not to be changed, and valid only
+        until the next node is computed."""
+        if not _is_host(self.struct.buffer):
+            return self.read()
+        count = int(_library().ggml_nbytes(self.pointer))
+        return self._as_array(np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(self.struct.data)))
+
+    def _as_array(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        dtype = {0: np.dtype(np.float32), 26: np.dtype(np.int32)}.get(self.struct.type)
+        if dtype is None:
+            raise EdgepruneError(f"tensor {self.name} has type {self.struct.type}, not F32 or I32")
         strides = tuple(reversed(tuple(self.struct.nb)))
         return np.lib.stride_tricks.as_strided(buffer.view(dtype), tuple(reversed(self.shape)), strides)
 
@@ -100,13 +112,20 @@ class Node:
         _library().ggml_backend_tensor_set(self.pointer, source.ctypes.data, 0, source.nbytes)
 
 
+@cache
+def _op_name(op: int) -> str:
+    return str(_library().ggml_op_name(op).decode())
+
+
+@cache
+def _is_host(buffer: int) -> bool:
+    return bool(buffer) and bool(_library().ggml_backend_buffer_is_host(buffer))
+
+
+@cache
 def _library() -> Any:
-    return _declared(ggml.library())
-
-
-def _declared(handle: Any) -> Any:
-    if getattr(handle, "_edgeprune_declared", False):
-        return handle
+    """llama.cpp's library with the functions declared that its binding leaves out."""
+    handle = ggml.library()
     for name in ("ggml_op_name", "ggml_backend_dev_name", "ggml_backend_dev_description"):
         getattr(handle, name).restype = ctypes.c_char_p
     handle.ggml_op_name.argtypes = [ctypes.c_int]
@@ -127,6 +146,8 @@ def _declared(handle: Any) -> Any:
         ctypes.POINTER(ctypes.c_size_t),
         ctypes.POINTER(ctypes.c_size_t),
     ]
+    handle.ggml_backend_buffer_is_host.restype = ctypes.c_bool
+    handle.ggml_backend_buffer_is_host.argtypes = [ctypes.c_void_p]
     handle.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
     handle.ggml_tensor_overhead.restype = ctypes.c_size_t
     if handle.ggml_tensor_overhead() != ctypes.sizeof(TensorStruct) + 32:
@@ -134,7 +155,6 @@ def _declared(handle: Any) -> Any:
             "this llama-cpp-python lays out its tensors in an unknown way",
             hint="install the version that edgeprune's constraints name",
         )
-    handle._edgeprune_declared = True
     return handle
 
 

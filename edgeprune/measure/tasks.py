@@ -6,6 +6,7 @@ Every function here runs in a child (``edgeprune.measure.child.call``) and retur
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import statistics as stdlib_statistics
 import time
@@ -14,18 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from edgeprune.files import room_for
+from edgeprune.errors import BadFile
+from edgeprune.files import digest, room_for
+from edgeprune.measure.arena import Arena
 from edgeprune.measure.child import peak_memory_bytes
+from edgeprune.measure.collector import Collector
 from edgeprune.measure.divergence import Quality, Reference, TokenScores, summarise
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import EvalCallback, Session, buffer_sizes, session
-from edgeprune.measure.observers import Collector, Disturbance, RouterMask
+from edgeprune.measure.merging import merge
+from edgeprune.measure.observers import Disturbance, RouterMask
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import TextFile, Window, windows
 
 Progress = Callable[[int, int], None]
 _FILL_SECONDS = 20.0
+_SHARD_TOKENS = 1 << 16
 
 
 def _texts(rows: list[dict[str, str]]) -> list[TextFile]:
@@ -43,6 +50,7 @@ def _chosen(opened: Session, texts: list[dict[str, str]], split: str, window: in
 def collect(
     model: str,
     output: str,
+    scratch: str,
     texts: list[dict[str, str]],
     window: int,
     most_tokens: int,
@@ -50,27 +58,91 @@ def collect(
     experts: int,
     arch: str,
     made_from: dict[str, Any],
+    reservoir_tokens: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, int]:
     """One pass over the calibration text; writes ``Statistics`` to ``output``.
 
+    The text is worked off in shards, each a part of one domain, whose statistics are kept in the folder
+    ``scratch`` until all are there: a killed pass goes on after the last finished one.
+
+    Args:
+        reservoir_tokens: how many tokens are kept whole, spread at random over the text.
+
     Returns:
         tokens seen and peak memory in bytes.
     """
-    domains = list(dict.fromkeys(text["domain"] for text in texts))
-    collector = Collector(set(weights), experts, len(domains), gates_input=arch == "llama4")
-    with session(Path(model), _launch(window, threads), collector) as opened:
-        chosen = _chosen(opened, texts, "calibration", window, most_tokens)
-        for index, part in enumerate(chosen):
-            collector.domain = domains.index(part.domain)
-            opened.run(part.tokens)
-            if progress is not None:
-                progress(index + 1, len(chosen))
-    tokens = sum(len(part.tokens) for part in chosen)
-    layers, moments = dict(sorted(collector.layers.items())), collector.moments
-    Statistics(domains, tokens, window, layers, moments, made_from).save(Path(output))
-    return {"tokens": tokens, "peak_bytes": peak_memory_bytes()}
+    folder, names = Path(scratch), set(weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    observer = _Switch()
+    with room_for(Path(output)), session(Path(model), _launch(window, threads), observer) as opened:
+        shards = _shards(_chosen(opened, texts, "calibration", window, most_tokens))
+        kept = _kept_positions([part for shard in shards for part in shard], reservoir_tokens)
+        total, done = sum(map(len, shards)), 0
+        paths: list[Path] = []
+        for index, shard in enumerate(shards):
+            path = folder / f"statistics-{digest(made_from)[:16]}-{index:04d}.safetensors"
+            own = kept[done : done + len(shard)]
+            paths.append(path)
+            if not _is_statistics(path):
+                arena = Arena(folder)
+                collector = Collector(
+                    names, experts, arena, gates_input=arch == "llama4", capacity=sum(map(len, own))
+                )
+                observer.current = collector
+                for part, positions in zip(shard, own, strict=True):
+                    collector.kept = positions
+                    opened.run(part.tokens)
+                    collector.end_window()
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+                _saved(collector, shard, window, made_from, path)
+            else:
+                done += len(shard)
+    merge(paths, Path(output), made_from)
+    for path in paths:
+        path.unlink()
+    return {"tokens": sum(len(p.tokens) for shard in shards for p in shard), "peak_bytes": peak_memory_bytes()}
+
+
+def _shards(chosen: list[Window]) -> list[list[Window]]:
+    """The windows of each domain, in runs of at most ``_SHARD_TOKENS`` tokens or one window."""
+    by_domain: dict[str, list[Window]] = {}
+    for part in chosen:
+        by_domain.setdefault(part.domain, []).append(part)
+    shards: list[list[Window]] = []
+    for own in by_domain.values():
+        tokens = _SHARD_TOKENS
+        for part in own:
+            if tokens + len(part.tokens) > _SHARD_TOKENS:
+                shards.append([])
+                tokens = 0
+            shards[-1].append(part)
+            tokens += len(part.tokens)
+    return shards
+
+
+def _kept_positions(chosen: list[Window], most: int) -> list[npt.NDArray[np.intp]]:
+    """Which positions of each window go into the reservoir: ``most`` of all tokens, equally likely."""
+    bounds = np.cumsum([0, *(len(part.tokens) for part in chosen)])
+    picked = np.random.default_rng(0).choice(bounds[-1], min(most, int(bounds[-1])), replace=False)
+    picked.sort()
+    return [picked[(picked >= a) & (picked < b)] - a for a, b in itertools.pairwise(bounds)]
+
+
+def _is_statistics(path: Path) -> bool:
+    with contextlib.suppress(BadFile):
+        Statistics.load(path)
+        return True
+    return False
+
+
+def _saved(collector: Collector, shard: list[Window], window: int, made_from: dict[str, Any], path: Path) -> None:
+    tokens, moments = sum(len(part.tokens) for part in shard), collector.moments
+    layers, reservoirs = collector.layers(), collector.reservoirs()
+    Statistics([shard[0].domain], tokens, window, layers, moments, made_from, reservoirs).save(path)
 
 
 def reference(
@@ -125,7 +197,7 @@ def divergence(
         masks: each None, or kept expert ids by layer (as text, JSON has no integer keys).
 
     Returns:
-        for each mask ``{"all": Quality, "domains": {name: Quality}}`` as JSON.
+        for each mask ``{"all": Quality, "domains": {name: Quality}, "windows": [[tokens, nats], ...]}`` as JSON.
     """
     results = []
     observer = _Switch()
@@ -148,6 +220,7 @@ def _by_domain(scores: list[TokenScores], chosen: list[Window]) -> dict[str, Any
     return {
         "all": summarise(scores).to_json(),
         "domains": {name: summarise(own).to_json() for name, own in domains.items()},
+        "windows": [[len(score.divergence), float(score.divergence.sum(dtype=np.float64))] for score in scores],
     }
 
 

@@ -11,17 +11,17 @@ from typing import Any
 from edgeprune.model import ggml
 from edgeprune.units import format_bytes
 
-_WIDTH = 720
+WIDTH = 720
 
 
-def _svg(height: int, title: str, body: Sequence[str]) -> str:
+def svg(height: int, title: str, body: Sequence[str]) -> str:
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{''.join(body)}</svg>"
     )
 
 
-def _text(x: float, y: float, content: str, anchor: str = "start", css: str = "") -> str:
+def text(x: float, y: float, content: str, anchor: str = "start", css: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(content)}</text>'
 
 
@@ -34,10 +34,10 @@ def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int]) -> str:
         parts.append(("weights", weights.get(name, 0)))
         used = sum(count for _, count in parts)
         parts.append(("free", max(0, total - used)))
-        body.append(_text(0, y, f"{name.upper()} {format_bytes(total)}", css="label"))
+        body.append(text(0, y, f"{name.upper()} {format_bytes(total)}", css="label"))
         x = 0.0
         for index, (label, count) in enumerate(parts):
-            width = _WIDTH * count / max(total, used)
+            width = WIDTH * count / max(total, used)
             css = "free" if label == "free" else f"c{index % 6}"
             tip = f"{label}: {format_bytes(count)}"
             body.append(
@@ -50,14 +50,14 @@ def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int]) -> str:
         for index, (label, count) in enumerate(parts):
             content = f"{label} {format_bytes(count)}"
             length = 22 + 7 * len(content)
-            if legend_x and legend_x + length > _WIDTH:
+            if legend_x and legend_x + length > WIDTH:
                 legend_x, y = 0, y + 20
             css = "free" if label == "free" else f"c{index % 6}"
             body.append(f'<rect x="{legend_x}" y="{y - 10}" width="12" height="12" class="{css}"/>')
-            body.append(_text(legend_x + 17, y, content))
+            body.append(text(legend_x + 17, y, content))
             legend_x += length
         y += 34
-    return _svg(y - 10, "Memory budget of the device and what the model takes of it", body)
+    return svg(y - 10, "Memory budget of the device and what the model takes of it", body)
 
 
 def curve(
@@ -75,7 +75,7 @@ def curve(
     low, high = min(sizes) * 0.96, max(sizes) * 1.04
     bottom = math.log10(floor)
     top = math.log10(max(max(nats for _, nats, _, _ in marks), floor * 10)) + 0.15
-    left, right, upper, lower = 64, _WIDTH - 70, 16, 270
+    left, right, upper, lower = 64, WIDTH - 70, 16, 270
 
     def place(size: float, nats: float) -> tuple[float, float]:
         x = left + (right - left) * (size - low) / (high - low)
@@ -86,14 +86,14 @@ def curve(
     for power in range(math.ceil(bottom), math.floor(top) + 1):
         y = place(low, 10.0**power)[1]
         body.append(f'<line x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" class="grid"/>')
-        body.append(_text(left - 6, y + 4, f"{10.0**power:g}", "end"))
+        body.append(text(left - 6, y + 4, f"{10.0**power:g}", "end"))
     for share in (0.0, 0.5, 1.0):
         x = left + (right - left) * share
         anchor = ("start", "middle", "end")[int(share * 2)]
-        body.append(_text(x, lower + 18, format_bytes(low + (high - low) * share), anchor))
-    body.append(_text(left, lower + 38, "file size; vertical: KL divergence, nats per token, logarithmic"))
+        body.append(text(x, lower + 18, format_bytes(low + (high - low) * share), anchor))
+    body.append(text(left, lower + 38, "file size; vertical: KL divergence, nats per token, logarithmic"))
     places = [place(size, nats) for size, nats, _, _ in marks]
-    labels = _labels(places, [label for _, _, label, _ in marks], (left, upper, _WIDTH, lower))
+    labels = _labels(places, [label for _, _, label, _ in marks], (left, upper, WIDTH, lower))
     for (size, nats, label, css), (x, y), spot in zip(marks, places, labels, strict=True):
         tip = f"{label}: {format_bytes(size)}, {nats:.4g} nats per token"
         radius = 7 if label == "shipped" else 5
@@ -101,13 +101,13 @@ def curve(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"><title>{escape(tip)}</title></circle>'
         )
         if spot is not None:
-            body.append(_text(*spot, label, "middle", "small"))
+            body.append(text(*spot, label, "middle", "small"))
     for index, (css, label) in enumerate(
         (("c1", "candidates, predicted"), ("c3", "stock presets, measured"), ("c4", "shipped, measured"))
     ):
         body.append(f'<circle cx="{left + 6 + index * 210}" cy="{lower + 56}" r="5" class="{css}"/>')
-        body.append(_text(left + 17 + index * 210, lower + 60, label))
-    return _svg(lower + 70, "File size against KL divergence", body)
+        body.append(text(left + 17 + index * 210, lower + 60, label))
+    return svg(lower + 70, "File size against KL divergence", body)
 
 
 def _labels(
@@ -141,14 +141,14 @@ def keep_map(importance: Mapping[str, Sequence[float]], keep: Mapping[str, Seque
     layers = sorted(importance, key=int)
     experts = len(next(iter(importance.values())))
     left = 60
-    size = min(26.0, (_WIDTH - left) / experts)
+    size = min(26.0, (WIDTH - left) / experts)
     body = []
     for row, layer in enumerate(layers):
         scores = importance[layer]
         most = max(max(scores), 1e-12)
         kept = set(keep.get(layer, range(experts)))
         y = row * size + 4
-        body.append(_text(left - 8, y + size * 0.7, f"layer {layer}", "end", "small"))
+        body.append(text(left - 8, y + size * 0.7, f"layer {layer}", "end", "small"))
         for expert, score in enumerate(scores):
             x = left + expert * size
             state = "kept" if expert in kept else "dropped"
@@ -163,7 +163,7 @@ def keep_map(importance: Mapping[str, Sequence[float]], keep: Mapping[str, Seque
                     f'<path d="M{x + 2:.1f} {y + 2:.1f} L{x + size - 3:.1f} {y + size - 3:.1f} '
                     f'M{x + size - 3:.1f} {y + 2:.1f} L{x + 2:.1f} {y + size - 3:.1f}" class="cross"/>'
                 )
-    return _svg(int(len(layers) * size + 10), "Experts by layer: importance, and which were kept", body)
+    return svg(int(len(layers) * size + 10), "Experts by layer: importance, and which were kept", body)
 
 
 def type_map(types: Sequence[tuple[str, str]]) -> str:
@@ -175,14 +175,14 @@ def type_map(types: Sequence[tuple[str, str]]) -> str:
     layered = sorted((layer for layer in rows if layer), key=int)
     kinds = list(dict.fromkeys(kind for layer in layered for kind in rows[layer]))
     left, height, top = 60, 20, 26
-    width = (_WIDTH - left) / max(1, len(kinds))
+    width = (WIDTH - left) / max(1, len(kinds))
     body = [
-        _text(left + (i + 0.5) * width, 14, kind.removeprefix("ffn_").removeprefix("attn_"), "middle", "small")
+        text(left + (i + 0.5) * width, 14, kind.removeprefix("ffn_").removeprefix("attn_"), "middle", "small")
         for i, kind in enumerate(kinds)
     ]
     for row, layer in enumerate(layered):
         y = top + row * height
-        body.append(_text(left - 8, y + 14, f"layer {layer}", "end", "small"))
+        body.append(text(left - 8, y + 14, f"layer {layer}", "end", "small"))
         for column, kind in enumerate(kinds):
             if kind in rows[layer]:
                 body.append(_type_cell(left + column * width, y, width, height, rows[layer][kind]))
@@ -190,7 +190,7 @@ def type_map(types: Sequence[tuple[str, str]]) -> str:
     outer = rows.get("", {})
     for index, (name, kind) in enumerate(outer.items()):
         body.append(_type_cell(left + index * 2 * width, y, 2 * width, height, f"{kind}", f"{name}: "))
-    return _svg(y + height + 6, "GGML type of every tensor", body)
+    return svg(y + height + 6, "GGML type of every tensor", body)
 
 
 def _type_cell(x: float, y: float, width: float, height: float, kind: str, prefix: str = "") -> str:
@@ -199,5 +199,5 @@ def _type_cell(x: float, y: float, width: float, height: float, kind: str, prefi
     return (
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{height - 1:.1f}" class="c1" '
         f'fill-opacity="{shade:.2f}"><title>{escape(prefix + kind)}, {bits:.4g} bits per weight</title></rect>'
-        + _text(x + width / 2, y + height * 0.7, prefix + kind, "middle", "cell")
+        + text(x + width / 2, y + height * 0.7, prefix + kind, "middle", "cell")
     )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.prove import figures
+from edgeprune.prove.comparison import Comparison
+from edgeprune.prove.lines import method_lines
 from edgeprune.prove.report import Report
 from edgeprune.units import format_bytes
 
-_TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+_TEMPLATES = Path(__file__).resolve().parent
 
 
 def _weights(report: Report) -> dict[str, int]:
@@ -21,13 +26,30 @@ def _weights(report: Report) -> dict[str, int]:
     }
 
 
+def _template(name: str) -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["bytes"] = format_bytes
+    return environment.get_template(name)
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The page of a comparison as HTML text."""
+    return _template("compare.html.j2").render(
+        comparison=comparison, picture=method_lines(comparison.rows, comparison.experts)
+    )
+
+
 def render(report: Report) -> str:
     """The page as HTML text."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["bytes"] = format_bytes
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    template = _template("report.html.j2")
     chosen = {"file_bytes": report.build["nbytes"], "kl_mean": report.quality["kl_mean"]}
     rivals: list[dict[str, Any]] = report.to_json()["baselines"]
     rows = [

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
-from edgeprune.decide.keep import check_score, rankings
+from edgeprune.decide.keep import check_method
 from edgeprune.decide.plan import USER, Plan
 from edgeprune.errors import DoesNotFit, EdgepruneError, UsageError
 from edgeprune.files import digest, file_digest, read_json, to_json, write_text
@@ -62,6 +62,7 @@ class DecideStages(MeasureStages):
             "keep": self.settings.keep,
             "types": sorted(self.settings.types),
             "method": self.settings.method,
+            "mixture": self.settings.mixture,
         }
 
     def problem(self, counts: Sequence[int]) -> Problem:
@@ -70,7 +71,7 @@ class DecideStages(MeasureStages):
             file=self.file,
             architecture=self.architecture,
             sensitivity=self.sensitivity,
-            ranked=rankings(self.statistics, self.architecture, self.settings.method)
+            ranked=self.ranked(self.settings.method, counts)
             if len(counts) > 1 or counts[0] != self.architecture.experts
             else {},
             drop_nats=self.drop_nats(counts),
@@ -103,7 +104,7 @@ class DecideStages(MeasureStages):
         """
         counts, architecture = self._counts(), self.architecture
         _ = self.texts  # a missing text is found now, not after the plan
-        check_score(self.settings.method)
+        check_method(self.settings.method)
         types = allowed_types(self.profile, self.settings.types)
         # When every type costs nothing, the best plan is the smallest.
         free = {t.name: {k: [0.0, 0.0] for k in candidate_types(t)} for t in architecture.tensors if t.quantisable}

@@ -10,17 +10,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgeprune.decide.keep import KeepSet, keep_set, rankings
+import numpy as np
+
+from edgeprune.decide.evidence import Evidence
+from edgeprune.decide.keep import KeepSet, Order, check_method, keep_set, protecting, rankings
+from edgeprune.decide.protection import super_experts
+from edgeprune.decide.scores import METHODS, NAEE, SCORES
 from edgeprune.errors import BadFile, EdgepruneError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
 from edgeprune.measure.statistics import Statistics, write_imatrix
 from edgeprune.measure.text import TextFile, parse_texts, shipped_texts, texts_digest
+from edgeprune.measure.weights import LayerWeights, load_weights
 from edgeprune.stages.source import SourceStages
 
+# The largest layers whose subsets are all tried.
+MOST_ENUMERATED = 16
+# The score of layers that cannot be replayed.
+FALLBACK = "reap"
 # Raised when a measurement changes its meaning, so that saved ones are made again.
-FORMAT = 1
+FORMAT = 2
 
 
 def tools() -> str:
@@ -61,6 +71,7 @@ class MeasureStages(SourceStages):
             "text": texts_digest(self.texts),
             "tokens": self.settings.calibration_tokens,
             "window": self.settings.window,
+            "reservoir": self.settings.reservoir_tokens,
             "tools": tools(),
         }
         path = self.folder.statistics
@@ -80,10 +91,12 @@ class MeasureStages(SourceStages):
                 {
                     "model": str(self.source),
                     "output": str(path),
+                    "scratch": str(self.folder.scratch),
                     "weights": weights,
                     "experts": self.architecture.experts,
                     "arch": self.architecture.arch,
                     "made_from": made_from,
+                    "reservoir_tokens": self.settings.reservoir_tokens,
                     **arguments,
                 },
                 progress,
@@ -179,17 +192,98 @@ class MeasureStages(SourceStages):
             )
         return responses(self.architecture, sites, costs)
 
+    # Which experts are worth keeping.
+
+    @cached_property
+    def protected(self) -> dict[int, tuple[int, ...]]:
+        """Super experts by layer: never dropped, whatever a score says."""
+        return super_experts(self.statistics.layers, self.architecture.layers)
+
+    def evidence(self, method: str, seed: int = 0) -> list[Evidence]:
+        """What ``method`` may look at, layer by layer."""
+        weights = self._weights() if SCORES[method].weighs else {}
+        measured = self.statistics
+        return [
+            Evidence(
+                layer,
+                measured.layers[layer],
+                measured.reservoirs.get(layer),
+                weights.get(layer),
+                seed,
+            )
+            for layer in self.architecture.moe_layers
+        ]
+
+    def _weights(self) -> dict[int, LayerWeights]:
+        path = self.folder.path / "weights.safetensors"
+        with contextlib.suppress(BadFile):
+            return load_weights(path, self.fingerprint)
+        with self.listener.progress("weights") as progress:
+            arguments = {"model": str(self.source), "output": str(path), "fingerprint": self.fingerprint}
+            child.call("edgeprune.measure.weights:weigh", arguments, progress)
+        return load_weights(path, self.fingerprint)
+
+    def ranked(self, method: str, stops: Sequence[int] = (), seed: int = 0) -> dict[int, Order]:
+        """Experts of every MoE layer from most to least worth keeping, super experts first.
+
+        Args:
+            stops: further numbers of experts that will be kept, beside those that are always considered.
+        """
+        check_method(method)
+        mixture = self.settings.mixture
+        if method in SCORES:
+            domains = len(self.statistics.domains)
+            order = rankings(self.evidence(method, seed), method, domains, mixture)
+        else:
+            order = self._replayed(method, stops)
+        return protecting(order, self.protected)
+
+    def _replayed(self, method: str, stops: Sequence[int]) -> dict[int, Order]:
+        """The order of a method that replays the layers; of a score where a layer cannot be replayed."""
+        architecture = self.architecture
+        counts = {*architecture.allowed_counts(), *stops} - {architecture.experts}
+        request = {
+            "method": method,
+            "mixture": self.settings.mixture,
+            "stops": sorted(counts, reverse=True),
+            "protected": {str(layer): list(ids) for layer, ids in self.protected.items()},
+        }
+        made_from = {"statistics": digest(self.statistics.made_from), **request}
+        path = self.folder.path / "rankings.json"
+        known: dict[str, Any] = {}
+        with contextlib.suppress(BadFile):
+            known = read_json(path)
+        found = known.get(method, {})
+        if found.get("made_from") != made_from:
+            with self.listener.progress("replay of every layer") as progress:
+                arguments = {"model": str(self.source), "statistics": self.statistics_file, **request}
+                result = child.call("edgeprune.decide.replaying:rank", arguments, progress, as_user=True)
+            found = {"made_from": made_from, **result}
+            write_text(path, to_json({**known, method: found}))
+        order = {int(layer): np.array(ids, np.intp) for layer, ids in found["orders"].items()}
+        if found["reasons"]:
+            score = rankings(self.evidence(FALLBACK), FALLBACK, len(self.statistics.domains))
+            for layer, reason in found["reasons"].items():
+                self.listener.say(f"layer {layer} is ranked by {FALLBACK}: {reason}")
+                order[int(layer)] = score[int(layer)]
+        return order
+
+    def comparable(self) -> tuple[str, ...]:
+        """All methods that can be used on this model: enumerating subsets is for small layers."""
+        return tuple(name for name in METHODS if name != NAEE or self.architecture.experts <= MOST_ENUMERATED)
+
     def drop_nats(self, counts: Sequence[int]) -> dict[int, float]:
         """Nats per token of keeping each of ``counts`` experts, measured by masking the router."""
         method = self.settings.method
-        known = dict(self.sensitivity.drops.get(method, {}))
+        key = f"{method}, {self.settings.mixture}"
+        known = dict(self.sensitivity.drops.get(key, {}))
         known[self.architecture.experts] = 0.0
         missing = [kept for kept in counts if kept not in known]
         if missing:
-            ranked = rankings(self.statistics, self.architecture, method)
+            ranked = self.ranked(method, counts)
             sets = [keep_set(ranked, self.architecture, kept) for kept in missing]
             known.update(zip(missing, self.keep_nats(sets), strict=True))
-            self.sensitivity.drops[method] = known
+            self.sensitivity.drops[key] = known
             write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
         return known
 

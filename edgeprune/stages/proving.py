@@ -13,7 +13,6 @@ from typing import Any
 from edgeprune import __version__
 from edgeprune.build.builder import Build
 from edgeprune.decide.plan import SOLVER, Plan, folded
-from edgeprune.decide.scores import SCORES
 from edgeprune.errors import BadFile, DoesNotFit
 from edgeprune.files import read_json, to_json, write_text
 from edgeprune.measure import child
@@ -124,6 +123,7 @@ class Run(DecideStages):
                     "prompt_tokens": prompt,
                     "generated_tokens": generated,
                 },
+                as_user=True,
             )
         return value
 
@@ -141,9 +141,8 @@ class Run(DecideStages):
             plan.to_json(), build.nbytes, measured["all"], speed, self.budget.to_json(), on_device=on_device
         )
 
-        score = SCORES[self.settings.method]
         importance = {
-            str(layer): [float(value) for value in score(sums, layer)]
+            str(layer): [float(value) for value in sums.total("gated_square")]
             for layer, sums in self.statistics.layers.items()
         }
         curve_path = self.folder.path / "candidates.json"

@@ -1,4 +1,4 @@
-"""Expert scores: one file per published method, each a pure function of the statistics.
+"""Expert scores: one file per published method, each a pure function of what was measured.
 
 A score is float64 [E] for one layer; larger means more worth keeping.
 """
@@ -6,17 +6,72 @@ A score is float64 [E] for one layer; larger means more worth keeping.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
+from edgeprune.decide.evidence import Doubles, Evidence
+from edgeprune.decide.scores import (
+    aimer,
+    camera,
+    dern,
+    ean,
+    easy_ep,
+    frequency,
+    gated_energy,
+    gated_norm,
+    hc_smoe,
+    man,
+    mc_moe,
+    mone,
+    msan,
+    premoe,
+    random,
+    reap,
+    shape,
+    soft_frequency,
+    stun,
+    uncurl,
+)
 
-from edgeprune.decide.scores import frequency, random, reap
-from edgeprune.measure.statistics import LayerStatistics
+Score = Callable[[Evidence], Doubles]
 
-Score = Callable[[LayerStatistics, int], npt.NDArray[np.float64]]
 
-SCORES: dict[str, Score] = {
-    "reap": reap.score,
-    "frequency": frequency.score,
-    "random": random.score,
+@dataclass(frozen=True)
+class Method:
+    """A way to rank the experts of a layer.
+
+    Attributes:
+        score: of one layer's evidence.
+        weighs: the score looks at the weights themselves.
+        draws: the score depends on the evidence's seed.
+    """
+
+    score: Score
+    weighs: bool = False
+    draws: bool = False
+
+
+SCORES: dict[str, Method] = {
+    "reap": Method(reap.score),
+    "frequency": Method(frequency.score),
+    "soft-frequency": Method(soft_frequency.score),
+    "ean": Method(ean.score),
+    "man": Method(man.score),
+    "msan": Method(msan.score),
+    "gated-norm": Method(gated_norm.score),
+    "gated-energy": Method(gated_energy.score),
+    "easy-ep": Method(easy_ep.score),
+    "premoe": Method(premoe.score),
+    "mc-moe": Method(mc_moe.score),
+    "dern": Method(dern.score),
+    "mone": Method(mone.score),
+    "shape": Method(shape.score),
+    "uncurl": Method(uncurl.score),
+    "hc-smoe": Method(hc_smoe.score),
+    "stun": Method(stun.score, weighs=True),
+    "camera": Method(camera.score, weighs=True),
+    "aimer": Method(aimer.score, weighs=True),
+    "random": Method(random.score, draws=True),
 }
+# Methods that replay a layer from kept tokens instead of scoring its sums; see ``decide.replaying``.
+REPLAY, NAEE = "replay", "naee"
+METHODS = (REPLAY, NAEE, *SCORES)

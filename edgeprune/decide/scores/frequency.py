@@ -1,13 +1,10 @@
-"""Frequency: how often the router chooses an expert (the pruning of DeepSpeed-MoE and others)."""
+"""Frequency: how often the router chooses an expert (DeepSpeed-MoE, arXiv 2109.10465; many baselines)."""
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
-from edgeprune.measure.statistics import LayerStatistics
+from edgeprune.decide.evidence import Doubles, Evidence
 
 
-def score(statistics: LayerStatistics, layer: int) -> npt.NDArray[np.float64]:
-    """Number of tokens routed to each expert, float64 [E]."""
-    return statistics.total("routed")
+def score(evidence: Evidence) -> Doubles:
+    """n_e, the number of tokens routed to each expert, float64 [E]."""
+    return evidence.sums.total("routed")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from edgeprune.measure.statistics import LayerStatistics
+from edgeprune.decide.evidence import Doubles, Evidence
 
 
-def score(statistics: LayerStatistics, layer: int) -> npt.NDArray[np.float64]:
-    """Uniform numbers float64 [E], the same at every call for the same layer."""
-    return np.random.default_rng(layer).random((statistics.routed.shape[1],))
+def score(evidence: Evidence) -> Doubles:
+    """Uniform numbers float64 [E], the same at every call for the same layer and seed."""
+    return np.random.default_rng([evidence.seed, evidence.layer]).random((evidence.experts,))

@@ -1,0 +1,183 @@
+"""Ranking experts by replays of every layer: greedy elimination, or all subsets of a small layer (NAEE)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune.decide.elimination import Layer, Replay, eliminate, error_of
+from edgeprune.decide.scores import NAEE
+from edgeprune.measure.replay import (
+    TOLERANCE,
+    Activation,
+    LayerExperts,
+    activation_of,
+    outputs,
+    projection,
+    relative_error,
+)
+from edgeprune.measure.reservoir import Reservoir
+from edgeprune.measure.routing import Rule, preference, rule_of
+from edgeprune.measure.statistics import Statistics
+from edgeprune.model.architecture import Architecture, read_architecture
+from edgeprune.model.gguf import GgufFile
+
+Flags = npt.NDArray[np.bool_]
+# A token's list holds so many of its best experts, or this many times k; when half of the experts are gone it is
+# made anew.
+_LIST, _LIST_TIMES_USED = 32, 4
+_MOST_SUBSETS, _SUBSET_TOKENS = 5_000, 1_024
+# Random projection moves a squared error by a percent or two.
+_PROJECTED_TOLERANCE = 2 * TOLERANCE
+
+
+def rank(
+    model: str,
+    statistics: str,
+    method: str,
+    stops: list[int],
+    protected: dict[str, list[int]],
+    mixture: str = "pooled",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The experts of every layer from most to least worth keeping. A task for a child process.
+
+    Args:
+        statistics: file with reservoirs.
+        method: ``replay`` or ``naee``.
+        stops: numbers of experts for which the sets are made as good as can be, descending.
+        protected: experts that stay, by layer (as text, JSON has no integer keys).
+        mixture: ``pooled``: every token counts the same; ``balanced``: every domain does.
+
+    Returns:
+        ``orders``: by layer, for those that could be replayed; ``reasons``: by layer, why not, for the others;
+        ``errors``: by layer, relative squared error of the output at each stop.
+    """
+    file = GgufFile(Path(model))
+    architecture = read_architecture(file)
+    measured = Statistics.load(Path(statistics))
+    found: dict[str, Any] = {"orders": {}, "reasons": {}, "errors": {}}
+    layers = architecture.moe_layers
+    for number, layer in enumerate(layers):
+        if layer not in measured.reservoirs:
+            found["reasons"][str(layer)] = "no tokens of it were kept"
+        else:
+            ranker = _Ranker(file, architecture, layer, measured.reservoirs[layer], mixture)
+            if ranker.obstacle:
+                found["reasons"][str(layer)] = ranker.obstacle
+            else:
+                order, errors = ranker.rank(method, stops, protected.get(str(layer), []))
+                found["orders"][str(layer)], found["errors"][str(layer)] = order, errors
+        if progress is not None:
+            progress(number + 1, len(layers))
+    return found
+
+
+class _Ranker:
+    """Replays one layer.
+
+    Attributes:
+        obstacle: why it cannot be replayed, or "".
+    """
+
+    def __init__(
+        self, file: GgufFile, architecture: Architecture, layer: int, tokens: Reservoir, mixture: str
+    ) -> None:
+        self.architecture, self.tokens = architecture, tokens
+        counts = np.bincount(tokens.domain)[tokens.domain]
+        self.weight = (1 / counts if mixture == "balanced" else np.ones(len(tokens))).astype(np.float32)
+        self.experts = LayerExperts(file, architecture, layer)
+        rule, activation = rule_of(tokens), activation_of(self.experts, tokens)
+        self.obstacle = ""
+        if rule is None:
+            self.obstacle = "its coefficients follow no known rule"
+        elif activation is None:
+            self.obstacle = "its experts do not reproduce the observed output"
+        else:
+            self.rule: Rule = rule
+            self.activation: Activation = activation
+            everyone = np.ones(architecture.experts, bool)
+            self.first = self._replay(everyone)
+            self.whole = Layer(self.first, everyone)
+            seen = tokens.y @ projection(tokens.y.shape[1]).T
+            error = relative_error(self.whole.target, seen)
+            if error > _PROJECTED_TOLERANCE:
+                self.obstacle = f"its replayed output is off by {100 * error:.1f} %"
+
+    def _replay(self, kept: Flags) -> Replay:
+        """The layer's tokens with lists of their best experts among ``kept``."""
+        architecture, tokens = self.architecture, self.tokens
+        scores = preference(tokens.selection, architecture.groups, architecture.groups_used, kept)
+        length = min(int(kept.sum()), max(_LIST, _LIST_TIMES_USED * architecture.used))
+        lists = np.argsort(-scores, axis=1, kind="stable")[:, :length]
+        lists = np.where(np.isfinite(np.take_along_axis(scores, lists, axis=1)), lists, -1)
+        mass = self.rule.mass
+        return Replay(
+            lists=lists,
+            mass=np.take_along_axis(mass, np.maximum(lists, 0), axis=1),
+            outputs=outputs(self.experts, self.activation, tokens.x, lists),
+            used=architecture.used,
+            denominator=self.rule.denominator,
+            scale=self.rule.scale,
+            all_mass=mass,
+            weight=self.weight,
+        )
+
+    def rank(self, method: str, stops: Sequence[int], protected: Sequence[int]) -> tuple[list[int], list[float]]:
+        """(experts from best to worst, relative squared error at each stop)."""
+        energy = float((self.weight @ np.square(self.whole.target)).sum(dtype=np.float64)) or 1.0
+        removed: list[int] = []
+        errors: list[float] = []
+        layer = self.whole
+        for stop in sorted(stops, reverse=True):
+            count = int(layer.kept.sum())
+            if stop >= count:
+                errors.append(layer.error / energy)
+                continue
+            while stop < int(layer.kept.sum()):
+                half = max(stop, int(layer.kept.sum()) // 2)
+                removed += self._step(method, layer, half, protected)
+                if int(layer.kept.sum()) > half:  # everything that is left is protected
+                    break
+                if self._short(layer):
+                    layer = Layer(self._replay(layer.kept), layer.kept, layer.target)
+            errors.append(layer.error / energy)
+        left = [e for e in range(self.architecture.experts) if e not in set(removed)]
+        costs = layer.removal_costs()
+        left.sort(key=lambda e: (-costs[e], e))
+        return [*left, *reversed(removed)], errors
+
+    def _short(self, layer: Layer) -> bool:
+        """Whether the lists no longer hold enough kept experts for every token."""
+        return bool((layer.places < 0).any()) and int(layer.kept.sum()) > self.architecture.used
+
+    def _step(self, method: str, layer: Layer, stop: int, protected: Sequence[int]) -> list[int]:
+        if method == NAEE and (subset := self._best_subset(layer, stop, protected)) is not None:
+            gone = [e for e in np.flatnonzero(layer.kept) if e not in subset]
+            for expert in gone:
+                layer.remove(int(expert))
+            return [int(expert) for expert in gone]
+        return eliminate(layer, [stop], self.architecture.groups, protected)
+
+    def _best_subset(self, layer: Layer, stop: int, protected: Sequence[int]) -> set[int] | None:
+        """The best of all sets of ``stop`` kept experts, or None when there are too many, or routing groups."""
+        kept = np.flatnonzero(layer.kept).tolist()
+        if self.architecture.groups > 1 or comb(len(kept), stop) > _MOST_SUBSETS:
+            return None
+        replay = layer.replay.some(_SUBSET_TOKENS)
+        target = layer.target[: len(replay.lists)]
+        best: tuple[float, set[int]] = (np.inf, set(kept))
+        for subset in combinations(kept, stop):
+            if not set(protected) <= set(subset):
+                continue
+            flags = np.zeros(self.architecture.experts, bool)
+            flags[list(subset)] = True
+            error = error_of(replay, flags, target)
+            best = min(best, (error, set(subset)), key=lambda pair: pair[0])
+        return best[1]

@@ -1,0 +1,10 @@
+"""Sum of gated norms, for calibration text of the domain of use (arXiv 2606.15716)."""
+
+from __future__ import annotations
+
+from edgeprune.decide.evidence import Doubles, Evidence
+
+
+def score(evidence: Evidence) -> Doubles:
+    """Sum over routed tokens of g_e(t) * ||f_e(t)||, float64 [E]: S(0, 1, 1)."""
+    return evidence.sums.total("gated_norm_sum")

@@ -1,0 +1,74 @@
+"""A sample of calibration tokens, kept whole for replays of one layer: its input, its routing and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune.measure.tensorfile import Array
+
+Floats = npt.NDArray[np.float32]
+# Width-long rows are stored as float16 below a scale of their own: 11 bits of every value near the row's largest.
+_PACKED = ("x", "y")
+_PLAIN = ("ids", "gates", "selection", "probs", "residual", "turn")
+
+
+@dataclass(frozen=True)
+class Reservoir:
+    """Tokens of one layer, the same tokens in every layer.
+
+    Attributes:
+        domain: index of each token's domain, int16 [R].
+        x: input of the experts, float32 [R, D].
+        y: their combined output, without shared experts, float32 [R, D].
+        ids: chosen experts, int16 [R, k].
+        gates: coefficient that multiplied each one's output, float32 [R, k].
+        selection: what the router chose by, float32 [R, E]: biased where it has a selection bias, and before
+            it closed any routing group.
+        probs: what the router made its weights from, float32 [R, E]: probabilities, or logits where the softmax
+            is over the chosen experts.
+        residual: Euclidean norm of the residual stream before the block, float32 [R]; 0 where it was not seen.
+        turn: 1 - cos(h, h + y), at least 0, float32 [R].
+    """
+
+    domain: npt.NDArray[np.int16]
+    x: Floats
+    y: Floats
+    ids: npt.NDArray[np.int16]
+    gates: Floats
+    selection: Floats
+    probs: Floats
+    residual: Floats
+    turn: Floats
+
+    def __len__(self) -> int:
+        return len(self.domain)
+
+    def rows(self, which: npt.NDArray[np.intp]) -> Reservoir:
+        """The tokens at the positions ``which`` alone."""
+        return Reservoir(**{name: getattr(self, name)[which] for name in ("domain", *_PACKED, *_PLAIN)})
+
+    def arrays(self) -> dict[str, Array]:
+        """As stored, without ``domain``, which all layers share."""
+        stored: dict[str, Array] = {}
+        for name in _PACKED:
+            stored[name], stored[f"{name}_scale"] = pack(getattr(self, name))
+        return stored | {name: getattr(self, name) for name in _PLAIN}
+
+    @classmethod
+    def from_arrays(cls, domain: Array, stored: Mapping[str, Array]) -> Reservoir:
+        """What ``arrays`` stored."""
+        arrays: dict[str, Array] = {name: stored[name] for name in _PLAIN}
+        for name in _PACKED:
+            arrays[name] = stored[name].astype(np.float32) * stored[f"{name}_scale"][:, None]
+        return cls(domain=domain, **arrays)
+
+
+def pack(rows: Floats) -> tuple[npt.NDArray[np.float16], Floats]:
+    """``rows`` float32 [R, D] as float16 [R, D] and a scale float32 [R] to multiply with."""
+    scale = np.abs(rows).max(axis=1, initial=0.0)
+    divisor = np.where(scale > 0, scale, 1).astype(np.float32)
+    return (rows / divisor[:, None]).astype(np.float16), divisor

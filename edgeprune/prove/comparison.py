@@ -1,0 +1,93 @@
+"""Methods of choosing experts side by side: the same text, the same model, the same numbers of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+_RESAMPLES = 2_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one number of experts.
+
+    Attributes:
+        kept: experts per layer.
+        quality: ``Quality`` as JSON, over all text; the mean over seeds where the method draws at random.
+        domains: the same by domain.
+        low, high: 95 % confidence interval of the mean KL divergence, nats per token.
+        seeds: how many draws it is the mean of.
+    """
+
+    method: str
+    kept: int
+    quality: dict[str, Any]
+    domains: dict[str, dict[str, Any]]
+    low: float
+    high: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that was compared.
+
+    Attributes:
+        model: its name.
+        experts: routed experts per layer (E).
+        rows: by number of experts, largest first, and within it from least to most KL divergence.
+        text: what was measured on.
+        made_from: digests.
+    """
+
+    model: str
+    experts: int
+    rows: list[Row]
+    text: dict[str, Any]
+    made_from: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Comparison:
+        fields = dict(value)
+        fields["rows"] = [Row(**row) for row in fields["rows"]]
+        return cls(**fields)
+
+
+def row(method: str, kept: int, measured: Sequence[Mapping[str, Any]]) -> Row:
+    """The row of one method from its measurements, one for each seed.
+
+    Args:
+        measured: results of ``tasks.divergence``: ``all``, ``domains`` and ``windows``.
+    """
+    low, high = interval([window for result in measured for window in result["windows"]])
+    domains = {name: _mean([result["domains"][name] for result in measured]) for name in measured[0]["domains"]}
+    return Row(method, kept, _mean([result["all"] for result in measured]), domains, low, high, len(measured))
+
+
+def _mean(qualities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: float(np.mean([quality[key] for quality in qualities])) for key in qualities[0]}
+
+
+def interval(windows: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95 % confidence interval of a mean over tokens, by resampling windows, whose tokens are not independent.
+
+    Args:
+        windows: pairs of a number of tokens and a sum over them.
+    """
+    pairs = np.asarray(windows, np.float64)
+    picks = np.random.default_rng(0).integers(0, len(pairs), (_RESAMPLES, len(pairs)))
+    sums = pairs[picks].sum(axis=1)
+    low, high = np.quantile(sums[:, 1] / sums[:, 0], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """Rows by number of experts, largest first, then from best to worst."""
+    return sorted(rows, key=lambda r: (-r.kept, r.quality["kl_mean"]))

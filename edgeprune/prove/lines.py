@@ -1,0 +1,71 @@
+"""The picture of a comparison: share of experts kept against KL divergence, one line a method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from edgeprune.prove.comparison import Row
+from edgeprune.prove.figures import WIDTH, svg, text
+
+_COLOURS = 6
+_DASHES = ("", "6 3", "2 3", "8 3 2 3")
+_TITLE = "Share of experts kept against KL divergence, one line a method"
+_LEFT, _RIGHT, _TOP = 64, WIDTH - 170, 16
+
+
+class _Frame:
+    """Where a number of experts and a divergence are in the picture."""
+
+    def __init__(self, rows: Sequence[Row], height: float) -> None:
+        self.counts = sorted({row.kept for row in rows})
+        values = [row.quality["kl_mean"] for row in rows]
+        self.floor = max(min(values), 1e-6)
+        self.bottom, self.top = math.log10(self.floor) - 0.1, math.log10(max(*values, self.floor * 10)) + 0.1
+        self.lower = _TOP + height
+
+    def place(self, kept: int, nats: float) -> tuple[float, float]:
+        first, last = self.counts[0], self.counts[-1]
+        share = 0.5 if first == last else (kept - first) / (last - first)
+        depth = (math.log10(max(nats, self.floor)) - self.bottom) / (self.top - self.bottom)
+        return _LEFT + (_RIGHT - _LEFT) * share, self.lower - (self.lower - _TOP) * depth
+
+
+def _axes(frame: _Frame, experts: int) -> list[str]:
+    lower = frame.lower
+    body = [f'<line x1="{_LEFT}" y1="{lower}" x2="{_RIGHT}" y2="{lower}" class="axis"/>']
+    for power in range(math.ceil(frame.bottom), math.floor(frame.top) + 1):
+        y = frame.place(frame.counts[0], 10.0**power)[1]
+        body.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_RIGHT}" y2="{y:.1f}" class="grid"/>')
+        body.append(text(_LEFT - 6, y + 4, f"{10.0**power:g}", "end"))
+    for kept in frame.counts:
+        body.append(text(frame.place(kept, frame.floor)[0], lower + 18, f"{100 * kept / experts:.0f} %", "middle"))
+    axis = "share of experts kept; vertical: KL divergence, nats per token, logarithmic"
+    return [*body, text(_LEFT, lower + 38, axis)]
+
+
+def _line(points: Sequence[tuple[float, float]], number: int) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dash = _DASHES[number // _COLOURS % len(_DASHES)]
+    return f'<polyline points="{path}" class="line s{number % _COLOURS}" stroke-dasharray="{dash}"/>'
+
+
+def method_lines(rows: Sequence[Row], experts: int) -> str:
+    """The picture as SVG; the legend is in the order of the lines where the fewest experts are kept."""
+    methods = list(dict.fromkeys(row.method for row in sorted(rows, key=lambda r: (r.kept, r.quality["kl_mean"]))))
+    frame = _Frame(rows, max(284, 17 * len(methods)))
+    body = _axes(frame, experts)
+    step = (frame.lower - _TOP) / len(methods)
+    for number, method in enumerate(methods):
+        own = sorted((row for row in rows if row.method == method), key=lambda row: row.kept)
+        points = [frame.place(row.kept, row.quality["kl_mean"]) for row in own]
+        body.append(_line(points, number))
+        for (x, y), row in zip(points, own, strict=True):
+            tip = f"{method}, {row.kept} of {experts} kept: {row.quality['kl_mean']:.4g} nats per token"
+            circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="c{number % _COLOURS}">'
+            body.append(f"{circle}<title>{escape(tip)}</title></circle>")
+        y = _TOP + (number + 0.5) * step
+        body.append(_line([(_RIGHT + 16, y), (_RIGHT + 40, y)], number))
+        body.append(text(_RIGHT + 46, y + 4, method, css="small"))
+    return svg(int(frame.lower + 48), _TITLE, body)

@@ -1,0 +1,90 @@
+"""Comparing methods of choosing experts on held-out text, by masking the router: no file is written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeprune.decide.keep import check_method, keep_set
+from edgeprune.decide.scores import SCORES
+from edgeprune.errors import BadFile, UsageError
+from edgeprune.files import digest, read_json, to_json, write_text
+from edgeprune.measure.text import texts_digest
+from edgeprune.model.architecture import Architecture
+from edgeprune.prove.comparison import Comparison, Row, ordered, row
+from edgeprune.prove.page import render_comparison
+from edgeprune.stages.measuring import MeasureStages, tools
+
+
+def counts_of(fractions: Sequence[float], architecture: Architecture) -> list[int]:
+    """Numbers of experts for the fractions to keep: the nearest that the router allows, largest first.
+
+    Raises:
+        UsageError: a fraction that is none, or that no number is near.
+    """
+    if architecture.obstacle:
+        raise UsageError(f"experts of {architecture.name} cannot be dropped: {architecture.obstacle}")
+    allowed = [n for n in range(1, architecture.experts) if architecture.count_allowed(n)]
+    counts = set()
+    for fraction in fractions:
+        if not 0 < fraction < 1 or not allowed:
+            raise UsageError(f"{fraction:g} is not a fraction of experts to keep", hint="for example 0.9,0.75,0.5")
+        counts.add(min(allowed, key=lambda n: (abs(n - fraction * architecture.experts), -n)))
+    return sorted(counts, reverse=True)
+
+
+def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[str], seeds: int) -> Comparison:
+    """Measure every method at every fraction; saved as ``compare.json`` and ``compare.html`` in the run directory.
+
+    What an earlier comparison measured is taken from it.
+
+    Args:
+        seeds: draws of the methods that draw at random.
+    """
+    for method in methods:
+        check_method(method)
+    counts = counts_of(fractions, run.architecture)
+    tokens = run.settings.evaluation_tokens
+    made_from = {
+        "source": run.fingerprint,
+        "statistics": digest(run.statistics.made_from),
+        "text": texts_digest(run.texts),
+        "tokens": tokens,
+        "window": run.settings.window,
+        "mixture": run.settings.mixture,
+        "tools": tools(),
+    }
+    path = run.folder.path / "compare-cache.json"
+    cache = _cache(path, made_from)
+    rows: list[Row] = []
+    for method in methods:
+        draws = range(seeds if method in SCORES and SCORES[method].draws else 1)
+        results: dict[int, list[dict[str, Any]]] = {kept: [] for kept in counts}
+        for seed in draws:
+            ranked = run.ranked(method, counts, seed)
+            sets = {kept: keep_set(ranked, run.architecture, kept) for kept in counts}
+            keys = {kept: digest({str(layer): ids for layer, ids in keep.items()}) for kept, keep in sets.items()}
+            missing = [kept for kept in counts if keys[kept] not in cache["measured"]]
+            if missing:
+                masks = [{str(layer): list(ids) for layer, ids in sets[kept].items()} for kept in missing]
+                measured = run.divergence(run.source, "held_out", tokens, masks, f"{method} on held-out text")
+                cache["measured"].update(zip((keys[kept] for kept in missing), measured, strict=True))
+                write_text(path, to_json(cache))
+            for kept in counts:
+                results[kept].append(cache["measured"][keys[kept]])
+        rows += [row(method, kept, results[kept]) for kept in counts]
+    text = {"tokens": int(rows[0].quality["tokens"]), "domains": sorted(rows[0].domains)}
+    found = Comparison(run.architecture.name, run.architecture.experts, ordered(rows), text, made_from)
+    write_text(run.folder.path / "compare.json", to_json(found.to_json()))
+    write_text(run.folder.path / "compare.html", render_comparison(found))
+    return found
+
+
+def _cache(path: Path, made_from: dict[str, Any]) -> dict[str, Any]:
+    with contextlib.suppress(BadFile, AttributeError, TypeError):
+        known: dict[str, Any] = read_json(path)
+        if known.get("made_from") == made_from and isinstance(known.get("measured"), dict):
+            return known
+    return {"made_from": made_from, "measured": {}}
