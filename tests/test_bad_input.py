@@ -270,7 +270,7 @@ def test_inspect_explains_a_bad_model_in_the_same_words(case: str, workshop: Wor
         (("--file-size", "5"), "'5' is not a size", "12MB"),
         ((*DEVICE, "--types", "Q4_X"), "unknown or unsuitable type Q4_X", "choose from IQ1_S"),
         ((*DEVICE, "--types", "Q4_K"), "no tensor of toy qwen3moe can be given the type Q4_K", "IQ4_NL"),
-        ((*DEVICE, "--method", "best"), "unknown score 'best'", "known: reap"),
+        ((*DEVICE, "--method", "best"), "unknown method 'best'", "known: replay"),
         ((*DEVICE, "--keep", "5"), "--keep 5 is not possible: the router uses 2 of 4 experts in 1 group(s)", ""),
         ((*DEVICE, "--keep", "1"), "--keep 1 is not possible: the router uses 2 of 4 experts in 1 group(s)", ""),
         (
@@ -288,7 +288,7 @@ def test_inspect_explains_a_bad_model_in_the_same_words(case: str, workshop: Wor
         "a size without a unit",
         "unknown type",
         "a type that fits no tensor",
-        "unknown score",
+        "unknown method",
         "more experts than there are",
         "fewer experts than the router uses",
         "a context beyond the model's",
@@ -407,16 +407,26 @@ def test_a_disk_that_fills_up_while_converting_leaves_nothing(tiny_checkpoint: P
 
 @posix
 def test_a_disk_that_fills_up_while_measuring_keeps_what_was_measured(small_text: Path, tmp_path: Path) -> None:
-    # The log-probabilities of the reference are larger than the model; everything before them is smaller.
+    # The log-probabilities of the reference are larger than this; everything before them is smaller.
+    room = 2_000_000
     model = toys.synthetic_gguf(tmp_path / "model.gguf", layers=1, experts=2, width=64, expert_width=32)
     words = ("fit", model, "--file-size", "120kB", "--text", small_text, "-o", tmp_path / "run")
-    done = run_edgeprune(*words, preexec_fn=limited(model.stat().st_size + 4096))
+    done = run_edgeprune(*words, preexec_fn=limited(room))
     said, hint = first_lines(done, 1)
     assert said.startswith("error: ") and "scratch" in said and said.endswith(".logprobs failed")
     assert "goes on where it was" in hint
     left = [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert "statistics.safetensors" in left
     assert not [name for name in left if name.endswith(".partial")]
+
+
+def test_a_disk_without_room_for_the_sums_is_explained(small_text: Path, tmp_path: Path) -> None:
+    model = toys.synthetic_gguf(tmp_path / "model.gguf", layers=1, experts=2, width=64, expert_width=32)
+    words = ("fit", model, "--file-size", "120kB", "--text", small_text, "-o", tmp_path / "run")
+    said, hint = first_lines(run_edgeprune(*words, preexec_fn=limited(150_000)), 1)
+    assert "writing" in said and "statistics" in said
+    assert "goes on where it was" in hint
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith((".partial", ".safetensors"))]
 
 
 def test_a_source_that_would_be_replaced_is_refused(tiny_fit: Fit, small_text: Path, tmp_path: Path) -> None:

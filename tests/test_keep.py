@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import toys
 
-from edgeprune.decide.keep import keep_set, rankings
+from edgeprune.decide import keep
+from edgeprune.decide.evidence import Evidence
+from edgeprune.decide.keep import Order, check_method, keep_set
 from edgeprune.errors import UsageError
 from edgeprune.measure.statistics import LayerStatistics, Statistics
 from edgeprune.model.architecture import Architecture, read_architecture
@@ -42,6 +44,12 @@ def measured(routed: list[list[float]]) -> Statistics:
     return Statistics(["toy"], 100, 50, layers, {}, {})
 
 
+def rankings(statistics: Statistics, architecture: Architecture, method: str) -> dict[int, Order]:
+    """Of the layers with experts."""
+    own = [Evidence(layer, statistics.layers[layer]) for layer in architecture.moe_layers]
+    return keep.rankings(own, method, len(statistics.domains))
+
+
 @pytest.fixture
 def shuffled() -> Statistics:
     random = np.random.default_rng(5)
@@ -63,10 +71,11 @@ def test_ties_go_to_the_lower_id(ungrouped: Architecture) -> None:
     assert keep_set(ranked, ungrouped, 4)[0] == (1, 3, 5, 7)
 
 
-def test_unknown_method_is_refused_with_the_known_ones(ungrouped: Architecture, shuffled: Statistics) -> None:
-    with pytest.raises(UsageError, match="unknown score 'reep'") as raised:
-        rankings(shuffled, ungrouped, "reep")
-    assert "reap" in raised.value.hint
+def test_unknown_method_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="unknown method 'reep'") as raised:
+        check_method("reep")
+    assert raised.value.hint.startswith("did you mean reap") and "known: replay, naee, reap" in raised.value.hint
+    check_method("replay")
 
 
 @pytest.mark.parametrize("which", ["ungrouped", "grouped"])

@@ -34,6 +34,7 @@ def statistics(demo_gguf: Path, small_text: Path, tmp_path_factory: pytest.TempP
         {
             "model": str(demo_gguf),
             "output": str(path),
+            "scratch": str(path.parent / "scratch"),
             "texts": [{"domain": "small", "path": str(small_text), "split": "shared"}],
             "window": 64,
             "most_tokens": 512,

@@ -13,7 +13,8 @@ import numpy as np
 
 from edgeprune.measure.tensorfile import Array
 
-_SLAB = 16 << 20  # every mapping costs an open file, so arrays share large ones
+# Every mapping costs an open file, so arrays share large ones; small models need little.
+_SMALLEST_SLAB, _LARGEST_SLAB = 1 << 16, 1 << 24
 _ALIGNMENT = 64
 
 
@@ -24,6 +25,7 @@ class Arena:
         self._folder = folder
         self._slab: mmap.mmap | None = None
         self._used = 0
+        self._next = _SMALLEST_SLAB
 
     def zeros(self, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Array]:
         """Arrays by name, of the given shapes and numpy dtypes.
@@ -37,7 +39,8 @@ class Arena:
         count = int(np.prod(shape))
         size = -(-count * np.dtype(kind).itemsize // _ALIGNMENT) * _ALIGNMENT
         if self._slab is None or self._used + size > len(self._slab):
-            self._slab, self._used = _mapped(self._folder, max(size, _SLAB)), 0
+            self._slab, self._used = _mapped(self._folder, max(size, self._next)), 0
+            self._next = min(2 * self._next, _LARGEST_SLAB)
         array: Array = np.frombuffer(self._slab, kind, count, self._used).reshape(shape)
         self._used += size
         return array
