@@ -407,11 +407,10 @@ def test_a_disk_that_fills_up_while_converting_leaves_nothing(tiny_checkpoint: P
 
 @posix
 def test_a_disk_that_fills_up_while_measuring_keeps_what_was_measured(small_text: Path, tmp_path: Path) -> None:
-    # The log-probabilities of the reference are larger than this; everything before them is smaller.
-    room = 2_000_000
+    # The log-probabilities of the reference are larger than the model; everything before them is smaller.
     model = toys.synthetic_gguf(tmp_path / "model.gguf", layers=1, experts=2, width=64, expert_width=32)
-    words = ("fit", model, "--file-size", "120kB", "--text", small_text, "-o", tmp_path / "run")
-    done = run_edgeprune(*words, preexec_fn=limited(room))
+    words = ("fit", model, "--file-size", "120kB", "--text", small_text, "--tokens", "64", "-o", tmp_path / "run")
+    done = run_edgeprune(*words, preexec_fn=limited(model.stat().st_size + 4096))
     said, hint = first_lines(done, 1)
     assert said.startswith("error: ") and "scratch" in said and said.endswith(".logprobs failed")
     assert "goes on where it was" in hint
@@ -423,7 +422,7 @@ def test_a_disk_that_fills_up_while_measuring_keeps_what_was_measured(small_text
 def test_a_disk_without_room_for_the_sums_is_explained(small_text: Path, tmp_path: Path) -> None:
     model = toys.synthetic_gguf(tmp_path / "model.gguf", layers=1, experts=2, width=64, expert_width=32)
     words = ("fit", model, "--file-size", "120kB", "--text", small_text, "-o", tmp_path / "run")
-    said, hint = first_lines(run_edgeprune(*words, preexec_fn=limited(150_000)), 1)
+    said, hint = first_lines(run_edgeprune(*words, preexec_fn=limited(model.stat().st_size + 4096)), 1)
     assert "writing" in said and "statistics" in said
     assert "goes on where it was" in hint
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith((".partial", ".safetensors"))]
