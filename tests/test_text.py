@@ -122,6 +122,11 @@ def test_windows_of_unequal_length_do_not_exceed_it_either(tmp_path: Path, most:
     assert most - LENGTH < len(taken) <= most
 
 
+def test_fewer_tokens_than_a_window_are_a_short_window(tmp_path: Path) -> None:
+    text = counted(tmp_path / "a.txt", [LENGTH] * 8)
+    assert tokens([text], "calibration", 17) == list(range(17))
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20, 30])
 def test_windows_are_spread_over_the_whole_text(tmp_path: Path, count: int) -> None:
     text = counted(tmp_path / "a.txt", [LENGTH] * 40)

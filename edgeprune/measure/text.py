@@ -174,6 +174,7 @@ def windows(
     Raises:
         BadFile: the text is too short to give a single window.
     """
+    length = min(length, max(most_tokens, SHORTEST_WINDOW))
     by_domain: list[list[Window]] = []
     for text in texts:
         documents = read_documents(Path(text.path))
