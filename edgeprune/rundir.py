@@ -57,6 +57,10 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def build(self) -> Path:
+        return self.path / "build.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.json"
 

@@ -39,7 +39,13 @@ def collected(model: Path, windows: list[list[int]], folder: Path) -> Collector:
     """The windows as one domain."""
     architecture = read_architecture(GgufFile(model))
     names = {tensor.name for tensor in architecture.tensors if tensor.quantisable}
-    collector = Collector(names, architecture.experts, Arena(folder), capacity=len(KEPT) * len(windows))
+    collector = Collector(
+        names,
+        architecture.experts,
+        Arena(folder),
+        gates_input=architecture.arch == "llama4",
+        capacity=len(KEPT) * len(windows),
+    )
     with pytest.MonkeyPatch.context() as patch:
         # Flash attention rounds keys and values to F16, which transformers does not.
         patch.setattr(llama, "FLASH_ATTENTION_ON", 0)

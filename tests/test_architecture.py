@@ -13,8 +13,8 @@ import toys
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch
-from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, read_architecture
-from edgeprune.model.gguf import GgufFile, TensorShape, make_entry
+from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, _described, read_architecture
+from edgeprune.model.gguf import GgufFile, TensorInfo, TensorShape, make_entry
 
 TINY = {"width": 64, "expert_width": 32, "vocabulary": 260}
 
@@ -54,6 +54,20 @@ def test_exactly_the_tensors_that_count_experts_are_sliced(arch: str, synthetic:
             assert tensor.kept_shape(3) == (*tensor.shape[:-1], 3)
         else:
             assert tensor.kept_shape(3) == tensor.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((f"blk.3.{part}.weight", True) for part in ("attn_q", "attn_kv", "attn_output_a", "shortconv.in_proj")),
+        *((f"blk.0.{part}.weight", True) for part in ("ffn_latent_up", "ffn_routed_down", "ffn_gate_up_exps")),
+        *((f"blk.0.{part}.weight", False) for part in ("shortconv.conv", "ssm_conv1d", "ffn_gate_inp", "attn_norm")),
+        ("token_embd.weight", True),
+        ("blk.0.ffn_gate_tid2eid.weight", False),
+    ],
+)
+def test_matrices_that_llama_quantize_would_change_may_be_changed(name: str, expected: bool) -> None:
+    assert _described(TensorInfo(name, (256, 8), "F32", 0, 8192)).quantisable == expected
 
 
 @pytest.mark.parametrize("arch", ROLES)

@@ -45,6 +45,13 @@ class Workshop:
         path.write_bytes(change(self.gguf.read_bytes()))
         return path
 
+    def poisoned(self, name: str) -> Path:
+        """The good GGUF with one value of a tensor not a number."""
+        file = GgufFile(self.gguf)
+        offset = file.tensors[name].offset
+        nan = b"\x00\x00\xc0\x7f"
+        return self.damaged(lambda data: data[:offset] + nan + data[offset + 4 :])
+
     def copied(self, change: Callable[[Path], Any]) -> Path:
         """The good checkpoint as a folder ``model``, changed."""
         path = self.folder / "model"
@@ -175,6 +182,11 @@ MODELS: dict[str, tuple[Callable[[Workshop], Path], str, str]] = {
         lambda shop: shop.renamed("nonesuch"),
         "llama.cpp cannot load toy qwen3moe",
         "",
+    ),
+    "a GGUF with NaN in a norm": (
+        lambda shop: shop.poisoned("blk.1.ffn_norm.weight"),
+        "{path} computes values that are not finite",
+        "damaged",
     ),
     "a missing path": (
         lambda shop: shop.folder / "nowhere.gguf",

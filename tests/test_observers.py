@@ -13,6 +13,7 @@ import toys
 
 from edgeprune.build.builder import build
 from edgeprune.decide.plan import Plan, Prediction
+from edgeprune.errors import EdgepruneError
 from edgeprune.measure.arena import Arena
 from edgeprune.measure.collector import Collector
 from edgeprune.measure.divergence import Reference, summarise
@@ -87,6 +88,10 @@ def routers(toy_gguf: Toy, synthetic: Toy, tmp_path_factory: pytest.TempPathFact
     """A GGUF for each way to route: after the toys of transformers also ``grouped``, ``qwen2moe`` and ``gpt-oss``."""
 
     def make(name: str) -> Path:
+        if name == "softmax of the chosen":
+            path = tmp_path_factory.mktemp("chosen") / "chosen.gguf"
+            gating = [("expert_gating_func", "u32", 3), ("expert_weights_norm", "bool", False)]
+            return toys.synthetic_gguf(path, "deepseek2", layers=3, extra=gating)
         if name == "grouped":  # DeepSeek-V3: sigmoid, groups, a selection bias that the weights do not contain
             folder = tmp_path_factory.mktemp("grouped")
             return toys.synthetic_gguf(folder / "grouped.gguf", "deepseek2", **GROUPED)
@@ -104,6 +109,8 @@ def routers(toy_gguf: Toy, synthetic: Toy, tmp_path_factory: pytest.TempPathFact
         ("qwen2moe", {0: [0, 2, 3, 7], 1: [1, 2, 4, 6]}),
         ("gpt-oss", {0: [0, 2, 3, 7], 1: [1, 2, 4, 6]}),
         ("grouped", {1: [0, 2, 5, 6, 8, 11, 14, 15], 2: [1, 3, 4, 7, 9, 10, 12, 13]}),
+        ("softmax of the chosen", {1: [0, 2, 5, 6], 2: [1, 3, 4, 7]}),
+        ("llama4", {0: [0, 2, 5, 6], 1: [1, 3, 4, 7], 2: [0, 1, 2, 3], 3: [4, 5, 6, 7]}),
     ],
     ids=[
         "softmax renormalised",
@@ -112,6 +119,8 @@ def routers(toy_gguf: Toy, synthetic: Toy, tmp_path_factory: pytest.TempPathFact
         "not renormalised beside a shared expert",
         "router and expert biases",
         "sigmoid with groups and selection bias",
+        "softmax over the chosen, whose logits are called probabilities",
+        "coefficients inside the experts",
     ],
 )
 def test_masking_the_router_equals_dropping_the_experts_from_the_file(
@@ -187,3 +196,12 @@ def test_an_error_in_an_observer_is_raised_and_not_swallowed(toy_gguf: Toy) -> N
 
     with pytest.raises(ZeroDivisionError, match="in the observer"):
         logits(toy_gguf("qwen3_moe"), token_windows(toys.VOCABULARY, 1), clumsy)
+
+
+def test_a_layer_that_cannot_be_masked_is_an_error(toy_gguf: Toy) -> None:
+    model, windows = toy_gguf("qwen3_moe"), token_windows(toys.VOCABULARY, 1)
+    mask = RouterMask({0: [0, 1, 2], 7: [0, 1]}, toys.EXPERTS)
+    logits(model, windows, mask)
+    with pytest.raises(EdgepruneError, match="no router scores in layer 7"):
+        mask.check()
+    RouterMask({9: list(range(toys.EXPERTS))}, toys.EXPERTS).check()  # keeps all: nothing to mask

@@ -9,7 +9,14 @@ from typing import Any
 import psutil
 import pytest
 
-from edgeprune.device.probe import cgroup_cores, cgroup_limit_bytes, cores, memory_bandwidth_bytes_per_s, this_machine
+from edgeprune.device.probe import (
+    cgroup_available_bytes,
+    cgroup_cores,
+    cgroup_limit_bytes,
+    cores,
+    memory_bandwidth_bytes_per_s,
+    this_machine,
+)
 from edgeprune.device.profile import BACKENDS, KV_TYPES
 from edgeprune.units import format_bytes
 
@@ -103,6 +110,21 @@ def test_cores_granted_by_the_control_group(
     root = tree(tmp_path / "cgroup", files)
     tree(tmp_path, {"membership": membership})
     assert cgroup_cores(root, tmp_path / "membership") == expected
+
+
+def test_what_the_control_group_still_grants(tmp_path: Path) -> None:
+    files = {
+        "memory.max": "max",
+        "a/memory.max": "1000",
+        "a/memory.current": "700",
+        "a/memory.stat": "anon 100\ninactive_file 400\nactive_file 50",
+        "a/b/memory.max": "900",
+        "a/b/memory.current": "350",
+    }
+    root = tree(tmp_path / "cgroup", files)
+    tree(tmp_path, {"membership": "0::/a/b", "elsewhere": "0::/"})
+    assert cgroup_available_bytes(root, tmp_path / "membership") == 550  # a: 1000 - (700 - 400), b: 900 - 350
+    assert cgroup_available_bytes(root, tmp_path / "elsewhere") is None
 
 
 def test_cores_are_no_more_than_this_machine_has() -> None:

@@ -317,6 +317,10 @@ def _gpt_oss(width: int, hidden: int, experts: int, layer: int) -> Shapes:
     return {**attention, **_experts(width, hidden, experts), **biases}
 
 
+def _llama4(width: int, hidden: int, experts: int, layer: int) -> Shapes:
+    return {**_attention(width), **_experts(width, hidden, experts), **_feed_forward(width, hidden, "_shexp")}
+
+
 def _dense(width: int, hidden: int, experts: int, layer: int) -> Shapes:
     return {**_attention(width), **_feed_forward(width, hidden)}
 
@@ -344,6 +348,10 @@ SYNTHETIC: dict[str, tuple[Callable[[int, int, int, int], Shapes], _Extra]] = {
         ),
     ),
     "gpt-oss": (_gpt_oss, (("attention.sliding_window", "u32", 128),)),
+    "llama4": (
+        _llama4,
+        (("interleave_moe_layer_step", "u32", 1), ("attention.sliding_window", "u32", 8192)),
+    ),
     "llama": (_dense, ()),  # without experts: a dense model
 }
 
@@ -416,6 +424,8 @@ def synthetic_gguf(
         extra: further (key, type, value); a key without a dot in front of it gets the architecture's prefix.
     """
     describe, specific = SYNTHETIC[arch]
+    if arch == "llama4":  # every fourth layer attends to everything, and llama.cpp needs one
+        layers = max(layers, 4)
     moe = describe is not _dense
     values: dict[str, tuple[str, Any]] = {
         "block_count": ("u32", layers),

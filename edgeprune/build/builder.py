@@ -70,7 +70,8 @@ def _encode_jobs(
     by_matrix = raw.reshape(tensor.matrices, -1)
     for matrix in matrices:
         importance = None if means is None else means[matrix if len(means) > 1 else 0]
-        if importance is None and target.needs_imatrix:
+        if importance is None:
+            # As the distortion was measured; some encoders do better without any, which is not what was priced.
             importance = np.ones(width, np.float32)
         for chunk in _row_chunks(by_matrix[matrix], kind, width):
 

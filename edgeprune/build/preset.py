@@ -23,6 +23,8 @@ PRESETS = {
     "Q2_K": 10, "Q2_K_S": 21, "IQ2_M": 29, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24,
 }  # fmt: skip
 
+# Memory for one tensor at a time; llama.cpp would take up to 8 GiB.
+_MOST_BUFFER = 1 << 29
 _PROGRESS = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")  # how llama.cpp begins the line of a tensor
 
 
@@ -51,6 +53,7 @@ def _parameters(preset: str, array: Any, dry_run: bool) -> Any:
     parameters.ftype = PRESETS[preset]
     parameters.allow_requantize = True
     parameters.dry_run = dry_run
+    parameters.max_buf_size = _MOST_BUFFER
     parameters.imatrix = ctypes.cast(array, type(parameters.imatrix))
     return parameters
 
@@ -60,25 +63,26 @@ def quantize(
     output: str,
     preset: str,
     statistics: str,
+    expected_bytes: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write ``preset`` of ``model`` as ``output``. A task for a child process.
 
     Args:
+        expected_bytes: size of the tensors, as ``sizes`` tells it.
         progress: called with tensors begun and tensors in all, as llama.cpp's log tells them.
 
     Returns:
         ``nbytes``: of the file; ``types``: GGML type by tensor.
 
     Raises:
-        EdgepruneError: llama.cpp refused.
+        EdgepruneError: llama.cpp refused, or the disk has no room.
     """
     import llama_cpp.llama_cpp as binding
 
     from edgeprune.measure.llama import Log
 
-    source = Path(model)
-    require_space(Path(output).parent, source.stat().st_size)
+    require_space(Path(output).parent, expected_bytes)
 
     def told(line: str) -> None:
         if progress is not None and (match := _PROGRESS.match(line)):
@@ -90,7 +94,10 @@ def quantize(
         parameters = _parameters(preset, array, dry_run=False)
         status = binding.llama_model_quantize(model.encode(), str(partial).encode(), ctypes.byref(parameters))
     if status != 0:
-        partial.unlink(missing_ok=True)
+        try:  # llama.cpp does not say that the disk was full
+            require_space(partial.parent, expected_bytes - (partial.stat().st_size if partial.is_file() else 0))
+        finally:
+            partial.unlink(missing_ok=True)
         raise EdgepruneError(
             f"llama.cpp could not make preset {preset}", rows=[("llama.cpp", line) for line in log.errors()]
         )
@@ -109,12 +116,12 @@ def sizes(model: str, statistics: str) -> dict[str, int]:
     from edgeprune.measure.llama import Log
 
     found = {}
-    for preset in PRESETS:
-        log = Log()
-        with _imatrix(statistics) as array:
+    with _imatrix(statistics) as array:
+        for preset in PRESETS:
+            log = Log()
             parameters = _parameters(preset, array, dry_run=True)
             status = binding.llama_model_quantize(model.encode(), b"", ctypes.byref(parameters))
-        for line in log.lines:
-            if status == 0 and (match := re.search(r"quant size\s*=\s*([0-9.]+) MiB", line)):
-                found[preset] = int(float(match[1]) * 2**20)
+            for line in log.lines:
+                if status == 0 and (match := re.search(r"quant size\s*=\s*([0-9.]+) MiB", line)):
+                    found[preset] = int(float(match[1]) * 2**20)
     return found

@@ -236,6 +236,7 @@ def verify(source: str, **options: Any) -> None:
     with pipeline.opened(settings, Console()) as run:
         chosen = run.plan()
         report = run.verify(chosen, run.build(chosen))
+        run.clear_scratch()
         pipeline.raise_if_broken(report, run.folder.page)
         lines = show.report(report, run.folder.path)
     _print(report.to_json(), lines, options["as_json"])

@@ -62,7 +62,7 @@ def report(found: Report, folder: Path) -> list[str]:
     lines += ["", f"file    {folder / found.build['path']}", f"report  {folder / 'report.html'}"]
     lines += [
         "",
-        f"run it:  {found.launch_line.replace(found.build['path'], str(folder / found.build['path']))}",
+        f"run it:  {found.launch.command(str(folder / found.build['path']))}",
     ]
     return lines
 

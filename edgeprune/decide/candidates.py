@@ -13,7 +13,7 @@ from edgeprune.decide.keep import keep_set
 from edgeprune.decide.placement import Placement, place
 from edgeprune.decide.plan import SOLVER, Plan, Prediction
 from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
-from edgeprune.device.budget import Budget
+from edgeprune.device.budget import CACHE, Budget
 from edgeprune.device.profile import Profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.measure.launch import Launch
@@ -152,12 +152,21 @@ def candidate(problem: Problem, kept: int, *, forced_types: bool = False) -> Can
 
 
 def priced(
-    problem: Problem, kept: int, types: Mapping[str, str], solution: Solution | None = None
+    problem: Problem,
+    kept: int,
+    types: Mapping[str, str],
+    solution: Solution | None = None,
+    *,
+    placed: bool = False,
 ) -> Candidate | None:
-    """The plan with ``kept`` experts and ``types``, with its predictions, or None when it has no place."""
+    """The plan with ``kept`` experts and ``types``, with its predictions, or None when it has no place.
+
+    Args:
+        placed: the problem's launch says where the weights go; otherwise that is decided here.
+    """
     plan, made = _layout(problem, kept, types)
     nbytes = {tensor.name: tensor.nbytes for tensor in made.tensors}
-    where = place(problem.architecture, kept, nbytes, problem.budget, problem.profile, problem.launch)
+    where = place(problem.architecture, kept, nbytes, problem.budget, problem.profile, problem.launch, fixed=placed)
     too_big = problem.budget.file_limit_bytes is not None and made.nbytes > problem.budget.file_limit_bytes
     if where is None or too_big:
         return None
@@ -251,7 +260,7 @@ def _limit_name(problem: Problem, by_file: bool) -> str:
 
 
 def _way_out(problem: Problem, by_file: bool) -> str:
-    cache = sum(line.nbytes for pool in problem.budget.pools for line in pool.lines if line.name == "KV cache")
+    cache = sum(line.nbytes for pool in problem.budget.pools for line in pool.lines if line.name == CACHE)
     if by_file or not cache:
         return "raise the limit; `edgeprune inspect MODEL` lists the profiles that it fits"
     return (

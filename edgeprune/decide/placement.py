@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from edgeprune.device.budget import Budget
+from edgeprune.device.budget import CACHE, COMPUTE, Budget
 from edgeprune.device.profile import Profile
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import Architecture
@@ -115,8 +115,13 @@ def place(
     budget: Budget,
     profile: Profile,
     launch: Launch,
+    *,
+    fixed: bool = False,
 ) -> Placement | None:
     """A feasible placement of tensors with ``nbytes`` each, or None.
+
+    Args:
+        fixed: only the placement that ``launch`` itself says.
 
     On one pool there is nothing to choose. On a discrete GPU as much as possible goes to its memory:
     everything; else the experts of the first layers stay in host memory, as few layers as needed; else
@@ -129,22 +134,27 @@ def place(
             return None
         # A memory size given for a machine with a discrete GPU is that of the host.
         unified = profile.on_gpu and profile.vram is None
-        settings = replace(launch, gpu_layers=ALL_LAYERS if unified else 0)
+        settings = launch if fixed else replace(launch, gpu_layers=ALL_LAYERS if unified else 0)
         split: dict[str, dict[str, int]] = {"ram": dict(nbytes), "vram": {}}
         used = sum(line.nbytes for line in ram.lines) + total
         speed = _decode_per_s(architecture, kept, split, profile)
         return Placement(settings, {"ram": used}, {"ram": total}, speed)
     blocks = _blocks(architecture)
-    cache = next(line.nbytes for line in vram.lines if line.name == "KV cache")
+    cache, compute = (next(line.nbytes for line in vram.lines if line.name == name) for name in (CACHE, COMPUTE))
     lines = {pool.pool: sum(line.nbytes for line in pool.lines) for pool in budget.pools}
     options = [(ALL_LAYERS, experts) for experts in range(blocks + 1)]
     options += [(layers, blocks) for layers in range(blocks, 0, -1)] + [(0, 0)]
+    if fixed:
+        options = [(launch.gpu_layers, launch.cpu_experts)]
     for gpu_layers, cpu_experts in options:
         split = _split(architecture, nbytes, gpu_layers, cpu_experts)
         host, device = sum(split["ram"].values()), sum(split["vram"].values())
         # The cache of a block is where the block is.
         moved = cache - cache * _blocks_on_gpu(architecture, gpu_layers) // blocks
-        if device <= vram.weights_bytes + moved and host + moved <= ram.weights_bytes:
+        if gpu_layers == 0:  # nothing computes on the GPU, and nothing is kept there
+            moved += compute
+        fits = gpu_layers == 0 or device <= vram.weights_bytes + moved
+        if fits and host + moved <= ram.weights_bytes:
             settings = replace(launch, gpu_layers=gpu_layers, cpu_experts=cpu_experts)
             used_bytes = {"ram": lines["ram"] + host + moved, "vram": lines["vram"] + device - moved}
             speed = _decode_per_s(architecture, kept, split, profile)

@@ -20,7 +20,7 @@ from edgeprune.model.gguf import Entry, make_entry
 _NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
 
 
-SOLVER, USER = "solver", "user"  # who chose a plan; else "stock preset NAME"
+SOLVER, USER, PRESET = "solver", "user", "stock preset "  # who chose a plan; the last with the preset's name
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,16 @@ class Plan:
             "keep": {str(layer): list(ids) for layer, ids in self.keep.items()},
             "types": self.types,
             "source": self.made_from.get("source"),
+            "recorded": not self.origin.startswith(PRESET),
             # Encodings depend on the importance matrix.
             "statistics": self.made_from.get("statistics") if self.types else None,
         }
         return digest(identity)
 
     def records(self) -> list[Entry]:
-        """Metadata that the built file carries about its making."""
+        """Metadata that the built file carries about its making; a stock preset is left as llama.cpp makes it."""
+        if self.origin.startswith(PRESET):
+            return []
         entries = [
             make_entry("edgeprune.plan_digest", "str", self.digest),
             make_entry("edgeprune.source_experts", "u32", self.experts),

@@ -8,6 +8,7 @@ from typing import Any
 from edgeprune.device.profile import Profile
 from edgeprune.units import format_bytes
 
+CACHE, COMPUTE = "KV cache", "compute buffers"
 SYSTEM, DESKTOP = "system and applications", "desktop and driver"  # what others hold of RAM and of VRAM
 
 
@@ -93,6 +94,7 @@ def make_budget(
     kv_bytes: int,
     compute_bytes: int,
     runtime_bytes: int,
+    host_compute_bytes: int = 0,
     memory_bytes: int | None = None,
     file_limit_bytes: int | None = None,
     basis: str = "",
@@ -102,6 +104,7 @@ def make_budget(
     Args:
         kv_bytes, compute_bytes: KV cache and compute buffers, as llama.cpp prices them.
         runtime_bytes: the process itself: libraries, vocabulary.
+        host_compute_bytes: compute buffers that stay in host memory when a GPU computes.
         memory_bytes: usable memory given by the user, instead of the profile's RAM less its reserve.
         file_limit_bytes: most bytes of the file.
 
@@ -113,7 +116,9 @@ def make_budget(
         total, reserve = profile.ram.total_bytes, profile.ram.total_bytes - profile.usable_ram_bytes
     ram_lines = [Line(SYSTEM, reserve)] if reserve else []
     ram_lines.append(Line("runtime (process, libraries)", runtime_bytes))
-    buffers = [Line("KV cache", kv_bytes), Line("compute buffers", compute_bytes)]
+    if host_compute_bytes:
+        ram_lines.append(Line("compute buffers of the host", host_compute_bytes))
+    buffers = [Line(CACHE, kv_bytes), Line(COMPUTE, compute_bytes)]
     if profile.vram is None or memory_bytes is not None:
         return Budget((PoolBudget("ram", total, (*ram_lines, *buffers)),), file_limit_bytes, basis)
     vram_lines = (Line(DESKTOP, profile.vram.reserve_bytes), *buffers)

@@ -27,8 +27,8 @@ _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "asimd", "sve", "i8mm")
 
 
-def _control_files(controller: str, name: str, root: Path, membership: Path) -> list[str]:
-    """Contents of the file ``name`` in this process's control group and in those above it.
+def _control_folders(controller: str, root: Path, membership: Path) -> list[Path]:
+    """Folders of this process's control group and of those above it.
 
     ``membership`` has a line ``0::/path`` for version 2, whose groups are at ``root``, and ``4:memory:/path`` for
     a controller of version 1, with a tree of its own. In a container the path may be the host's; the
@@ -41,18 +41,53 @@ def _control_files(controller: str, name: str, root: Path, membership: Path) -> 
             base = root / controller if controllers else root
             own = base / path.lstrip("/")
             folders += [folder for folder in (own, *own.parents) if folder.is_relative_to(base)]
-    files = (folder / name for folder in dict.fromkeys(folders))
+    return list(dict.fromkeys(folders))
+
+
+def _control_files(controller: str, name: str, root: Path, membership: Path) -> list[str]:
+    """Contents of the file ``name`` in this process's control group and in those above it."""
+    files = (folder / name for folder in _control_folders(controller, root, membership))
     return [file.read_text().strip() for file in files if file.is_file()]
+
+
+def _number(folder: Path, *names: str) -> int | None:
+    """The number in the first of the files ``names`` that there is, or None for none and for no limit."""
+    for name in names:
+        if (folder / name).is_file():
+            text = (folder / name).read_text().strip()
+            # Version 2 writes "max" for no limit, version 1 a number near 2^63.
+            return int(text) if text.isdigit() and int(text) < 1 << 60 else None
+    return None
 
 
 def cgroup_limit_bytes(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int | None:
     """Tightest memory limit of this process's control groups (version 2 or 1), or None."""
-    texts = [
-        *_control_files("memory", "memory.max", root, membership),
-        *_control_files("memory", "memory.limit_in_bytes", root, membership),
-    ]
-    # Version 2 writes "max" for no limit, version 1 a number near 2^63.
-    return min((int(text) for text in texts if text.isdigit() and int(text) < 1 << 60), default=None)
+    folders = _control_folders("memory", root, membership)
+    limits = (_number(folder, "memory.max", "memory.limit_in_bytes") for folder in folders)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def cgroup_available_bytes(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int | None:
+    """What this process's control groups still grant, or None without a limit.
+
+    File pages that nobody has touched lately do not count as used: the system takes them back.
+    """
+    left = []
+    for folder in _control_folders("memory", root, membership):
+        limit = _number(folder, "memory.max", "memory.limit_in_bytes")
+        used = _number(folder, "memory.current", "memory.usage_in_bytes")
+        if limit is not None and used is not None:
+            left.append(max(0, limit - max(0, used - _reclaimable(folder))))
+    return min(left, default=None)
+
+
+def _reclaimable(folder: Path) -> int:
+    file = folder / "memory.stat"
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        name, _, count = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file") and count.isdigit():
+            return int(count)
+    return 0
 
 
 def cgroup_cores(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int | None:
@@ -134,7 +169,10 @@ def this_machine(devices: Sequence[Mapping[str, Any]]) -> Profile:
     why = [f"RAM {format_bytes(memory.total)}, {format_bytes(memory.available)} of it available now"]
     if limit and limit < memory.total:
         why.append(f"a control group limits this process to {format_bytes(limit)}")
-    taken = total - min(memory.available, total)
+    available = min(memory.available, total)
+    if (granted := cgroup_available_bytes()) is not None:
+        available = min(available, granted)
+    taken = total - available
     share = min(max(int(total * _RESERVE_SHARE), _LEAST_RESERVE), _MOST_RESERVE)
     reserve = min(max(share, taken), total - 1)
     basis = "what other programs hold now" if taken > share else "15 % of RAM, at least 1 and at most 6 GiB"

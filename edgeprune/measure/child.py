@@ -204,10 +204,13 @@ def peak_memory_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    import psutil
+    if sys.platform == "win32":
+        import psutil
 
-    usage = psutil.Process().memory_info()
-    return int(getattr(usage, "peak_wset", usage.rss))
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
 def _end_with_parent() -> None:

@@ -34,7 +34,7 @@ _OUTPUTS = ("down", "down_scaled", "down_biased")
 # enum ggml_glu_op (ggml.h) of the activations whose slope is known here.
 _REGLU, _GEGLU, _SWIGLU = 0, 1, 2
 # From a normed input back to the residual stream: what may stand between (a norm's weight, its bias, views).
-_BETWEEN = frozenset({"MUL", "ADD", "RESHAPE", "VIEW", "CONT", "SCALE"})
+_BETWEEN = frozenset({"MUL", "ADD", "REPEAT", "RESHAPE", "VIEW", "CONT", "SCALE"})
 _NORMS = frozenset({"RMS_NORM", "NORM"})
 # Of wider products (the logits of a big vocabulary) a few rows stand for the energy of all.
 _WIDEST_OUTPUT_READ = 1 << 15
@@ -110,6 +110,8 @@ class Collector:
         if op in ("MUL_MAT", "MUL_MAT_ID") and (weight := weight_name(node)) in self.weights:
             if not ask:
                 self._product(node, weight, op)
+                if self.gates_input and (match := _NAME.fullmatch(node.name)) and match[1] in _OUTPUTS:
+                    self._output(int(match[2]), match[1], node)
             return True
         if op == "ADD" and self._residuals and (layer := self._residual_of(node)) is not None:
             if not ask:

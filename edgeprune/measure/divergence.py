@@ -8,6 +8,7 @@ few thousand tokens by less than 1e-6. Probabilities below e^-24 of the largest 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,10 @@ class Reference:
                 steps = np.minimum((top - logp) / _STEP + 0.5, 65535)
                 stream.write(top.astype(np.float32).tobytes())
                 stream.write(steps.astype(np.uint16).tobytes())
+
+    def nbytes(self, windows: Iterable[Sequence[int]]) -> int:
+        """Bytes of the file for windows of these tokens."""
+        return sum(len(tokens) * (2 * self.vocabulary + 4) for tokens in windows)
 
     def rewind(self) -> None:
         self._position = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class Launch:
 
     def command(self, path: str) -> str:
         """The ``llama-server`` line with these settings."""
-        words = ["llama-server", "-m", path, "-c", str(self.context)]
+        words = ["llama-server", "-m", shlex.quote(path), "-c", str(self.context)]
         if self.kv_type != "F16":
             words += ["-ctk", self.kv_type.lower(), "-ctv", self.kv_type.lower(), "-fa", "on"]
         # Printed for 0 too: llama-server moves layers to a GPU by itself when nothing is said.
@@ -46,4 +47,8 @@ class Launch:
             words += ["-t", str(self.threads)]
         if not self.repack:
             words.append("--no-repack")
-        return " ".join([*words, "-np", "1"])
+        if self.gpu_layers:  # as the plan counts it; without it the model is spread over all cards
+            words += ["-sm", "none"]
+        # The server keeps earlier prompts and checkpoints in host memory, up to 8 GiB, unless told not to; the plan
+        # promises a peak.
+        return " ".join([*words, "-np", "1", "--cache-ram", "0", "--ctx-checkpoints", "0"])

@@ -245,6 +245,7 @@ class Session:
     def _load(self, path: Path, launch: Launch, no_alloc: bool, vocab_only: bool) -> Any:
         params = binding.llama_model_default_params()
         params.n_gpu_layers = launch.gpu_layers
+        params.split_mode = binding.LLAMA_SPLIT_MODE_NONE
         params.use_extra_bufts = launch.repack
         params.no_alloc = no_alloc
         params.vocab_only = vocab_only

@@ -29,15 +29,21 @@ class Needs:
 
     Attributes:
         kv_bytes: KV cache of the whole context.
-        compute_bytes: compute and output buffers over all backends.
+        compute_bytes: compute and output buffers of the device that computes.
+        host_compute_bytes: the same that the host keeps beside them when a GPU computes.
         runtime_bytes: the process without weights and buffers.
         backends: names of the backends that were priced.
     """
 
     kv_bytes: int
     compute_bytes: int
+    host_compute_bytes: int
     runtime_bytes: int
     backends: tuple[str, ...]
+
+    @property
+    def all_bytes(self) -> int:
+        return self.kv_bytes + self.compute_bytes + self.host_compute_bytes + self.runtime_bytes
 
 
 def _decode_bytes(architecture: Architecture, launch: Launch) -> int:
@@ -74,7 +80,16 @@ def price(layout: Layout, launch: Launch, architecture: Architecture) -> Needs:
             cause = error.cause.replace(str(shadow), architecture.name)
             raise type(error)(cause, rows=error.rows, hint=error.hint) from error
     buffers = priced["buffers"]
-    compute = sum(sizes.get("compute", 0) + sizes.get("output", 0) for sizes in buffers.values())
+    by_backend = {name: sizes.get("compute", 0) + sizes.get("output", 0) for name, sizes in buffers.items()}
+    host = sum(count for name, count in by_backend.items() if _on_host(name))
+    compute = sum(by_backend.values()) - host
+    if not compute:  # no device beside the host
+        compute, host = host, 0
     recurrent = sum(sizes.get("RS", 0) for sizes in buffers.values())
     runtime = priced["runtime_bytes"] + _decode_bytes(architecture, launch)
-    return Needs(priced["kv_bytes"] + recurrent, compute, runtime, tuple(buffers))
+    return Needs(priced["kv_bytes"] + recurrent, compute, host, runtime, tuple(buffers))
+
+
+def _on_host(backend: str) -> bool:
+    """Whether a buffer of this name is in host memory: the CPU's own, or one that a GPU's driver pins there."""
+    return backend.startswith("CPU") or backend.endswith("_Host")

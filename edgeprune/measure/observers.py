@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.errors import EdgepruneError
 from edgeprune.measure.llama import Node
 
-_LOGITS = re.compile(r"ffn_moe_(?:logits|probs_biased)-(\d+)")
+# Where the softmax is over the chosen experts, "probs" is what the logits are called in the end.
+_LOGITS = re.compile(r"ffn_moe_(?:logits|logits_biased|probs|probs_biased)-(\d+)")
 MASKED_LOGIT = -1.0e9  # finite: llama.cpp's kernels handle -inf, its checks do not
 
 
@@ -37,7 +39,20 @@ class RouterMask:
     """
 
     def __init__(self, keep: Mapping[int, list[int]], experts: int) -> None:
+        self.touched: set[int] = set()
         self._dropped = {layer: np.setdiff1d(np.arange(experts), np.asarray(ids)) for layer, ids in keep.items()}
+
+    def check(self) -> None:
+        """To be called after a pass.
+
+        Raises:
+            EdgepruneError: a layer's scores were never seen, so that nothing was taken out there.
+        """
+        wanted = {layer for layer, dropped in self._dropped.items() if len(dropped)}
+        if missing := sorted(wanted - self.touched):
+            raise EdgepruneError(
+                f"llama.cpp's graph shows no router scores in layer {missing[0]}; it cannot be masked"
+            )
 
     def __call__(self, node: Node, ask: bool) -> bool:
         match = _LOGITS.fullmatch(node.name)
@@ -50,6 +65,7 @@ class RouterMask:
             scores = np.array(node.read())
             scores[..., dropped] = MASKED_LOGIT
             node.write(scores)
+            self.touched.add(int(match[1]))
         return True
 
 

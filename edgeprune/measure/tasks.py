@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.errors import BadFile
-from edgeprune.files import digest, room_for
+from edgeprune.files import digest, require_space, room_for
 from edgeprune.measure.arena import Arena
 from edgeprune.measure.child import peak_memory_bytes
 from edgeprune.measure.collector import Collector
@@ -29,6 +29,8 @@ from edgeprune.measure.merging import merge
 from edgeprune.measure.observers import Disturbance, RouterMask
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import TextFile, Window, windows
+from edgeprune.model.gguf import GgufFile
+from edgeprune.model.soundness import first_not_finite
 
 Progress = Callable[[int, int], None]
 _FILL_SECONDS = 20.0
@@ -93,7 +95,7 @@ def collect(
                 observer.current = collector
                 for part, positions in zip(shard, own, strict=True):
                     collector.kept = positions
-                    opened.run(part.tokens)
+                    _finite(model, opened.run(part.tokens))
                     collector.end_window()
                     done += 1
                     if progress is not None:
@@ -145,6 +147,22 @@ def _saved(collector: Collector, shard: list[Window], window: int, made_from: di
     Statistics([shard[0].domain], tokens, window, layers, moments, made_from, reservoirs).save(path)
 
 
+def _finite(model: str, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """``logits`` of a window, of which the last row has seen every token.
+
+    Raises:
+        BadFile: they are not finite; names the tensor that is to blame, if one can be found.
+    """
+    if np.isfinite(logits[-1]).all():
+        return logits
+    blamed = first_not_finite(GgufFile(Path(model)))
+    raise BadFile(
+        f"{model} computes values that are not finite",
+        rows=[("holds NaN or infinity", blamed)] if blamed else [],
+        hint="the file is damaged, or overflowed when it was made; get it again",
+    )
+
+
 def reference(
     model: str,
     output: str,
@@ -161,8 +179,9 @@ def reference(
     with room_for(Path(output)), session(Path(model), _launch(window, threads)) as opened:
         chosen = _chosen(opened, texts, split, window, most_tokens)
         kept = Reference(partial, opened.vocabulary_size)
+        require_space(partial.parent, kept.nbytes(part.tokens for part in chosen))
         for index, part in enumerate(chosen):
-            kept.append(opened.run(part.tokens))
+            kept.append(_finite(model, opened.run(part.tokens)))
             if progress is not None:
                 progress(index + 1, len(chosen))
     partial.replace(output)
@@ -206,9 +225,12 @@ def divergence(
         kept = Reference(Path(reference), opened.vocabulary_size)
         for number, mask in enumerate(masks):
             keep = {int(layer): ids for layer, ids in (mask or {}).items()}
-            observer.current = RouterMask(keep, experts) if keep else None
+            router = RouterMask(keep, experts) if keep else None
+            observer.current = router
             report = _scaled(progress, number, len(masks))
             scores = list(_compare(opened, chosen, kept, report))
+            if router is not None:
+                router.check()
             results.append(_by_domain(scores, chosen))
     return results
 
@@ -337,6 +359,7 @@ def benchmark(
         "prefill_per_s": stdlib_statistics.median(prefill),
         "decode_per_s": stdlib_statistics.median(decode),
         "prompt_tokens": prompt_tokens,
+        "context": settings.context,
         "first_token_seconds": prompt_tokens / stdlib_statistics.median(prefill),
         "peak_bytes": peak_memory_bytes(),
         "filled_tokens": filled,

@@ -19,8 +19,9 @@ from edgeprune.model.gguf import GgufFile, TensorInfo
 # Weights that every llama.cpp backend multiplies with in any type. Everything else (norms, routers,
 # convolutions, state-space vectors, lookup tables) keeps the type it has.
 _QUANTISABLE = re.compile(
-    r"(?:blk\.\d+\.(?:attn_(?:q|k|v|qkv|output|gate|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)"
-    r"|ffn_(?:gate|up|down)(?:_exps|_shexp|_chexps)?|ffn_gate_up_exps|ssm_in|ssm_out)|token_embd|output)\.weight"
+    r"(?:blk\.\d+\.(?:attn_(?:q|k|v|kv|qkv|output|output_a|output_b|gate|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)"
+    r"|ffn_(?:gate|up|down)(?:_exps|_shexp|_chexps)?|ffn_gate_up_exps|ffn_(?:latent|routed)_(?:down|up)"
+    r"|shortconv\.(?:in_proj|out_proj)|ssm_in|ssm_out)|token_embd|output)\.weight"
 )
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _EXPERT_WEIGHT = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight")

@@ -69,6 +69,9 @@ def curve(
     marks = [(p["file_bytes"], p["nats"], f"K={p['kept']}", "c1") for p in points]
     marks += [(p["nbytes"], p["quality"]["kl_mean"], p["preset"], "c3") for p in presets]
     marks.append((chosen["file_bytes"], chosen["kl_mean"], "shipped", "c4"))
+    marks = [mark for mark in marks if math.isfinite(mark[1])]
+    if not marks:
+        return ""
     least = min((nats for _, nats, _, _ in marks if nats > 0), default=1e-4)
     floor = least / 3
     sizes = [size for size, _, _, _ in marks]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgeprune.device.budget import DESKTOP, SYSTEM
+from edgeprune.measure.launch import Launch
 from edgeprune.units import format_bytes, format_seconds
 
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
@@ -83,6 +84,11 @@ class Report:
     launch_line: str
     conditions: dict[str, str]
     made_from: dict[str, Any]
+
+    @property
+    def launch(self) -> Launch:
+        """The settings that the file was measured with and is to be run with."""
+        return Launch(**self.plan["launch"])
 
     @property
     def broken(self) -> list[Promise]:

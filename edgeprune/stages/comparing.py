@@ -69,7 +69,7 @@ def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[st
             missing = [kept for kept in counts if keys[kept] not in cache["measured"]]
             if missing:
                 masks = [{str(layer): list(ids) for layer, ids in sets[kept].items()} for kept in missing]
-                measured = run.divergence(run.source, "held_out", tokens, masks, f"{method} on held-out text")
+                measured = run.divergence(run.source, "held_out", masks, f"{method} on held-out text")
                 cache["measured"].update(zip((keys[kept] for kept in missing), measured, strict=True))
                 write_text(path, to_json(cache))
             for kept in counts:

@@ -14,12 +14,11 @@ from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
 from edgeprune.decide.keep import check_method
 from edgeprune.decide.plan import USER, Plan
-from edgeprune.errors import DoesNotFit, EdgepruneError, UsageError
+from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.distortion import candidate_types
 from edgeprune.measure.sensitivity import Sensitivity
-from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
 from edgeprune.stages.measuring import MeasureStages, tools
 from edgeprune.units import format_bytes
@@ -145,6 +144,7 @@ class DecideStages(MeasureStages):
             self._changed("plan", found.made_from, made_from)
             if found.made_from == made_from:
                 self.listener.say("the earlier plan no longer fits into the memory that is free; planning anew")
+            self._put_aside(found)
         found_candidates = self.candidates() if untouched is None else [untouched]
         if untouched is not None:
             self.listener.say("the model fits as it is: nothing is dropped and no type is changed")
@@ -152,6 +152,17 @@ class DecideStages(MeasureStages):
         best = found_candidates[0].plan
         best.save(self.folder.plan)
         return best
+
+    def _put_aside(self, plan: Plan) -> None:
+        """Keep a copy of a plan that a person has edited before another takes its place."""
+        if plan.origin == USER or self._edited(plan):
+            copy = self.folder.path / "plan.edited.json"
+            write_text(copy, self.folder.plan.read_text(encoding="utf-8"))
+            self.listener.say(f"the plan that was edited by hand is kept as {copy}")
+
+    def _edited(self, plan: Plan) -> bool:
+        """Whether the file of ``plan`` is not as it was saved."""
+        return bool(read_json(self.folder.plan).get("signature") != plan.to_json()["signature"])
 
     def _save_curve(self, found: Sequence[Candidate]) -> None:
         rows = [
@@ -170,11 +181,10 @@ class DecideStages(MeasureStages):
     def _obeyed(self, plan: Plan) -> Plan:
         """A loaded plan, priced anew if a person has edited it."""
         plan.check(self.architecture)
-        stored = read_json(self.folder.plan).get("signature")
-        if stored == plan.to_json()["signature"]:
+        if not self._edited(plan):
             return plan
         self.listener.say("plan.json was edited by hand; it is obeyed, and its predictions are made anew")
-        obeyed = replace(self.repriced(plan), origin=USER)
+        obeyed = replace(self.repriced(plan, placed=True), origin=USER)
         obeyed.save(self.folder.plan)
         return obeyed
 
@@ -186,23 +196,29 @@ class DecideStages(MeasureStages):
         }
         return all(taken.get(pool, 0) <= limit for pool, limit in limits.items())
 
-    def repriced(self, plan: Plan) -> Plan:
+    def repriced(self, plan: Plan, *, placed: bool) -> Plan:
         """``plan`` with predictions made from its kept experts and types.
+
+        Args:
+            placed: the plan's launch says where the weights go; otherwise that is decided anew.
 
         Raises:
             DoesNotFit: it exceeds the budget.
         """
         drop = self.keep_nats([plan.keep])[0] if plan.keep else 0.0
-        problem = replace(self.problem([plan.experts]), drop_nats={plan.kept: drop}, launch=plan.launch)
+        budget = self.budget_of(plan.launch)
+        problem = replace(
+            self.problem([plan.experts]), drop_nats={plan.kept: drop}, launch=plan.launch, budget=budget
+        )
         changed = {name: kind for name, kind in plan.types.items() if kind != self.architecture.tensor(name).type}
         self.measure_types(changed)
         edited = replace(plan, types=changed)
         made = layout(self.file, self.architecture, plan.kept, changed, edited.records())
-        whole = priced(replace(problem, ranked=self._ranked_like(plan)), plan.kept, changed)
+        whole = priced(replace(problem, ranked=self._ranked_like(plan)), plan.kept, changed, placed=placed)
         if whole is None:
             raise DoesNotFit(
                 f"the plan needs a file of {format_bytes(made.nbytes)}, more than the budget allows",
-                rows=self.budget.rows(),
+                rows=budget.rows(),
             )
         return replace(edited, launch=whole.plan.launch, predicted=whole.plan.predicted)
 
@@ -222,6 +238,7 @@ class DecideStages(MeasureStages):
             return found
         if output.is_file() and output.samefile(self.source):
             raise UsageError(f"the result would replace its source {output}", hint="choose another folder with -o")
+        self._discard_reports()
         with self.listener.progress("build") as progress:
             value = child.call(
                 "edgeprune.build.builder:build",
@@ -233,17 +250,35 @@ class DecideStages(MeasureStages):
                 },
                 progress,
             )
-        for other in self.folder.path.glob("*bpw.gguf"):
-            if other != output and not other.samefile(self.source):
-                with contextlib.suppress(EdgepruneError):
-                    if GgufFile(other).get("edgeprune.plan_digest"):
-                        other.unlink()
-        return Build(**value)
+        earlier = self._record()
+        made = Build(**value)
+        write_text(self.folder.build, to_json({**made.to_json(), "path": output.name}))
+        if earlier is not None and Path(earlier.path) != output:
+            self._remove(earlier, output)
+        return made
+
+    def _remove(self, earlier: Build, output: Path) -> None:
+        """Delete the file of an earlier plan, if it still is that."""
+        old = Path(earlier.path)
+        if old.is_file() and not old.samefile(self.source) and old.stat().st_size == earlier.nbytes:
+            old.unlink()
+            self.listener.say(f"{old.name}, of an earlier plan, is replaced by {output.name}")
+
+    def _record(self) -> Build | None:
+        """The last file that was built in the folder."""
+        with contextlib.suppress(BadFile, TypeError, KeyError):
+            value = read_json(self.folder.build)
+            return Build(**{**value, "path": str(self.folder.path / Path(value["path"]).name)})
+        return None
+
+    def _discard_reports(self) -> None:
+        """Reports speak of the file beside them; with another file they would be wrong."""
+        for path in (self.folder.report, self.folder.page, self.folder.card):
+            path.unlink(missing_ok=True)
 
     def _built(self, output: Path, plan: Plan) -> Build | None:
-        if not output.is_file() or output.stat().st_size != plan.predicted.file_bytes:
+        """The record of ``output`` if it is still what was built for ``plan``, to the last byte."""
+        found = self._record()
+        if found is None or Path(found.path) != output or found.plan_digest != plan.digest or not output.is_file():
             return None
-        with contextlib.suppress(EdgepruneError):
-            if GgufFile(output).get("edgeprune.plan_digest") == plan.digest:
-                return Build(str(output), output.stat().st_size, file_digest(output), plan.digest)
-        return None
+        return found if file_digest(output) == found.sha256 else None

@@ -52,13 +52,18 @@ class MeasureStages(SourceStages):
             return chosen + parse_texts(self.settings.evaluation_texts, "held_out")
         return parse_texts(self.settings.texts) or shipped_texts()
 
-    def _text_arguments(self, split: str, tokens: int) -> dict[str, Any]:
-        window = self.settings.window
-        if tokens == self.settings.sensitivity_tokens:
-            window = min(window, self.settings.sensitivity_window)
+    def _text_arguments(self, part: str) -> dict[str, Any]:
+        """Arguments of a task that reads text: ``calibration``, ``held_out``, or the small part of the calibration
+        text that ``sensitivity`` is measured on."""
+        chosen = self.settings
+        tokens, window = {
+            "calibration": (chosen.calibration_tokens, chosen.window),
+            "held_out": (chosen.evaluation_tokens, chosen.window),
+            "sensitivity": (chosen.sensitivity_tokens, min(chosen.window, chosen.sensitivity_window)),
+        }[part]
         return {
             "texts": [text.to_json() for text in self.texts],
-            "split": split,
+            "split": "held_out" if part == "held_out" else "calibration",
             "window": window,
             "most_tokens": tokens,
         }
@@ -81,7 +86,7 @@ class MeasureStages(SourceStages):
                 if found.made_from == made_from:
                     return self._checked(found)
                 self._changed("calibration", found.made_from, made_from)
-        arguments = self._text_arguments("calibration", self.settings.calibration_tokens)
+        arguments = self._text_arguments("calibration")
         del arguments["split"]
         # The output product of a tied model multiplies with the embedding matrix.
         weights = [tensor.name for tensor in self.architecture.tensors if tensor.quantisable]
@@ -119,14 +124,14 @@ class MeasureStages(SourceStages):
             write_imatrix(measured, self.folder.imatrix)
         return measured
 
-    def _reference(self, split: str, tokens: int) -> Path:
-        """The source's log-probabilities over the ``split``, kept in the scratch folder."""
-        arguments = self._text_arguments(split, tokens)
+    def _reference(self, part: str) -> Path:
+        """The source's log-probabilities over a ``part`` of the text, kept in the scratch folder."""
+        arguments = self._text_arguments(part)
         key = digest({"model": self.fingerprint, "text": texts_digest(self.texts), **arguments})
-        path = self.folder.scratch / f"{split}-{key[:16]}.logprobs"
+        path = self.folder.scratch / f"{part}-{key[:16]}.logprobs"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self.listener.progress(f"reference ({split.replace('_', '-')} text)") as progress:
+            with self.listener.progress(f"reference ({part.replace('_', '-')} text)") as progress:
                 child.call(
                     "edgeprune.measure.tasks:reference",
                     {"model": str(self.source), "output": str(path), **arguments},
@@ -177,7 +182,7 @@ class MeasureStages(SourceStages):
         return measured
 
     def _responses(self) -> dict[str, Any]:
-        reference = self._reference("calibration", self.settings.sensitivity_tokens)
+        reference = self._reference("sensitivity")
         sites = sites_to_measure(self.architecture)
         with self.listener.progress("sensitivity of each tensor") as progress:
             costs = child.call(
@@ -186,7 +191,7 @@ class MeasureStages(SourceStages):
                     "model": str(self.source),
                     "reference": str(reference),
                     "sites": site_settings(sites),
-                    **self._text_arguments("calibration", self.settings.sensitivity_tokens),
+                    **self._text_arguments("sensitivity"),
                 },
                 progress,
             )
@@ -290,20 +295,18 @@ class MeasureStages(SourceStages):
     def keep_nats(self, sets: Sequence[KeepSet]) -> list[float]:
         """Nats per token of keeping only the experts in each of ``sets``, measured by masking the router."""
         masks = [{str(layer): list(ids) for layer, ids in keep.items()} for keep in sets]
-        tokens = self.settings.sensitivity_tokens
-        measured = self.divergence(self.source, "calibration", tokens, masks, "dropping experts")
+        measured = self.divergence(self.source, "sensitivity", masks, "dropping experts")
         return [float(row["all"]["kl_mean"]) for row in measured]
 
     def divergence(
         self,
         model: Path,
-        split: str,
-        tokens: int,
+        part: str,
         masks: Sequence[Mapping[str, Sequence[int]] | None] = (None,),
         title: str = "quality",
     ) -> list[dict[str, Any]]:
-        """Quality of ``model`` against the source over the ``split``, once for each router mask."""
-        reference = self._reference(split, tokens)
+        """Quality of ``model`` against the source over a ``part`` of the text, once for each router mask."""
+        reference = self._reference(part)
         with self.listener.progress(title) as progress:
             result: list[dict[str, Any]] = child.call(
                 "edgeprune.measure.tasks:divergence",
@@ -312,7 +315,7 @@ class MeasureStages(SourceStages):
                     "reference": str(reference),
                     "masks": list(masks),
                     "experts": self.architecture.experts,
-                    **self._text_arguments(split, tokens),
+                    **self._text_arguments(part),
                 },
                 progress,
             )

@@ -12,8 +12,8 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.build.builder import Build
-from edgeprune.decide.plan import SOLVER, Plan, folded
-from edgeprune.errors import BadFile, DoesNotFit
+from edgeprune.decide.plan import PRESET, SOLVER, Plan, folded
+from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.text import texts_digest
@@ -23,7 +23,6 @@ from edgeprune.prove.report import KEPT, Baseline, Report, promises
 from edgeprune.share.card import model_card
 from edgeprune.stages.deciding import DecideStages
 
-PRESET = "stock preset "
 # Context of the speed measurement when the device is another machine.
 _FOREIGN_CONTEXT = 2048
 
@@ -48,17 +47,22 @@ class Run(DecideStages):
             if len(results) == baseline.MEASURED:
                 break
             path = self.folder.scratch / f"{name}.gguf"
-            with self.listener.progress(f"stock preset {name}") as progress:
-                made = child.call(
-                    "edgeprune.build.preset:quantize",
-                    {
-                        "model": str(self.source),
-                        "output": str(path),
-                        "preset": name,
-                        "statistics": statistics,
-                    },
-                    progress,
-                )
+            try:
+                with self.listener.progress(f"stock preset {name}") as progress:
+                    made = child.call(
+                        "edgeprune.build.preset:quantize",
+                        {
+                            "model": str(self.source),
+                            "output": str(path),
+                            "preset": name,
+                            "statistics": statistics,
+                            "expected_bytes": sizes[name],
+                        },
+                        progress,
+                    )
+            except EdgepruneError as error:  # the plan is built and proven; a missing rival is no reason to lose it
+                self.listener.say(f"stock preset {name} is left out: {error.cause}")
+                continue
             # Presets that differ in name alone, as some do for small models, are one.
             if made["nbytes"] <= limit and all(made["types"] != types for _, types in results):
                 quality = self.quality(path, f"quality of {name}")
@@ -68,7 +72,7 @@ class Run(DecideStages):
 
     def quality(self, model: Path, title: str) -> dict[str, Any]:
         """``{"all": ..., "domains": ...}`` of ``model`` against the source on the held-out text."""
-        return self.divergence(model, "held_out", self.settings.evaluation_tokens, title=title)[0]
+        return self.divergence(model, "held_out", title=title)[0]
 
     def verify(self, plan: Plan, build: Build) -> Report:
         """Measure the build, hold the flat presets against it, ship the better, write the report."""
@@ -104,7 +108,7 @@ class Run(DecideStages):
         )
         with contextlib.suppress(DoesNotFit, BadFile):
             flat.check(self.architecture)
-            return self.repriced(flat)
+            return self.repriced(flat, placed=False)
         return None
 
     def speed(self, plan: Plan, build: Build) -> dict[str, Any]:
@@ -171,13 +175,12 @@ class Run(DecideStages):
                 "parameters": self.architecture.parameters,
             },
             launch_line=plan.launch.command(Path(build.path).name),
-            conditions=self._conditions(on_device, speed),
+            conditions=self._conditions(on_device, plan.launch.context, speed),
             made_from={"plan": plan.digest, "build": build.sha256, "text": texts_digest(self.texts)},
         )
         return replace(report, verdict=_verdict(report))
 
-    def _conditions(self, on_device: bool, speed: Mapping[str, Any]) -> dict[str, str]:
-
+    def _conditions(self, on_device: bool, context: int, speed: Mapping[str, Any]) -> dict[str, str]:
         tokens = f"windows of at most {self.settings.window} tokens"
         where = "this device" if on_device else f"another machine than {self.profile.name}"
         return {
@@ -187,6 +190,7 @@ class Run(DecideStages):
             "held-out text": tokens,
             "calibration text": f"{self.statistics.tokens:,} tokens in {len(self.statistics.domains)} domains",
             "speed": "median of 3 repeats",
+            "memory": f"predicted for {context:,} tokens of context, measured with {speed['context']:,}",
         }
 
     def save_report(self, report: Report) -> None:

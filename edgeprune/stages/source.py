@@ -110,21 +110,27 @@ class SourceStages:
     @cached_property
     def budget(self) -> Budget:
         """Memory by pool, with llama.cpp's own figures for what is not weights."""
+        return self.budget_of(self.launch)
+
+    def budget_of(self, launch: Launch) -> Budget:
+        """The budget of a server that is started with ``launch``."""
         whole = layout(self.file, self.architecture, self.architecture.experts, {}, [])
         layers = -1 if self.profile.on_gpu else 0
-        needs = memory.price(whole, replace(self.launch, threads=0, gpu_layers=layers), self.architecture)
+        priced = replace(launch, threads=0, gpu_layers=layers, cpu_experts=0)
+        needs = memory.price(whole, priced, self.architecture)
         other = self.profile.backend != "cpu" and needs.backends == ("CPU",)
         basis = f"KV cache and compute buffers as llama.cpp's {' and '.join(needs.backends)} backend allocates them"
         if other:
             basis += f" (this build has no {self.profile.backend} backend; its compute buffers may differ)"
         limit, memory_bytes = self.settings.file_bytes, self.settings.memory_bytes
         if limit is not None:  # the file is the limit, not the memory of the machine that makes it
-            memory_bytes = limit + needs.kv_bytes + needs.compute_bytes + needs.runtime_bytes
+            memory_bytes = limit + needs.all_bytes
         return make_budget(
             self.profile,
             kv_bytes=needs.kv_bytes,
             compute_bytes=needs.compute_bytes,
             runtime_bytes=needs.runtime_bytes,
+            host_compute_bytes=needs.host_compute_bytes,
             memory_bytes=memory_bytes,
             file_limit_bytes=limit,
             basis=basis,
