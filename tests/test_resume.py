@@ -19,6 +19,7 @@ from runs import Fit, edgeprune_command, environment, read, run_edgeprune
 
 from edgeprune.errors import Busy, UsageError
 from edgeprune.files import file_digest
+from edgeprune.measure.statistics import Statistics
 from edgeprune.model.gguf import GgufFile
 from edgeprune.rundir import RunFolder, changed_fields
 
@@ -358,3 +359,27 @@ def test_changed_fields_name_the_field_and_both_values() -> None:
         "tokens: 512 -> 1024",
     ]
     assert changed_fields(old, old) == []
+
+
+def test_statistics_over_other_texts_are_merged_and_used(tiny_fit: Fit, tmp_path: Path, own_home: Path) -> None:
+    source = tiny_fit.folder / "source.gguf"
+    files = []
+    for name, content in {"first": "one two three four. " * 60, "second": "un deux trois quatre. " * 60}.items():
+        (tmp_path / f"{name}.txt").write_text(content, encoding="utf-8")
+        done = run_edgeprune("calibrate", source, "--text", tmp_path / f"{name}.txt", "-o", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        files.append(tmp_path / name / "statistics.safetensors")
+    words = ["calibrate", source, *(word for file in files for word in ("--merge", file)), "-o", tmp_path / "both"]
+    done = run_edgeprune(*words)
+    assert done.returncode == 0, done.stderr
+    both = Statistics.load(tmp_path / "both" / "statistics.safetensors")
+    parts = [Statistics.load(file) for file in files]
+    assert both.domains == ["first", "second"]
+    assert both.tokens == sum(part.tokens for part in parts)
+    assert (tmp_path / "both" / "imatrix.gguf").is_file()
+    again = run_edgeprune("calibrate", source, "-o", tmp_path / "both")
+    assert again.returncode == 0 and "merged from 2 files" in again.stderr
+    other = run_edgeprune("calibrate", "demo", "--merge", files[0], "-o", tmp_path / "other")
+    assert other.returncode == 1 and "was measured with another model" in other.stderr
+    missing = run_edgeprune("calibrate", source, "--merge", tmp_path / "none", "-o", tmp_path / "missing")
+    assert missing.returncode == 2 and "no statistics" in missing.stderr

@@ -172,15 +172,27 @@ def convert(checkpoint: Path, output: Path, base: str) -> None:
 @click.command()
 @click.argument("source")
 @_with(_TEXT, _COMMON)
-def calibrate(source: str, **options: Any) -> None:
-    """Run SOURCE over the calibration text once and save the statistics and the imatrix."""
+@click.option(
+    "--merge",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Join the statistics in FILE and the others given, instead of measuring; repeatable.",
+)
+def calibrate(source: str, merge: tuple[Path, ...], **options: Any) -> None:
+    """Run SOURCE over the calibration text once and save the statistics and the imatrix.
+
+    \b
+    edgeprune calibrate demo --text code=a.py -o first
+    edgeprune calibrate demo --merge first/statistics.safetensors --merge second/statistics.safetensors -o both
+    """
     from edgeprune import pipeline
     from edgeprune.cli import show
     from edgeprune.cli.console import Console
 
     settings = _settings(source, {**options, "device": "auto"})
     with pipeline.opened(settings, Console()) as run:
-        statistics = run.statistics
+        statistics = run.merge(merge) if merge else run.statistics
         lines = show.statistics(statistics, run.folder.path)
     value = {"tokens": statistics.tokens, "domains": statistics.domains, "folder": str(settings.folder)}
     _print(value, lines, options["as_json"])

@@ -29,9 +29,13 @@ from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile
 
 Flags = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 # A token's list holds so many of its best experts, or this many times k; when half of the experts are gone it is
 # made anew.
 _LIST, _LIST_TIMES_USED = 32, 4
+# Share of the error that is relative to the layer's whole output, beside that relative to each token's stream.
+_SHARE_OF_PLAIN = 0.3
 _MOST_SUBSETS, _SUBSET_TOKENS = 5_000, 1_024
 # Random projection moves a squared error by a percent or two.
 _PROJECTED_TOLERANCE = 2 * TOLERANCE
@@ -79,6 +83,33 @@ def rank(
     return found
 
 
+def token_weights(tokens: Reservoir, *, balanced: bool = False) -> Floats:
+    """How much each token's squared error counts, float32 [R], 1 on average.
+
+    The norm that follows divides the residual stream by its length, so that an error matters relative to
+    |h|^2 + |y|^2. That alone forgets the few tokens with very large outputs, which rare experts are there for; so
+    the error relative to all of the layer's output counts as well, by less (tests/benchmarks/methods.py has what
+    either does alone).
+
+    Args:
+        balanced: every domain has the same say, however many of the tokens are its.
+    """
+    output = np.square(tokens.y, dtype=np.float64).sum(axis=1)
+    length = np.square(tokens.residual, dtype=np.float64) + output
+    relative = np.divide(1, length, out=np.zeros_like(length), where=length > 0)
+    weight = _normalised(relative, output) + _SHARE_OF_PLAIN * _normalised(np.ones_like(output), output)
+    if balanced:
+        weight = weight / np.bincount(tokens.domain)[tokens.domain]
+    scaled: Floats = (weight / max(float(weight.mean()), 1e-30)).astype(np.float32)
+    return scaled
+
+
+def _normalised(weight: Doubles, energy: Doubles) -> Doubles:
+    """``weight`` scaled so that the weighted energy is 1."""
+    total = float((weight * energy).sum())
+    return weight / total if total > 0 else weight
+
+
 class _Ranker:
     """Replays one layer.
 
@@ -90,8 +121,7 @@ class _Ranker:
         self, file: GgufFile, architecture: Architecture, layer: int, tokens: Reservoir, mixture: str
     ) -> None:
         self.architecture, self.tokens = architecture, tokens
-        counts = np.bincount(tokens.domain)[tokens.domain]
-        self.weight = (1 / counts if mixture == "balanced" else np.ones(len(tokens))).astype(np.float32)
+        self.weight = token_weights(tokens, balanced=mixture == "balanced")
         self.experts = LayerExperts(file, architecture, layer)
         rule, activation = rule_of(tokens), activation_of(self.experts, tokens)
         self.obstacle = ""

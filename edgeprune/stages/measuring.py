@@ -16,9 +16,10 @@ from edgeprune.decide.evidence import Evidence
 from edgeprune.decide.keep import KeepSet, Order, check_method, keep_set, protecting, rankings
 from edgeprune.decide.protection import super_experts
 from edgeprune.decide.scores import METHODS, NAEE, SCORES
-from edgeprune.errors import BadFile, EdgepruneError
-from edgeprune.files import digest, read_json, to_json, write_text
+from edgeprune.errors import BadFile, EdgepruneError, UsageError
+from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
+from edgeprune.measure.merging import merge
 from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
 from edgeprune.measure.statistics import Statistics, write_imatrix
 from edgeprune.measure.text import TextFile, parse_texts, shipped_texts, texts_digest
@@ -83,6 +84,10 @@ class MeasureStages(SourceStages):
         if path.is_file():
             with contextlib.suppress(BadFile):
                 found = Statistics.load(path)
+                merged = {key: found.made_from.get(key) for key in ("model", "tools")}
+                if "merged" in found.made_from and merged == {"model": self.fingerprint, "tools": tools()}:
+                    self.listener.say(f"using statistics merged from {len(found.made_from['merged'])} files")
+                    return self._checked(found)
                 if found.made_from == made_from:
                     return self._checked(found)
                 self._changed("calibration", found.made_from, made_from)
@@ -108,6 +113,21 @@ class MeasureStages(SourceStages):
             )
         self.folder.imatrix.unlink(missing_ok=True)
         return self._checked(Statistics.load(path))
+
+    def merge(self, files: Sequence[Path]) -> Statistics:
+        """Statistics of this model over other texts, joined as if measured in one pass; they become the folder's own.
+
+        Raises:
+            UsageError: a file that is not there.
+            BadFile: one that is damaged, or of another model.
+        """
+        for path in files:
+            if not path.is_file():
+                raise UsageError(f"no statistics {path}", hint="`edgeprune calibrate` makes statistics.safetensors")
+        merged = sorted(file_digest(path) for path in files)
+        merge(files, self.folder.statistics, {"model": self.fingerprint, "merged": merged, "tools": tools()})
+        self.folder.imatrix.unlink(missing_ok=True)
+        return self._checked(Statistics.load(self.folder.statistics))
 
     @property
     def statistics_file(self) -> str:

@@ -36,6 +36,7 @@ def compare(run: Run, preset: str, settings: Settings) -> tuple[int, dict[str, f
             "output": str(path),
             "preset": preset,
             "statistics": str(run.folder.statistics),
+            "expected_bytes": 0,
         },
     )
     flat = run.quality(path, f"quality of {preset}")["all"]
