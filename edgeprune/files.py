@@ -41,6 +41,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadFile(f"cannot read {path}: {error}") from error
+    except RecursionError:
+        raise BadFile(f"cannot read {path}: it is nested too deeply to be honest TOML") from None
 
 
 def check_keys(where: str, table: Mapping[str, Any], required: set[str], optional: set[str]) -> None:
@@ -76,6 +78,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise BadFile(f"cannot read {path}: {error}") from error
+    except RecursionError:  # brackets within brackets, a hundred thousand deep
+        raise BadFile(f"cannot read {path}: it is nested too deeply to be honest JSON") from None
 
 
 def digest(value: Any) -> str:

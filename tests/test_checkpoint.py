@@ -212,3 +212,12 @@ def test_fingerprint_is_of_the_content_and_not_of_the_place(single: Path, tmp_pa
     (other / "chat_template.jinja").write_text("{{ x }}")
     prints.add(open_checkpoint(other).fingerprint())
     assert len(prints) == 4
+
+
+def test_fingerprint_sees_a_change_in_the_last_rows_of_a_matrix(single: Path) -> None:
+    weights = torch.ones(400, 64)
+    save_file({"down_proj": weights}, single / SINGLE)
+    before = open_checkpoint(single).origin()
+    weights[100:] = 0
+    save_file({"down_proj": weights}, single / SINGLE)
+    assert open_checkpoint(single).origin() != before

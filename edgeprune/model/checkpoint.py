@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.files import read_json
+from edgeprune.model.content import content_digest
 
 if TYPE_CHECKING:
     import torch
@@ -80,26 +81,18 @@ class Checkpoint:
         return hashlib.sha256(f"conversion {CONVERSION_FORMAT}, {self.fingerprint()}".encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        """SHA-256 over the small files whole, and over each shard's header, size and the start of every tensor."""
+        """SHA-256 over the small files and over every shard, all of them whole.
+
+        Raises:
+            BadFile: one of them cannot be read.
+        """
         state = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
                 state.update(path.name.encode() + path.read_bytes())
         for shard in sorted(set(self.shard_of.values())):
-            state.update(_shard_sample(self.folder / shard))
+            state.update(content_digest(self.folder / shard).encode())
         return state.hexdigest()
-
-
-def _shard_sample(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        sample = stream.read(min(length, LARGEST_HEADER))
-        offsets = [entry.get("data_offsets", [0])[0] for entry in json.loads(sample).values()]
-        for offset in sorted(offsets):
-            stream.seek(8 + length + offset)
-            sample += stream.read(4096)
-    return sample + str(size).encode()
 
 
 def _open_shard(path: Path) -> Any:
