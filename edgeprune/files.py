@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,6 +62,29 @@ def check_keys(where: str, table: Mapping[str, Any], required: set[str], optiona
             f"{where} has unknown keys: {', '.join(sorted(unknown))}",
             hint=f"known keys: {', '.join(sorted(required | optional))}",
         )
+
+
+def checked_int(where: str, value: Any, least: int, most: int) -> int:
+    """``value``, which has to be a whole number from ``least`` to ``most``.
+
+    Raises:
+        BadFile: it is something else, a truth value or a text of digits for instance.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise BadFile(f"{where} = {str(value)[:40]!r} is not a whole number from {least:,} to {most:,}")
+    return value
+
+
+def checked_number(where: str, value: Any) -> float:
+    """``value``, which has to be a finite number.
+
+    Raises:
+        BadFile: it is something else.
+    """
+    # A whole number that no float can hold is "not finite" here.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        raise BadFile(f"{where} = {str(value)[:40]!r} is not a finite number")
+    return float(value)
 
 
 def to_json(value: Any) -> str:

@@ -111,7 +111,7 @@ def _shard_tensors(path: Path) -> dict[str, Stored]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 0 < length <= min(LARGEST_HEADER, size - 8):
             raise BadFile(
                 f"{path} is not a safetensors file, or is truncated ({size:,} bytes)",
@@ -120,21 +120,36 @@ def _shard_tensors(path: Path) -> dict[str, Stored]:
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            needed = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-            stored = {
-                name: Stored(tuple(int(extent) for extent in entry["shape"]), str(entry["dtype"]))
-                for name, entry in header.items()
-            }
+            described = {name: _described(entry) for name, entry in header.items()}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise BadFile(
                 f"{path} has a corrupt header: {str(error)[:100]!r}", hint="download this file again"
             ) from error
+    needed = 8 + length + max((end for _, end in described.values()), default=0)
     if needed > size:
         raise BadFile(
             f"{path} is truncated: its header describes {needed:,} bytes, the file has {size:,}",
             hint="the download was cut off; get this file again",
         )
-    return stored
+    return {name: stored for name, (stored, _) in described.items()}
+
+
+def _described(entry: dict[str, Any]) -> tuple[Stored, int]:
+    """The tensor that an entry of a header describes, and where its data ends.
+
+    Raises:
+        ValueError, LookupError, TypeError: the entry is not what the format says.
+    """
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    for number in (begin, end, *shape):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise ValueError(f"{number!r} where a whole number from 0 is due")
+    if begin > end:
+        raise ValueError(f"data from {begin} to {end}")
+    if not isinstance(entry["dtype"], str):
+        raise TypeError(f"{entry['dtype']!r} as a type")
+    return Stored(shape, entry["dtype"]), end
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
