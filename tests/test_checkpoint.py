@@ -81,6 +81,7 @@ CORRUPT: dict[str, tuple[bytes, str]] = {
     "three offsets": (header({"a": {**entry([2], 0, 8), "data_offsets": [0, 4, 8]}}) + bytes(8), "corrupt header"),
     "offsets from back to front": (header({"a": entry([2], 8, 0)}) + bytes(8), "corrupt header"),
     "a negative extent": (header({"a": entry([-2], 0, 8)}) + bytes(8), "corrupt header"),
+    "a shape beyond all data": (header({"a": entry([10**30], 0, 8)}) + bytes(8), "corrupt header"),
     "a type that is a number": (header({"a": {**entry([2], 0, 8), "dtype": 7}}) + bytes(8), "corrupt header"),
     "a shape that is a text": (header({"a": {**entry([2], 0, 8), "shape": "two"}}) + bytes(8), "corrupt header"),
     "data beyond the end": (header({"a": entry([2], 0, 8)}) + bytes(7), "is truncated: its header describes"),
@@ -211,6 +212,48 @@ def test_file_that_vanishes_or_shrinks_after_opening_is_an_explained_error(shard
     for name in ("a", "b"):
         with pytest.raises(EdgepruneError):
             checkpoint.tensor(name)
+
+
+DENSE = [
+    "{}",
+    '{"model_type": "llama", "num_experts": 0, "num_local_experts": null}',
+    '{"text_config": {"hidden_size": 8}}',
+]
+
+
+@pytest.mark.parametrize("config", DENSE)
+def test_dense_model_is_told_that_it_is_one(config: str, single: Path) -> None:
+    (single / "config.json").write_text(config)
+    with pytest.raises(Unsupported, match=r"is a dense (llama|language) model: it has no experts") as refusal:
+        open_checkpoint(single).require_experts()
+    assert "llama-quantize" in refusal.value.hint
+
+
+EXPERT_COUNTS = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"]
+
+
+@pytest.mark.parametrize("key", EXPERT_COUNTS)
+@pytest.mark.parametrize("nested", [False, True], ids=["outside", "nested"])
+def test_model_whose_configuration_counts_experts_is_not_dense(key: str, nested: bool, single: Path) -> None:
+    (single / "config.json").write_text(json.dumps({"text_config": {key: 8}} if nested else {key: 8}))
+    open_checkpoint(single).require_experts()
+
+
+@pytest.mark.parametrize(
+    ("name", "dense"),
+    [
+        ("model.layers.0.mlp.experts.0.up_proj.weight", False),
+        ("model.layers.0.mlp.experts.gate_up_proj", False),
+        ("model.layers.0.mlp.shared_experts.up_proj.weight", True),
+    ],
+)
+def test_model_with_tensors_of_experts_is_not_dense(name: str, dense: bool, single: Path) -> None:
+    save_file({name: A}, single / SINGLE)
+    if dense:
+        with pytest.raises(Unsupported, match="is a dense x model"):
+            open_checkpoint(single).require_experts()
+    else:
+        open_checkpoint(single).require_experts()
 
 
 def test_fingerprint_is_of_the_content_and_not_of_the_place(single: Path, tmp_path_factory: Any) -> None:

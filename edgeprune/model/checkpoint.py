@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,10 @@ SINGLE = "model.safetensors"
 # Raised when conversion changes its result, so that converted files are made again.
 CONVERSION_FORMAT = 1
 LARGEST_HEADER = 100_000_000
+# A weight of a routed expert, of one (``experts.7.``) or of all of them stacked.
+EXPERT_TENSOR = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?")
+# How configurations call the number of experts; any family that has them has one of these.
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,21 @@ class Checkpoint:
         except safetensors.SafetensorError as error:
             raise BadFile(f"{self.folder / self.shard_of[name]}: tensor {name}: {error}") from error
         return tensor
+
+    def require_experts(self) -> None:
+        """Refuse a dense model, before anything is said of converters for it.
+
+        Raises:
+            Unsupported: neither the configuration nor a tensor speaks of experts.
+        """
+        tables = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
+        counted = any(table.get(key) for table in tables for key in _EXPERT_KEYS)
+        if not counted and not any(EXPERT_TENSOR.search(name) for name in self.stored):
+            model_type = str(self.config.get("model_type", ""))[:60]
+            raise Unsupported(
+                f"{self.folder} is a dense {model_type or 'language'} model: it has no experts to choose from",
+                hint="convert dense models with llama.cpp's convert_hf_to_gguf.py and use llama-quantize",
+            )
 
     def _handle(self, name: str) -> Any:
         shard = self.shard_of[name]
@@ -147,6 +168,8 @@ def _described(entry: dict[str, Any]) -> tuple[Stored, int]:
             raise ValueError(f"{number!r} where a whole number from 0 is due")
     if begin > end:
         raise ValueError(f"data from {begin} to {end}")
+    if math.prod(shape) > 8 * (end - begin):  # no type has less than a bit
+        raise ValueError(f"the shape {list(shape)} in {end - begin} bytes")
     if not isinstance(entry["dtype"], str):
         raise TypeError(f"{entry['dtype']!r} as a type")
     return Stored(shape, entry["dtype"]), end

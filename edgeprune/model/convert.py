@@ -281,9 +281,10 @@ def convert(folder: Path, output: Path, base: str = "auto", name: str = "", prog
 
     Raises:
         BadFile: something is missing, damaged or not finite.
-        Unsupported: no converter, or a configuration that llama.cpp cannot represent.
+        Unsupported: a dense model, no converter, or a configuration that llama.cpp cannot represent.
     """
     checkpoint = open_checkpoint(folder)
+    checkpoint.require_experts()
     config = checkpoint.config
     converter = converter_for(str(config.get("model_type", "")))
     _check_assumptions(converter, config)
