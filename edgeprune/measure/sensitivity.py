@@ -83,9 +83,18 @@ class Sensitivity:
     made_from: dict[str, Any]
 
     def nats(self, tensor: Tensor, type_name: str) -> float:
-        """Predicted cost in nats per token of giving ``tensor`` the type ``type_name``."""
+        """Predicted cost in nats per token of giving ``tensor`` the type ``type_name``.
+
+        Raises:
+            BadFile: the type has no distortion, because it cannot hold the tensor's largest weight.
+        """
         if type_name == tensor.type:
             return 0.0
+        if type_name not in self.distortions.get(tensor.name, {}):
+            raise BadFile(
+                f"{tensor.name} cannot be given the type {type_name}: it holds weights beyond that type's range",
+                hint=f"leave it in {tensor.type}",
+            )
         product, lookup = self.distortions[tensor.name][type_name]
         pairs = ((Site(tensor.name, False), product), (Site(tensor.name, True), lookup))
         known = [self.responses[site.key].nats(error) for site, error in pairs if site.key in self.responses]
