@@ -150,6 +150,58 @@ def test_index_cannot_point_outside_its_folder(name: str, sharded: Path) -> None
     assert "\n" not in refusal.value.cause
 
 
+@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "../blobs/elsewhere", "../../blobs/elsewhere"])
+def test_link_to_weights_outside_the_folder_is_refused(place: str, tmp_path: Path, sharded: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    for name in ("config.json", INDEX, FIRST, SECOND):
+        (tmp_path / name).rename(folder / name)
+    target = folder / place
+    target.parent.mkdir(exist_ok=True)
+    (folder / SECOND).rename(target)
+    (folder / SECOND).symlink_to(place)
+    with pytest.raises(BadFile, match=f"{SECOND} is a link that leaves the checkpoint's folder") as refusal:
+        open_checkpoint(folder)
+    assert str(target.resolve()) in refusal.value.cause and "move the file" in refusal.value.hint
+
+
+def in_the_cache(repository: Path, source: Path) -> Path:
+    """``source`` as the Hugging Face cache lays it out: blobs, and a snapshot of links to them."""
+    snapshot = repository / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(source.glob("*.*"))):
+        path.rename(repository / "blobs" / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    return snapshot
+
+
+def test_snapshot_of_the_cache_is_opened_through_its_links(tmp_path: Path, sharded: Path) -> None:
+    folder = in_the_cache(tmp_path / "models--x--y", sharded)
+    (tmp_path / "short").symlink_to(folder)
+    for path in (folder, tmp_path / "short"):
+        checkpoint = open_checkpoint(path)
+        assert torch.equal(checkpoint.tensor("a"), A) and torch.equal(checkpoint.tensor("b"), B)
+
+
+@pytest.mark.parametrize("place", ["../../elsewhere", "../../../models--x--z/blobs/elsewhere"])
+def test_snapshot_cannot_link_beyond_the_blobs_of_its_repository(place: str, tmp_path: Path, sharded: Path) -> None:
+    folder = in_the_cache(tmp_path / "models--x--y", sharded)
+    target = folder / place
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (folder / SECOND).resolve().rename(target)
+    (folder / SECOND).unlink()
+    (folder / SECOND).symlink_to(place)
+    with pytest.raises(BadFile, match="leaves the checkpoint's folder"):
+        open_checkpoint(folder)
+
+
+def test_link_within_the_folder_is_followed(sharded: Path) -> None:
+    (sharded / SECOND).rename(sharded / "second")
+    (sharded / SECOND).symlink_to("second")
+    assert torch.equal(open_checkpoint(sharded).tensor("b"), B)
+
+
 INDEXES = ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": "a"}', "1"]
 
 

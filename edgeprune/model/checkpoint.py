@@ -1,6 +1,7 @@
 """Hugging Face checkpoints on disk: configuration, and tensors by name over one or many safetensors.
 
-Nothing is ever unpickled and no file outside the checkpoint's folder is opened.
+Nothing is ever unpickled, and no weights from outside the checkpoint's folder are read: links that leave it are
+refused, but for those of the Hugging Face cache, where a snapshot is links to the blobs of its own repository.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder``, with every shard present and complete.
 
     Raises:
-        BadFile: no ``config.json`` or weights, a missing, truncated or corrupt shard.
+        BadFile: no ``config.json`` or weights, a missing, truncated or corrupt shard, or one that lies elsewhere.
         Unsupported: weights only as pickles.
     """
     if not (folder / "config.json").is_file():
@@ -199,10 +200,28 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder} lacks {shard}, one of its {len(shards)} files of weights",
                 hint="the download is incomplete; get the missing file",
             )
+        _require_inside(folder, shard)
         found = _shard_tensors(folder / shard)
         stored |= found
         shard_of |= dict.fromkeys(found, shard)
     return Checkpoint(folder, config, shard_of, stored)
+
+
+def _require_inside(folder: Path, shard: str) -> None:
+    """Refuse a link to what is no part of the checkpoint, any file of this user for instance.
+
+    Raises:
+        BadFile: names the file that it leads to.
+    """
+    home, target = folder.resolve(), (folder / shard).resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":  # REPOSITORY/snapshots/REVISION/FILE is a link to REPOSITORY/blobs/DIGEST
+        allowed.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise BadFile(
+            f"{folder / shard} is a link that leaves the checkpoint's folder, to {target}",
+            hint="if these are its weights, move the file itself into the folder",
+        )
 
 
 def _shards(folder: Path) -> list[str]:

@@ -89,10 +89,6 @@ class TensorInfo:
     offset: int
     nbytes: int
 
-    @property
-    def elements(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
 
 def _strings(body: bytes, count: int) -> list[str]:
     values, position = [], 0
