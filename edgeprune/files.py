@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadFile(f"cannot read {path}: {error}") from error
+    except RecursionError:
+        raise BadFile(f"cannot read {path}: it is nested too deeply to be honest TOML") from None
 
 
 def check_keys(where: str, table: Mapping[str, Any], required: set[str], optional: set[str]) -> None:
@@ -61,6 +64,29 @@ def check_keys(where: str, table: Mapping[str, Any], required: set[str], optiona
         )
 
 
+def checked_int(where: str, value: Any, least: int, most: int) -> int:
+    """``value``, which has to be a whole number from ``least`` to ``most``.
+
+    Raises:
+        BadFile: it is something else, a truth value or a text of digits for instance.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise BadFile(f"{where} = {str(value)[:40]!r} is not a whole number from {least:,} to {most:,}")
+    return value
+
+
+def checked_number(where: str, value: Any) -> float:
+    """``value``, which has to be a finite number.
+
+    Raises:
+        BadFile: it is something else.
+    """
+    # A whole number that no float can hold is "not finite" here.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        raise BadFile(f"{where} = {str(value)[:40]!r} is not a finite number")
+    return float(value)
+
+
 def to_json(value: Any) -> str:
     """Readable JSON, equal for equal values: sorted keys, newline at the end."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
@@ -76,6 +102,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise BadFile(f"cannot read {path}: {error}") from error
+    except RecursionError:  # brackets within brackets, a hundred thousand deep
+        raise BadFile(f"cannot read {path}: it is nested too deeply to be honest JSON") from None
 
 
 def digest(value: Any) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 from edgeprune.device.profile import find_profile, known_profiles
 from edgeprune.errors import Unsupported, UsageError
 from edgeprune.model import ggml
-from edgeprune.model.architecture import Architecture, read_architecture
-from edgeprune.model.checkpoint import open_checkpoint
-from edgeprune.model.converter import converter_for
+from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Tensor, read_architecture
+from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint
+from edgeprune.model.convert import OUTPUT, lookup
+from edgeprune.model.converter import Converter, converter_for
 from edgeprune.model.gguf import GgufFile
 from edgeprune.units import format_bytes
 
@@ -136,29 +137,93 @@ def inspect_model(model: str) -> Inspection:
 
 
 def _inspect_checkpoint(path: Path) -> Inspection:
-    """A checkpoint's facts; its header-only conversion gives the rest."""
+    """A checkpoint's facts, from the headers of its files."""
     checkpoint = open_checkpoint(path)
+    checkpoint.require_experts()
     model_type = str(checkpoint.config.get("model_type", ""))
     converter = converter_for(model_type)
-    import math
-
-    sizes = {name: checkpoint.shape(name) for name in checkpoint.shard_of}
+    architecture = _sketch(checkpoint, converter)
     total = sum((path / shard).stat().st_size for shard in set(checkpoint.shard_of.values()))
-    experts = sum(math.prod(shape) for name, shape in sizes.items() if "experts" in name)
-    everything = sum(math.prod(shape) for shape in sizes.values())
+    experts = sum(tensor.nbytes for tensor in architecture.tensors if tensor.is_expert)
     if not experts:
         raise Unsupported(f"{path} is a dense {model_type} model: it has no experts to choose from")
     facts = [
         ("checkpoint", str(path)),
         ("model type", f"{model_type}, becomes {converter.arch}"),
-        ("parameters", f"{everything:,}"),
+        ("experts", f"{architecture.experts} per layer, {architecture.used} per token"),
+        ("parameters", f"{architecture.parameters:,}"),
         ("weights", format_bytes(total)),
     ]
-    share = experts / everything
-    roles = {"routed experts": int(total * share), "everything else": int(total * (1 - share))}
-    fits = [
-        Fit(name, usable, "as it is" if total <= usable else "after fitting; see `edgeprune plan`")
-        for name in known_profiles()
-        for usable in [find_profile(name).usable_bytes]
-    ]
-    return Inspection(facts, roles, fits, total)
+    roles = {"routed experts": experts, "everything else": total - experts}
+    return Inspection(facts, roles, _fits(architecture), total)
+
+
+def _sketch(checkpoint: Checkpoint, converter: Converter) -> Architecture:
+    """The checkpoint as far as its size matters: its tensors with the experts of a layer stacked, and the counts that
+    limit how many experts may go. What the configuration leaves open is taken so that more seems to fit, not less."""
+    tensors = _stacked(checkpoint)
+    found = max((tensor.matrices for tensor in tensors if tensor.is_expert), default=1)
+    experts = _config_count(checkpoint.config, converter.experts, MOST_EXPERTS) or found
+    used = converter.metadata.get("expert_used_count")
+    return Architecture(
+        name=checkpoint.folder.name,
+        arch=converter.arch,
+        layers=_config_count(checkpoint.config, converter.layers, MOST_LAYERS) or 1,
+        experts=experts,
+        used=_config_count(checkpoint.config, used.config if used else (), experts) or 1,
+        width=0,
+        expert_width=0,
+        groups=1,  # of every family that has a converter
+        groups_used=1,
+        moe_layers=(),
+        context_length=0,
+        vocabulary=0,
+        obstacle="",
+        tensors=tensors,
+    )
+
+
+def _config_count(config: dict[str, Any], keys: tuple[str, ...], most: int) -> int:
+    """A number from 1 to ``most`` in the configuration, or 0 when there is no such number."""
+    value = lookup(config, keys)
+    sensible = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+    return int(value) if sensible else 0
+
+
+def _stacked(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
+    """The checkpoint's tensors with shapes in ggml's order and the experts of a layer in one, as a GGUF has them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    types: dict[str, str] = {}
+    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    for name, stored in checkpoint.stored.items():
+        if name == OUTPUT and tied:  # ignored by the conversion too
+            continue
+        shape = tuple(reversed(stored.shape)) or (1,)
+        expert = EXPERT_TENSOR.search(name)
+        if expert and expert[1]:
+            name = name[: expert.start(1)] + name[expert.end(1) + 1 :]
+            shape = (*shape, shapes[name][-1] + 1 if name in shapes else 1)
+        shapes[name], types[name] = shape, _ggml_type(stored.type)
+    return tuple(_sized(name, shape, types[name]) for name, shape in shapes.items())
+
+
+def _ggml_type(safetensors_type: str) -> str:
+    """The GGML type of as many bytes; of what neither world knows, the smallest."""
+    known = ggml.BY_NAME.get(safetensors_type.replace("U", "I"))
+    return known.name if known is not None and known.is_float else "I8"
+
+
+def _sized(name: str, shape: tuple[int, ...], type_name: str) -> Tensor:
+    """A tensor of the checkpoint with the little that its smallest size depends on."""
+    is_expert, is_router = EXPERT_TENSOR.search(name) is not None, name.endswith(".gate.weight")
+    role = "expert_up" if is_expert and len(shape) == 3 else "router" if is_router else "other"
+    return Tensor(
+        name=name,
+        shape=shape,
+        type=type_name,
+        nbytes=ggml.tensor_bytes(type_name, shape),
+        layer=-1,
+        role=role,
+        sliced=is_expert or is_router,
+        quantisable=len(shape) >= 2 and not is_router and "norm" not in name,
+    )

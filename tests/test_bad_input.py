@@ -116,6 +116,16 @@ def with_nan(folder: Path, part: str) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def without_experts(folder: Path) -> None:
+    """Make a dense model of the checkpoint."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "experts" not in n}, folder / "model.safetensors")
+    keys = ("num_experts", "num_local_experts", "num_experts_per_tok")
+    toys.change_json(folder / "config.json", model_type="llama", **dict.fromkeys(keys, ...))
+
+
 def sharded(folder: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
@@ -228,6 +238,11 @@ MODELS: dict[str, tuple[Callable[[Workshop], Path], str, str]] = {
         "no converter for checkpoints of type 'gpt_neox'",
         "mixtral, olmoe, qwen3_moe",
     ),
+    "a dense checkpoint": (
+        lambda shop: shop.copied(without_experts),
+        "{path} is a dense llama model: it has no experts to choose from",
+        "llama-quantize",
+    ),
     "a router that llama.cpp computes otherwise": (
         lambda shop: shop.copied(lambda path: toys.change_json(path / "config.json", norm_topk_prob=False)),
         "this qwen3_moe checkpoint has norm_topk_prob = False; llama.cpp's qwen3moe assumes True",
@@ -263,7 +278,10 @@ def test_a_bad_model_is_explained_and_nothing_is_left(case: str, workshop: Works
     assert sorted(workshop.folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("case", ["a dense GGUF", "random bytes", "a missing path", "a truncated safetensors"])
+ALIKE = ["a dense GGUF", "a dense checkpoint", "an unknown model_type", "random bytes", "a missing path"]
+
+
+@pytest.mark.parametrize("case", [*ALIKE, "a truncated safetensors"])
 def test_inspect_explains_a_bad_model_in_the_same_words(case: str, workshop: Workshop) -> None:
     make, expected, way_out = MODELS[case]
     path = make(workshop)

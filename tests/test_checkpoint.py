@@ -72,6 +72,17 @@ CORRUPT: dict[str, tuple[bytes, str]] = {
     "no offsets": (header({"a": {"dtype": "F32", "shape": [2]}}), "corrupt header"),
     "offsets of nothing": (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": []}}), "corrupt header"),
     "offsets that are texts": (header({"a": {**entry([2], 0, 8), "data_offsets": ["a", "b"]}}), "corrupt header"),
+    "offsets that are digits": (
+        header({"a": {**entry([2], 0, 8), "data_offsets": ["0", "8"]}}) + bytes(8),
+        "corrupt",
+    ),
+    "an offset of 1e30": (header({"a": {**entry([2], 0, 8), "data_offsets": [0, 1e30]}}) + bytes(8), "corrupt"),
+    "a negative offset": (header({"a": entry([2], -8, 8)}) + bytes(8), "corrupt header"),
+    "three offsets": (header({"a": {**entry([2], 0, 8), "data_offsets": [0, 4, 8]}}) + bytes(8), "corrupt header"),
+    "offsets from back to front": (header({"a": entry([2], 8, 0)}) + bytes(8), "corrupt header"),
+    "a negative extent": (header({"a": entry([-2], 0, 8)}) + bytes(8), "corrupt header"),
+    "a shape beyond all data": (header({"a": entry([10**30], 0, 8)}) + bytes(8), "corrupt header"),
+    "a type that is a number": (header({"a": {**entry([2], 0, 8), "dtype": 7}}) + bytes(8), "corrupt header"),
     "a shape that is a text": (header({"a": {**entry([2], 0, 8), "shape": "two"}}) + bytes(8), "corrupt header"),
     "data beyond the end": (header({"a": entry([2], 0, 8)}) + bytes(7), "is truncated: its header describes"),
     "2^60 bytes of data": (header({"a": entry([1 << 58], 0, 1 << 60)}), "is truncated: its header describes"),
@@ -99,11 +110,15 @@ def test_file_of_weights_cut_off_anywhere_is_refused(single: Path) -> None:
             open_checkpoint(single)
 
 
+def test_metadata_of_nothing_are_no_obstacle(single: Path) -> None:
+    (single / SINGLE).write_bytes(header({"__metadata__": None, "a": entry([2], 0, 8)}) + bytes(8))
+    checkpoint = open_checkpoint(single)
+    assert checkpoint.shape("a") == (2,) and len(checkpoint.origin()) == 64
+
+
 LYING = {
     "a shape larger than its data": {"a": entry([4], 0, 8)},
     "tensors that overlap": {"a": entry([2], 0, 8), "b": entry([2], 4, 12)},
-    "offsets the wrong way round": {"a": entry([2], 8, 0), "b": entry([2], 8, 16)},
-    "a negative extent": {"a": entry([-2], 0, 8)},
     "an unknown type": {"a": entry([2], 0, 8, "X99")},
 }
 
@@ -135,6 +150,58 @@ def test_index_cannot_point_outside_its_folder(name: str, sharded: Path) -> None
     assert "\n" not in refusal.value.cause
 
 
+@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "../blobs/elsewhere", "../../blobs/elsewhere"])
+def test_link_to_weights_outside_the_folder_is_refused(place: str, tmp_path: Path, sharded: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    for name in ("config.json", INDEX, FIRST, SECOND):
+        (tmp_path / name).rename(folder / name)
+    target = folder / place
+    target.parent.mkdir(exist_ok=True)
+    (folder / SECOND).rename(target)
+    (folder / SECOND).symlink_to(place)
+    with pytest.raises(BadFile, match=f"{SECOND} is a link that leaves the checkpoint's folder") as refusal:
+        open_checkpoint(folder)
+    assert str(target.resolve()) in refusal.value.cause and "move the file" in refusal.value.hint
+
+
+def in_the_cache(repository: Path, source: Path) -> Path:
+    """``source`` as the Hugging Face cache lays it out: blobs, and a snapshot of links to them."""
+    snapshot = repository / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(source.glob("*.*"))):
+        path.rename(repository / "blobs" / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    return snapshot
+
+
+def test_snapshot_of_the_cache_is_opened_through_its_links(tmp_path: Path, sharded: Path) -> None:
+    folder = in_the_cache(tmp_path / "models--x--y", sharded)
+    (tmp_path / "short").symlink_to(folder)
+    for path in (folder, tmp_path / "short"):
+        checkpoint = open_checkpoint(path)
+        assert torch.equal(checkpoint.tensor("a"), A) and torch.equal(checkpoint.tensor("b"), B)
+
+
+@pytest.mark.parametrize("place", ["../../elsewhere", "../../../models--x--z/blobs/elsewhere"])
+def test_snapshot_cannot_link_beyond_the_blobs_of_its_repository(place: str, tmp_path: Path, sharded: Path) -> None:
+    folder = in_the_cache(tmp_path / "models--x--y", sharded)
+    target = folder / place
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (folder / SECOND).resolve().rename(target)
+    (folder / SECOND).unlink()
+    (folder / SECOND).symlink_to(place)
+    with pytest.raises(BadFile, match="leaves the checkpoint's folder"):
+        open_checkpoint(folder)
+
+
+def test_link_within_the_folder_is_followed(sharded: Path) -> None:
+    (sharded / SECOND).rename(sharded / "second")
+    (sharded / SECOND).symlink_to("second")
+    assert torch.equal(open_checkpoint(sharded).tensor("b"), B)
+
+
 INDEXES = ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": "a"}', "1"]
 
 
@@ -150,6 +217,7 @@ CONFIGS: dict[str, Callable[[Path], object]] = {
     "cut off": lambda path: path.write_text('{"model_type'),
     "a list": lambda path: path.write_text("[]"),
     "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe"),
+    "200,000 brackets": lambda path: path.write_text("[" * 200_000),
 }
 
 
@@ -198,6 +266,48 @@ def test_file_that_vanishes_or_shrinks_after_opening_is_an_explained_error(shard
             checkpoint.tensor(name)
 
 
+DENSE = [
+    "{}",
+    '{"model_type": "llama", "num_experts": 0, "num_local_experts": null}',
+    '{"text_config": {"hidden_size": 8}}',
+]
+
+
+@pytest.mark.parametrize("config", DENSE)
+def test_dense_model_is_told_that_it_is_one(config: str, single: Path) -> None:
+    (single / "config.json").write_text(config)
+    with pytest.raises(Unsupported, match=r"is a dense (llama|language) model: it has no experts") as refusal:
+        open_checkpoint(single).require_experts()
+    assert "llama-quantize" in refusal.value.hint
+
+
+EXPERT_COUNTS = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"]
+
+
+@pytest.mark.parametrize("key", EXPERT_COUNTS)
+@pytest.mark.parametrize("nested", [False, True], ids=["outside", "nested"])
+def test_model_whose_configuration_counts_experts_is_not_dense(key: str, nested: bool, single: Path) -> None:
+    (single / "config.json").write_text(json.dumps({"text_config": {key: 8}} if nested else {key: 8}))
+    open_checkpoint(single).require_experts()
+
+
+@pytest.mark.parametrize(
+    ("name", "dense"),
+    [
+        ("model.layers.0.mlp.experts.0.up_proj.weight", False),
+        ("model.layers.0.mlp.experts.gate_up_proj", False),
+        ("model.layers.0.mlp.shared_experts.up_proj.weight", True),
+    ],
+)
+def test_model_with_tensors_of_experts_is_not_dense(name: str, dense: bool, single: Path) -> None:
+    save_file({name: A}, single / SINGLE)
+    if dense:
+        with pytest.raises(Unsupported, match="is a dense x model"):
+            open_checkpoint(single).require_experts()
+    else:
+        open_checkpoint(single).require_experts()
+
+
 def test_fingerprint_is_of_the_content_and_not_of_the_place(single: Path, tmp_path_factory: Any) -> None:
     first = open_checkpoint(single).fingerprint()
     other = tmp_path_factory.mktemp("other")
@@ -212,3 +322,12 @@ def test_fingerprint_is_of_the_content_and_not_of_the_place(single: Path, tmp_pa
     (other / "chat_template.jinja").write_text("{{ x }}")
     prints.add(open_checkpoint(other).fingerprint())
     assert len(prints) == 4
+
+
+def test_fingerprint_sees_a_change_in_the_last_rows_of_a_matrix(single: Path) -> None:
+    weights = torch.ones(400, 64)
+    save_file({"down_proj": weights}, single / SINGLE)
+    before = open_checkpoint(single).origin()
+    weights[100:] = 0
+    save_file({"down_proj": weights}, single / SINGLE)
+    assert open_checkpoint(single).origin() != before

@@ -106,6 +106,36 @@ def test_only_tasks_of_this_package_run() -> None:
     assert error.value.rows == (("log", "not a task of edgeprune: os:getcwd"),)
 
 
+BROKEN = {
+    "a library that cannot be loaded": "raise RuntimeError(\"Failed to load shared library 'libllama.so':\\n bad\")",
+    "a library that is missing": "raise FileNotFoundError(\"Shared library with base name 'llama' not found\")",
+    "a module that is missing": "import llama_cpp.nowhere",
+    "a name that is missing": "from llama_cpp import nothing",
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize(
+    ("task", "arguments"),
+    [("measure.llama:backend_devices", {}), ("build.preset:sizes", {"model": "", "statistics": ""})],
+    ids=["imported with the task", "imported by the task"],
+)
+def test_a_broken_installation_of_llama_cpp_is_named(
+    task: str, arguments: dict[str, Any], case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").touch()
+    (tmp_path / "llama_cpp" / "llama_cpp.py").write_text(BROKEN[case])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(EdgepruneError) as error:
+        child.call(f"edgeprune.{task}", arguments)
+    assert type(error.value) is EdgepruneError
+    function = task.partition(":")[2]
+    assert error.value.cause.startswith(f"{function} needs llama_cpp, which cannot be loaded: ")
+    assert "\n" not in error.value.cause
+    assert error.value.hint.endswith("pip install --force-reinstall -c constraints.txt llama-cpp-python")
+
+
 @posix
 @pytest.mark.parametrize(
     ("used", "reason"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +103,39 @@ def test_convert_writes_where_it_was_told(tiny_checkpoint: Path, tmp_path: Path)
     assert file.tensors["blk.0.attn_q.weight"].type == "F16"
 
 
+def test_convert_replaces_an_earlier_gguf_and_may_write_one_beside_the_weights(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    for kind in ("F16", "F32"):
+        done = run_edgeprune("convert", folder, folder / "model.gguf", "--type", kind.lower())
+        assert (done.returncode, done.stderr) == (0, "")
+        assert GgufFile(folder / "model.gguf").tensors["blk.0.attn_q.weight"].type == kind
+
+
+@pytest.mark.parametrize(
+    ("output", "cause"),
+    [
+        ("checkpoint/model.safetensors", "that is not a GGUF; it is not replaced"),
+        ("checkpoint/config.json", "that is not a GGUF; it is not replaced"),
+        ("checkpoint/link.gguf", "that is not a GGUF; it is not replaced"),
+        ("checkpoint/model-00001-of-00002.safetensors", "would lie among the files of the checkpoint checkpoint"),
+        ("thesis.odt", "is a file of 6 bytes that is not a GGUF"),
+    ],
+    ids=["the weights", "the configuration", "a link to the weights", "a part of the weights", "anything else"],
+)
+def test_convert_replaces_nothing_but_a_gguf(output: str, cause: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    if output.endswith("link.gguf"):
+        (tmp_path / output).symlink_to(folder / "model.safetensors")
+    (tmp_path / "thesis.odt").write_bytes(b"thesis")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = run_edgeprune("convert", "checkpoint", output, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {output} ") and cause in done.stderr and "hint: choose" in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_finished_run_answers_plan_and_build_in_silence(tiny_fit: Fit, tmp_path: Path) -> None:
     folder = tiny_fit.copy(tmp_path / "run")
     plan = one_json_value(run_edgeprune("plan", *tiny_fit.arguments, "-o", folder, "--json"))
@@ -128,6 +161,8 @@ def test_calibrate_leaves_the_statistics_and_the_imatrix(tiny_fit: Fit, small_te
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
 def test_progress_is_shown_on_a_terminal_and_nowhere_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    import pty  # there is none on Windows
+
     terminal, end = pty.openpty()
     process = subprocess.Popen(
         edgeprune_command("convert", tiny_checkpoint, "model.gguf"),

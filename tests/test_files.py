@@ -166,7 +166,9 @@ def test_refused_table_says_which_keys_are_known() -> None:
 
 @pytest.mark.parametrize("read", [read_toml, read_json], ids=["toml", "json"])
 @pytest.mark.parametrize(
-    "content", [None, b"", b"\xff\xfe", b"[[["], ids=["missing", "empty", "not UTF-8", "bad syntax"]
+    "content",
+    [None, b"", b"\xff\xfe", b"[[[", b"[" * 200_000, b"a = " + b"[" * 200_000],
+    ids=["missing", "empty", "not UTF-8", "bad syntax", "deep JSON", "deep TOML"],
 )
 def test_unreadable_file_is_a_bad_file_that_is_named(tmp_path: Path, read: object, content: bytes | None) -> None:
     path = tmp_path / "table.data"

@@ -283,6 +283,18 @@ def test_fingerprint_sees_header_size_and_weights(small: Path, tmp_path: Path) -
     assert GgufFile(tmp_path / "copy.gguf").fingerprint() == file.fingerprint()
 
 
+def test_fingerprint_sees_a_change_anywhere_within_the_weights(synthetic: toys.Maker, tmp_path: Path) -> None:
+    file = GgufFile(synthetic("qwen3moe"))
+    content = bytearray(file.path.read_bytes())
+    experts = file.tensors["blk.1.ffn_down_exps.weight"]
+    for share in (0.03, 0.3, 0.55, 0.9):
+        changed = bytearray(content)
+        start = experts.offset + int(experts.nbytes * share)
+        changed[start : start + experts.nbytes // 50] = bytes(experts.nbytes // 50)
+        (tmp_path / "changed.gguf").write_bytes(changed)
+        assert GgufFile(tmp_path / "changed.gguf").fingerprint() != file.fingerprint(), share
+
+
 def test_header_of_a_large_vocabulary_is_read_in_a_moment(tmp_path: Path) -> None:
     entries: list[Entry] = [
         make_entry("tokenizer.ggml.tokens", "[str]", [f"token{index}" for index in range(152_000)]),

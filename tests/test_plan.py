@@ -13,7 +13,7 @@ import toys
 
 from edgeprune.decide.plan import Plan, Prediction, folded
 from edgeprune.errors import BadFile
-from edgeprune.measure.launch import Launch
+from edgeprune.measure.launch import KV_TYPES, Launch
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile, header
@@ -102,10 +102,10 @@ Edit = Callable[[dict[str, Any]], object]
         pytest.param(lambda v: v["types"].update({"output.weight": "I32"}), "no type for weights", id="integers"),
         pytest.param(lambda v: v.update(typos={}), "unknown keys: typos", id="unknown key"),
         pytest.param(lambda v: v.pop("launch"), "lacks launch", id="missing key"),
-        pytest.param(lambda v: v["launch"].update(contxt=1), "is not a plan", id="unknown launch setting"),
-        pytest.param(lambda v: v["predicted"].update(nat=1), "is not a plan", id="unknown prediction"),
-        pytest.param(lambda v: v.update(predicted=None), "is not a plan", id="prediction is null"),
-        pytest.param(lambda v: v.update(launch=[1]), "is not a plan", id="launch is a list"),
+        pytest.param(lambda v: v["launch"].update(contxt=1), "unknown keys: contxt", id="unknown launch setting"),
+        pytest.param(lambda v: v["predicted"].update(nat=1), "unknown keys: nat", id="unknown prediction"),
+        pytest.param(lambda v: v.update(predicted=None), "predicted is not a table", id="prediction is null"),
+        pytest.param(lambda v: v.update(launch=[1]), "launch is not a table", id="launch is a list"),
     ],
 )
 def test_plan_that_no_gguf_can_express_is_refused(edit: Edit, message: str) -> None:
@@ -113,6 +113,37 @@ def test_plan_that_no_gguf_can_express_is_refused(edit: Edit, message: str) -> N
     edit(value)
     with pytest.raises(BadFile, match=message):
         Plan.from_json(value, "plan.json")
+
+
+STRANGE: list[tuple[str, str, Any]] = [
+    *(("launch", "context", value) for value in ("2048; echo PWNED", "2048", 2048.0, True, None, 0, -1, 10**30)),
+    *(("launch", "gpu_layers", value) for value in ("all", -2, 10**6)),
+    *(("launch", "cpu_experts", value) for value in ([1], -1, 10**6)),
+    *(("launch", "threads", value) for value in ("$(nproc)", -1, 10**6)),
+    *(("launch", "batch", value) for value in (None, 0, 2**40)),
+    *(("launch", "kv_type", value) for value in ("F16 -fa on", "Q4_K", None, 1, ["F16"], "")),
+    *(("launch", "mmap", value) for value in (1, None, "yes")),
+    *(("launch", "repack", value) for value in (0, {})),
+    *(("predicted", "pool_bytes", value) for value in (None, "ram", [1], {"ram": None}, {"ram": "1"}, {"ram": -1})),
+    *(("predicted", "file_bytes", value) for value in (None, "1000", 1.5, -1)),
+    *(("predicted", "nats", value) for value in (None, "0.1", float("nan"), float("inf"), 10**400, True)),
+]
+
+
+@pytest.mark.parametrize(("table", "key", "value"), STRANGE, ids=lambda value: repr(value)[:24])
+def test_settings_and_predictions_of_another_kind_are_refused(table: str, key: str, value: Any) -> None:
+    edited = plan().to_json()
+    edited[table][key] = value
+    with pytest.raises(BadFile, match=f"plan.json: {table}: {key}") as refusal:
+        Plan.from_json(edited, "plan.json")
+    assert "\n" not in refusal.value.cause
+
+
+@pytest.mark.parametrize("kind", KV_TYPES)
+def test_every_type_of_the_cache_may_be_written_in_either_case(kind: str) -> None:
+    edited = plan().to_json()
+    edited["launch"]["kv_type"] = kind.lower()
+    assert Plan.from_json(edited, "plan.json").launch.kv_type == kind
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "3", '"plan"', "{", ""], ids=["list", "number", "text", "cut", "empty"])
@@ -258,5 +289,5 @@ def test_folded_types_are_those_of_the_plan_else_those_of_the_source(architectur
 
 
 def test_every_stored_type_can_be_planned() -> None:
-    for name in ggml.CHOICES + ggml.FLOATS:
+    for name in (*ggml.CHOICES, "F32", "F16", "BF16"):
         plan(types={"output.weight": name})

@@ -49,7 +49,7 @@ def statistics(demo_gguf: Path, small_text: Path, tmp_path_factory: pytest.TempP
 
 def quantized(model: Path, output: Path, preset: str, statistics: Path) -> dict[str, Any]:
     arguments = {"model": str(model), "output": str(output), "preset": preset, "statistics": str(statistics)}
-    value: dict[str, Any] = child.call("edgeprune.build.preset:quantize", arguments)
+    value: dict[str, Any] = child.call("edgeprune.build.preset:quantize", {**arguments, "expected_bytes": 1 << 20})
     return value
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import toys
 
+from edgeprune.errors import BadFile
 from edgeprune.measure.sensitivity import (
     LARGE,
     MOST_LAYERS_MEASURED,
@@ -167,12 +170,57 @@ def test_layer_next_to_one_without_measurable_cost_takes_the_other(deep: Archite
     assert responses(deep, sites, [0.0, 4e-3, 0.0, 9e-2])["blk.1.attn_q.weight"].small == 4e-3
 
 
-def test_sensitivity_survives_json(deep: Architecture) -> None:
-    sites = sites_to_measure(deep)
-    original = Sensitivity(
-        responses(deep, sites, measured_costs(deep, sites)),
-        {"output.weight": {"Q4_K": [0.01, 0.02], "Q8_0": [1e-5, 2e-5]}},
+def whole(architecture: Architecture) -> Sensitivity:
+    """Made-up measurements of every tensor."""
+    sites = sites_to_measure(architecture)
+    quantisable = [tensor.name for tensor in architecture.tensors if tensor.quantisable]
+    return Sensitivity(
+        responses(architecture, sites, measured_costs(architecture, sites)),
+        {name: {"Q4_K": [0.01, 0.02], "Q8_0": [1e-5, 2e-5]} for name in quantisable},
         {"reap": {4: 0.25, 2: 1.5}, "random": {4: 3.0}},
         {"model": "abc", "tokens": 2048},
     )
+
+
+def test_sensitivity_survives_json(deep: Architecture) -> None:
+    original = whole(deep)
     assert Sensitivity.from_json(json.loads(json.dumps(original.to_json()))) == original
+    unfinished = replace(original, distortions={})
+    assert Sensitivity.from_json(json.loads(json.dumps(unfinished.to_json()))) == unfinished
+
+
+Edit = Callable[[dict[str, Any]], object]
+DAMAGED: dict[str, Edit] = {
+    "a key is missing": lambda v: v.pop("drops"),
+    "responses are null": lambda v: v.update(responses=None),
+    "a response is a number": lambda v: v["responses"].update(x=1),
+    "a response lacks a size": lambda v: v["responses"]["output.weight"].pop("large"),
+    "a response is a text": lambda v: v["responses"]["output.weight"].update(small="1"),
+    "a count of experts in words": lambda v: v["drops"]["reap"].update(four=0.1),
+    "a cost of dropping is a list": lambda v: v["drops"]["reap"].update({"4": [0.1]}),
+    "drops of a score are a list": lambda v: v["drops"].update(reap=[0.1]),
+    "distortions are a list": lambda v: v.update(distortions=[1]),
+    "distortions of a tensor are a list": lambda v: v["distortions"].update({"output.weight": [0.1, 0.2]}),
+    "a distortion is a number": lambda v: v["distortions"]["output.weight"].update(Q4_K=0.1),
+    "a distortion is one number of two": lambda v: v["distortions"]["output.weight"].update(Q4_K=[0.1]),
+    "a distortion is not finite": lambda v: v["distortions"]["output.weight"].update(Q4_K=[0.1, math.nan]),
+    "an unknown type": lambda v: v["distortions"]["output.weight"].update(Q9_Z=[0.1, 0.1]),
+    "a tensor is missing": lambda v: v["distortions"].pop("blk.3.attn_q.weight"),
+    "the embedding is missing": lambda v: v["distortions"].pop("token_embd.weight"),
+    "made from a text": lambda v: v.update(made_from="abc"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_measurements_are_refused(case: str, deep: Architecture) -> None:
+    value = json.loads(json.dumps(whole(deep).to_json()))
+    DAMAGED[case](value)
+    with pytest.raises(BadFile) as refusal:
+        Sensitivity.from_json(value)
+    assert "\n" not in refusal.value.cause
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 1])
+def test_what_is_no_table_is_refused(value: Any) -> None:
+    with pytest.raises(BadFile, match="is not a table"):
+        Sensitivity.from_json(value)

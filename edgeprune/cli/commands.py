@@ -159,7 +159,9 @@ def convert(checkpoint: Path, output: Path, base: str) -> None:
     """Convert a Hugging Face CHECKPOINT folder to the GGUF file OUTPUT."""
     from edgeprune.cli.console import Console
     from edgeprune.measure import child
+    from edgeprune.model.convert import check_output
 
+    check_output(checkpoint, output)
     with Console().progress("convert") as progress:
         child.call(
             "edgeprune.model.convert:convert_task",

@@ -75,7 +75,7 @@ def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str
 
 
 def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[Choice]:
-    """Ways to store ``tensor``: its own type, and every allowed measured one.
+    """Ways to store ``tensor``: its own type, and every allowed measured one; none may be, for huge weights.
 
     With forced types its own one only if it is among them, or if no other is.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeprune.decide.keep import KeepSet
 from edgeprune.errors import BadFile
-from edgeprune.files import check_keys, digest, read_json, to_json, write_text
+from edgeprune.files import check_keys, checked_int, checked_number, digest, read_json, to_json, write_text
 from edgeprune.measure.launch import Launch
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture
@@ -18,8 +18,7 @@ from edgeprune.model.gguf import Entry, make_entry
 
 # llama.cpp computes with these types but has no product with a stored weight of them.
 _NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
-
-
+_MOST_BYTES = 1 << 60
 SOLVER, USER, PRESET = "solver", "user", "stock preset "  # who chose a plan; the last with the preset's name
 
 
@@ -43,6 +42,27 @@ class Prediction:
     nats_quant: float = 0.0
     decode_per_s: float = 0.0
     gap: float = 0.0
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str) -> Prediction:
+        """The prediction in ``value``; what it leaves out is 0.
+
+        Raises:
+            BadFile: an unknown key, or a value of another kind.
+        """
+        numbers = set(cls.__dataclass_fields__) - {"file_bytes", "pool_bytes"}
+        check_keys(where, value, set(), {*numbers, "file_bytes", "pool_bytes"})
+        pools = value.get("pool_bytes", {})
+        if not isinstance(pools, Mapping):
+            raise BadFile(f"{where}: pool_bytes is not a table of bytes by pool")
+        return cls(
+            file_bytes=checked_int(f"{where}: file_bytes", value.get("file_bytes", 0), 0, _MOST_BYTES),
+            pool_bytes={
+                str(pool): checked_int(f"{where}: pool_bytes of {pool}", nbytes, 0, _MOST_BYTES)
+                for pool, nbytes in pools.items()
+            },
+            **{key: checked_number(f"{where}: {key}", value[key]) for key in numbers & value.keys()},
+        )
 
 
 @dataclass(frozen=True)
@@ -180,10 +200,10 @@ class Plan:
                 kept=index(value["kept"]),
                 keep={int(layer): tuple(map(index, ids)) for layer, ids in value["keep"].items()},
                 types={str(name): str(kind).upper() for name, kind in value["types"].items()},
-                launch=Launch(**value["launch"]),
+                launch=Launch.from_json(value["launch"], f"{where}: launch"),
                 method=str(value["method"]),
                 origin=str(value["origin"]),
-                predicted=Prediction(**value.get("predicted", {})),
+                predicted=Prediction.from_json(value.get("predicted", {}), f"{where}: predicted"),
                 made_from=dict(value["made_from"]),
             )
         except (TypeError, ValueError, AttributeError, IndexError) as error:

@@ -35,6 +35,8 @@ Progress = Callable[[int, int], None]
 IDLE_SECONDS, SILENT_SECONDS = 300.0, 6 * 3600.0
 _POLL_SECONDS = 1.0
 _LOG_LINES = 6
+# Packages that are installed under another name than they are imported by.
+_DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "huggingface_hub": "huggingface-hub"}
 _FRAMES = 3
 _SIGNALS: dict[int, str] = {
     signal.SIGABRT: "llama.cpp aborted on a failed check",
@@ -234,43 +236,60 @@ def _main(task: str) -> None:
     module_name, _, function_name = task.partition(":")
     if not module_name.startswith("edgeprune."):
         raise SystemExit(f"not a task of edgeprune: {task}")
-    function = getattr(importlib.import_module(module_name), function_name)
-    if "progress" in inspect.signature(function).parameters:
 
-        def progress(done: int, total: int) -> None:
-            channel.write(json.dumps({"done": done, "total": total}) + "\n")
+    def progress(done: int, total: int) -> None:
+        channel.write(json.dumps({"done": done, "total": total}) + "\n")
 
-        arguments["progress"] = progress
     try:
+        function = getattr(importlib.import_module(module_name), function_name)
+        if "progress" in inspect.signature(function).parameters:
+            arguments["progress"] = progress
         message: dict[str, Any] = {"value": function(**arguments)}
-    except EdgepruneError as error:
-        message = {
-            "error": type(error).__name__,
-            "cause": error.cause,
-            "rows": error.rows,
-            "hint": error.hint,
-        }
-    except MemoryError:
-        message = {
-            "error": "NativeCrash",
-            "cause": f"out of memory in {function_name}",
-            "rows": [],
-            "hint": "close other programs, or choose a shorter --context",
-        }
-    except OSError as error:
-        message = {"error": "EdgepruneError", "cause": system_cause(error), "rows": [], "hint": ""}
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
+        explained = error if isinstance(error, EdgepruneError) else _explained(function_name, error)
         message = {
-            "error": "EdgepruneError",
-            "cause": f"internal error in {function_name}: {type(error).__name__}: {error}",
-            "rows": [("in", f"{Path(frame.filename).name}:{frame.lineno} {frame.name}") for frame in frames],
-            "hint": "this is a fault of edgeprune; please report it with these lines and the command",
+            "error": type(explained).__name__,
+            "cause": explained.cause,
+            "rows": explained.rows,
+            "hint": explained.hint,
         }
     channel.write(json.dumps(message) + "\n")
     channel.close()
     # llama.cpp frees its backends at exit in an order that can crash after the work is done.
     os._exit(0)
+
+
+def _explained(task: str, error: Exception) -> EdgepruneError:
+    """What a task that failed without an explanation most likely failed of."""
+    if package := _failed_import(error):
+        named = _DISTRIBUTIONS.get(package, package)
+        return EdgepruneError(
+            f"{task} needs {package}, which cannot be loaded: {' '.join(str(error).split())[:200]}",
+            hint=f"install it again: pip install --force-reinstall -c constraints.txt {named}",
+        )
+    if isinstance(error, MemoryError):
+        return NativeCrash(f"out of memory in {task}", hint="close other programs, or choose a shorter --context")
+    if isinstance(error, OSError):
+        return EdgepruneError(system_cause(error))
+    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
+    return EdgepruneError(
+        f"internal error in {task}: {type(error).__name__}: {error}",
+        rows=[("in", f"{Path(frame.filename).name}:{frame.lineno} {frame.name}") for frame in frames],
+        hint="this is a fault of edgeprune; please report it with these lines and the command",
+    )
+
+
+def _failed_import(error: Exception) -> str:
+    """The package of others in whose import ``error`` arose, or "".
+
+    It is that of the innermost module body that was running: a library that cannot be loaded is no ImportError.
+    """
+    name = (error.name or "") if isinstance(error, ImportError) else ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "<module>" and not isinstance(error, ImportError):
+            name = str(frame.f_globals.get("__name__", ""))
+    package = name.partition(".")[0]
+    return "" if package == __package__.partition(".")[0] else package
 
 
 def _first_line() -> bytes:

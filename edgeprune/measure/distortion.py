@@ -18,6 +18,7 @@ from edgeprune.model.gguf import GgufFile
 
 _SAMPLED_WEIGHTS = 65_536
 _SAMPLED_MATRICES = 4
+_CHUNK_BYTES = 16 << 20
 Floats = npt.NDArray[np.float32]
 
 
@@ -49,6 +50,25 @@ def _sample(file: GgufFile, tensor: Tensor, random: np.random.Generator) -> list
     return samples
 
 
+def _largest(file: GgufFile, tensor: Tensor, samples: list[tuple[int, Floats]]) -> float:
+    """The largest magnitude in ``tensor``; in a quantised one, whose scales are bounded already, that of ``samples``.
+
+    One outlier decides whether a type can hold the tensor, and a sample would miss it. The bits of two floats of one
+    format are in the order of their magnitudes, so none is decoded.
+    """
+    if tensor.type not in ("F32", "F16", "BF16"):
+        return max((float(np.abs(rows).max(initial=0.0)) for _, rows in samples), default=0.0)
+    word, magnitude = (np.uint32, 0x7FFFFFFF) if tensor.type == "F32" else (np.uint16, 0x7FFF)
+    raw, most = file.raw(tensor.name), 0
+    for start in range(0, raw.size, _CHUNK_BYTES):
+        bits: npt.NDArray[Any] = raw[start : start + _CHUNK_BYTES].view(word)
+        most = max(most, int((bits & magnitude).max(initial=0)))
+    file.release(tensor.name)
+    if tensor.type == "F16":
+        return float(np.array(most, np.uint16).view(np.float16))
+    return float(np.array(most << (16 if tensor.type == "BF16" else 0), np.uint32).view(np.float32))
+
+
 def relative_error(exact: Floats, approximate: Floats, importance: Floats) -> tuple[float, float]:
     """Weighted squared error and weighted energy of rows [rows, width] under ``importance`` [width].
 
@@ -74,12 +94,17 @@ def _output_energy(moment: InputMoments | None, matrix: int, rows: int) -> float
 def _distortions(
     file: GgufFile, tensor: Tensor, moment: InputMoments | None, types: list[str], seed: int
 ) -> dict[str, list[float]]:
-    """By type: relative squared error as a product's weight, and as a lookup table (unweighted)."""
+    """By type: relative squared error as a product's weight, and as a lookup table (unweighted).
+
+    A type whose range the tensor exceeds has no entry, so that nothing can choose it.
+    """
     means = None if moment is None else moment.mean()
     samples = _sample(file, tensor, np.random.default_rng(seed))
-    results = {}
+    largest, results = _largest(file, tensor, samples), {}
     for name in types:
         kind = ggml.BY_NAME[name]
+        if largest > kind.largest:
+            continue
         weighted, plain = np.zeros(2), np.zeros(2)
         for matrix, rows in samples:
             flat = np.ones(rows.shape[1], np.float32)
@@ -106,7 +131,8 @@ def measure(
         wanted: types by tensor, instead of all candidates of all quantisable tensors.
 
     Returns:
-        by tensor, by type: [as a product's weight, as a lookup table], relative squared errors.
+        by tensor, by type: [as a product's weight, as a lookup table], relative squared errors; without the types
+        that cannot hold the tensor's largest weight.
     """
     file = GgufFile(Path(model))
     everything = read_architecture(file).tensors

@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from edgeprune.errors import BadFile
+from edgeprune.files import check_keys, checked_int
+from edgeprune.model.architecture import MOST_LAYERS
+
+# Types that llama.cpp can store the K and V cache in (common/arg.cpp).
+KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "IQ4_NL")
+# Smallest and largest value of each number; beyond them no model and no machine exists.
+_RANGES = {
+    "context": (1, 1 << 27),
+    "gpu_layers": (-1, MOST_LAYERS + 1),  # the output counts as a layer
+    "cpu_experts": (0, MOST_LAYERS + 1),
+    "threads": (0, 4096),
+    "batch": (1, 1 << 20),
+}
+_SWITCHES = ("mmap", "repack")
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,27 @@ class Launch:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str) -> Launch:
+        """The settings in ``value``, which a stranger may have written: they end up in a line for a shell.
+
+        Raises:
+            BadFile: an unknown key, or a value of another kind or beyond all sense.
+        """
+        check_keys(where, value, set(), {*_RANGES, *_SWITCHES, "kv_type"})
+        for key in value.keys() & _RANGES.keys():
+            checked_int(f"{where}: {key}", value[key], *_RANGES[key])
+        for key in _SWITCHES:
+            if not isinstance(value.get(key, False), bool):
+                raise BadFile(f"{where}: {key} = {str(value[key])[:40]!r} is neither true nor false")
+        kv_type = str(value.get("kv_type", cls.kv_type)).upper()
+        if kv_type not in KV_TYPES:
+            raise BadFile(
+                f"{where}: kv_type = {kv_type[:40]!r} is no type of the KV cache",
+                hint=f"known: {', '.join(KV_TYPES)}",
+            )
+        return cls(**{**value, "kv_type": kv_type})
 
     def command(self, path: str) -> str:
         """The ``llama-server`` line with these settings."""

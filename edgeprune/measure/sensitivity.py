@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgeprune.errors import BadFile
+from edgeprune.files import check_keys, checked_number
+from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
 
 SMALL, LARGE = 0.01, 0.1
 MOST_LAYERS_MEASURED = 12
 # Cost is never taken to grow slower than the error to this power, nor faster than to that one.
 _EXPONENTS = (0.6, 1.4)
+_LOOKUP = " (lookup)"  # behind the weight's name in a site's key
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Site:
 
     @property
     def key(self) -> str:
-        return f"{self.weight} (lookup)" if self.lookup else self.weight
+        return self.weight + _LOOKUP if self.lookup else self.weight
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,18 @@ class Sensitivity:
     made_from: dict[str, Any]
 
     def nats(self, tensor: Tensor, type_name: str) -> float:
-        """Predicted cost in nats per token of giving ``tensor`` the type ``type_name``."""
+        """Predicted cost in nats per token of giving ``tensor`` the type ``type_name``.
+
+        Raises:
+            BadFile: the type has no distortion, because it cannot hold the tensor's largest weight.
+        """
         if type_name == tensor.type:
             return 0.0
+        if type_name not in self.distortions.get(tensor.name, {}):
+            raise BadFile(
+                f"{tensor.name} cannot be given the type {type_name}: it holds weights beyond that type's range",
+                hint=f"leave it in {tensor.type}",
+            )
         product, lookup = self.distortions[tensor.name][type_name]
         pairs = ((Site(tensor.name, False), product), (Site(tensor.name, True), lookup))
         known = [self.responses[site.key].nats(error) for site, error in pairs if site.key in self.responses]
@@ -103,9 +116,56 @@ class Sensitivity:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Sensitivity:
-        responses = {key: Response(**entry) for key, entry in value["responses"].items()}
-        drops = {name: {int(kept): nats for kept, nats in own.items()} for name, own in value["drops"].items()}
-        return cls(responses, value["distortions"], drops, value["made_from"])
+        """The measurements in ``value``.
+
+        Raises:
+            BadFile: something is missing, or of another kind than ``to_json`` writes.
+        """
+        names = set(cls.__dataclass_fields__)
+        check_keys("the saved sensitivity", value, names, set())
+        for name in sorted(names):
+            if not isinstance(value[name], Mapping):
+                raise BadFile(f"the saved sensitivity's {name} are not a table")
+        try:
+            found = cls(
+                {key: _response(key, entry) for key, entry in value["responses"].items()},
+                {name: _errors(name, own) for name, own in value["distortions"].items()},
+                {name: _drops(name, own) for name, own in value["drops"].items()},
+                dict(value["made_from"]),
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BadFile(f"the saved sensitivity is damaged: {error}") from error
+        found.check_complete()
+        return found
+
+    def check_complete(self) -> None:
+        """Refuse distortions of some tensors only; of none at all they are still to be measured.
+
+        Raises:
+            BadFile: names a tensor whose cost is known and whose distortions are not.
+        """
+        weights = {key.removesuffix(_LOOKUP) for key in self.responses}
+        if self.distortions and (missing := sorted(weights - self.distortions.keys())):
+            raise BadFile(f"the saved sensitivity lacks the distortions of {len(missing)} tensors: {missing[0]}")
+
+
+def _response(key: str, entry: Mapping[str, Any]) -> Response:
+    check_keys(f"the response of {key}", entry, {"small", "large"}, {"interpolated"})
+    small, large = (checked_number(f"the response of {key}", entry[size]) for size in ("small", "large"))
+    return Response(small, large, bool(entry.get("interpolated", False)))
+
+
+def _errors(name: str, own: Mapping[str, Any]) -> dict[str, list[float]]:
+    """By type: two relative squared errors."""
+    where = f"the distortion of {name}"
+    errors = {kind: [checked_number(where, each) for each in pair] for kind, pair in own.items()}
+    if wrong := [kind for kind, pair in errors.items() if kind not in ggml.BY_NAME or len(pair) != 2]:
+        raise BadFile(f"{where} as {wrong[0]} is not a pair of numbers for a type")
+    return errors
+
+
+def _drops(name: str, own: Mapping[str, Any]) -> dict[int, float]:
+    return {int(kept): checked_number(f"the cost of dropping by {name}", nats) for kept, nats in own.items()}
 
 
 def all_sites(architecture: Architecture) -> list[Site]:

@@ -1,12 +1,15 @@
 """Hugging Face checkpoints on disk: configuration, and tensors by name over one or many safetensors.
 
-Nothing is ever unpickled and no file outside the checkpoint's folder is opened.
+Nothing is ever unpickled, and no weights from outside the checkpoint's folder are read: links that leave it are
+refused, but for those of the Hugging Face cache, where a snapshot is links to the blobs of its own repository.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.files import read_json
+from edgeprune.model.content import content_digest
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +27,10 @@ SINGLE = "model.safetensors"
 # Raised when conversion changes its result, so that converted files are made again.
 CONVERSION_FORMAT = 1
 LARGEST_HEADER = 100_000_000
+# A weight of a routed expert, of one (``experts.7.``) or of all of them stacked.
+EXPERT_TENSOR = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?")
+# How configurations call the number of experts; any family that has them has one of these.
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,21 @@ class Checkpoint:
             raise BadFile(f"{self.folder / self.shard_of[name]}: tensor {name}: {error}") from error
         return tensor
 
+    def require_experts(self) -> None:
+        """Refuse a dense model, before anything is said of converters for it.
+
+        Raises:
+            Unsupported: neither the configuration nor a tensor speaks of experts.
+        """
+        tables = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
+        counted = any(table.get(key) for table in tables for key in _EXPERT_KEYS)
+        if not counted and not any(EXPERT_TENSOR.search(name) for name in self.stored):
+            model_type = str(self.config.get("model_type", ""))[:60]
+            raise Unsupported(
+                f"{self.folder} is a dense {model_type or 'language'} model: it has no experts to choose from",
+                hint="convert dense models with llama.cpp's convert_hf_to_gguf.py and use llama-quantize",
+            )
+
     def _handle(self, name: str) -> Any:
         shard = self.shard_of[name]
         if shard not in self._open:
@@ -80,26 +103,18 @@ class Checkpoint:
         return hashlib.sha256(f"conversion {CONVERSION_FORMAT}, {self.fingerprint()}".encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        """SHA-256 over the small files whole, and over each shard's header, size and the start of every tensor."""
+        """SHA-256 over the small files and over every shard, all of them whole.
+
+        Raises:
+            BadFile: one of them cannot be read.
+        """
         state = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
                 state.update(path.name.encode() + path.read_bytes())
         for shard in sorted(set(self.shard_of.values())):
-            state.update(_shard_sample(self.folder / shard))
+            state.update(content_digest(self.folder / shard).encode())
         return state.hexdigest()
-
-
-def _shard_sample(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        sample = stream.read(min(length, LARGEST_HEADER))
-        offsets = [entry.get("data_offsets", [0])[0] for entry in json.loads(sample).values()]
-        for offset in sorted(offsets):
-            stream.seek(8 + length + offset)
-            sample += stream.read(4096)
-    return sample + str(size).encode()
 
 
 def _open_shard(path: Path) -> Any:
@@ -118,7 +133,7 @@ def _shard_tensors(path: Path) -> dict[str, Stored]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 0 < length <= min(LARGEST_HEADER, size - 8):
             raise BadFile(
                 f"{path} is not a safetensors file, or is truncated ({size:,} bytes)",
@@ -127,28 +142,45 @@ def _shard_tensors(path: Path) -> dict[str, Stored]:
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            needed = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-            stored = {
-                name: Stored(tuple(int(extent) for extent in entry["shape"]), str(entry["dtype"]))
-                for name, entry in header.items()
-            }
+            described = {name: _described(entry) for name, entry in header.items()}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise BadFile(
                 f"{path} has a corrupt header: {str(error)[:100]!r}", hint="download this file again"
             ) from error
+    needed = 8 + length + max((end for _, end in described.values()), default=0)
     if needed > size:
         raise BadFile(
             f"{path} is truncated: its header describes {needed:,} bytes, the file has {size:,}",
             hint="the download was cut off; get this file again",
         )
-    return stored
+    return {name: stored for name, (stored, _) in described.items()}
+
+
+def _described(entry: dict[str, Any]) -> tuple[Stored, int]:
+    """The tensor that an entry of a header describes, and where its data ends.
+
+    Raises:
+        ValueError, LookupError, TypeError: the entry is not what the format says.
+    """
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    for number in (begin, end, *shape):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise ValueError(f"{number!r} where a whole number from 0 is due")
+    if begin > end:
+        raise ValueError(f"data from {begin} to {end}")
+    if math.prod(shape) > 8 * (end - begin):  # no type has less than a bit
+        raise ValueError(f"the shape {list(shape)} in {end - begin} bytes")
+    if not isinstance(entry["dtype"], str):
+        raise TypeError(f"{entry['dtype']!r} as a type")
+    return Stored(shape, entry["dtype"]), end
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder``, with every shard present and complete.
 
     Raises:
-        BadFile: no ``config.json`` or weights, a missing, truncated or corrupt shard.
+        BadFile: no ``config.json`` or weights, a missing, truncated or corrupt shard, or one that lies elsewhere.
         Unsupported: weights only as pickles.
     """
     if not (folder / "config.json").is_file():
@@ -168,10 +200,28 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder} lacks {shard}, one of its {len(shards)} files of weights",
                 hint="the download is incomplete; get the missing file",
             )
+        _require_inside(folder, shard)
         found = _shard_tensors(folder / shard)
         stored |= found
         shard_of |= dict.fromkeys(found, shard)
     return Checkpoint(folder, config, shard_of, stored)
+
+
+def _require_inside(folder: Path, shard: str) -> None:
+    """Refuse a link to what is no part of the checkpoint, any file of this user for instance.
+
+    Raises:
+        BadFile: names the file that it leads to.
+    """
+    home, target = folder.resolve(), (folder / shard).resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":  # REPOSITORY/snapshots/REVISION/FILE is a link to REPOSITORY/blobs/DIGEST
+        allowed.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise BadFile(
+            f"{folder / shard} is a link that leaves the checkpoint's folder, to {target}",
+            hint="if these are its weights, move the file itself into the folder",
+        )
 
 
 def _shards(folder: Path) -> list[str]:

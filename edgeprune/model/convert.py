@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.errors import BadFile, Unsupported
+from edgeprune.errors import BadFile, Unsupported, UsageError
 from edgeprune.files import atomic_writer, require_space
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS
 from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
 from edgeprune.model.converter import Converter, Source, converter_for
 from edgeprune.model.gguf import (
     DEFAULT_ALIGNMENT,
+    MAGIC,
     Entry,
     TensorShape,
     align,
@@ -241,6 +242,28 @@ def _base_type(base: str, checkpoint: Checkpoint) -> str:
     return max(weights, key=lambda name: weights[name]).lower()
 
 
+def check_output(folder: Path, output: Path) -> None:
+    """Refuse an output that would replace anything but an earlier GGUF, or that would be taken for a part of the
+    checkpoint in ``folder``: weights cost days to get again, and one slip on the command line replaces them.
+
+    Raises:
+        UsageError: ``output`` is no GGUF, or has a place and a name that the checkpoint's own files have.
+    """
+    target = output.resolve()
+    if target.is_file():
+        with target.open("rb") as stream:
+            if stream.read(len(MAGIC)) != MAGIC:
+                raise UsageError(
+                    f"{output} is a file of {target.stat().st_size:,} bytes that is not a GGUF; it is not replaced",
+                    hint="choose a new name that ends in .gguf, or delete that file first",
+                )
+    elif target.is_relative_to(folder.resolve()) and target.suffix != ".gguf":
+        raise UsageError(
+            f"{output} would lie among the files of the checkpoint {folder}",
+            hint="choose a name that ends in .gguf, or another folder",
+        )
+
+
 def convert_task(
     folder: str, output: str, base: str = "auto", name: str = "", progress: Progress | None = None
 ) -> None:
@@ -258,9 +281,10 @@ def convert(folder: Path, output: Path, base: str = "auto", name: str = "", prog
 
     Raises:
         BadFile: something is missing, damaged or not finite.
-        Unsupported: no converter, or a configuration that llama.cpp cannot represent.
+        Unsupported: a dense model, no converter, or a configuration that llama.cpp cannot represent.
     """
     checkpoint = open_checkpoint(folder)
+    checkpoint.require_experts()
     config = checkpoint.config
     converter = converter_for(str(config.get("model_type", "")))
     _check_assumptions(converter, config)

@@ -99,7 +99,6 @@ CHOICES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL",
     "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
-FLOATS = ("F32", "F16", "BF16")
 
 
 def type_named(name: str) -> GgmlType:
@@ -163,8 +162,6 @@ def library() -> Any:
     handle.ggml_get_type_traits.argtypes = [ctypes.c_int]
     handle.ggml_validate_row_data.restype = ctypes.c_bool
     handle.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
-    handle.ggml_quantize_init.restype = None
-    handle.ggml_quantize_init.argtypes = [ctypes.c_int]
     return handle
 
 

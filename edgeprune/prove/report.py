@@ -88,7 +88,7 @@ class Report:
     @property
     def launch(self) -> Launch:
         """The settings that the file was measured with and is to be run with."""
-        return Launch(**self.plan["launch"])
+        return Launch.from_json(self.plan["launch"], "the launch settings")
 
     @property
     def broken(self) -> list[Promise]:

@@ -170,7 +170,7 @@ class MeasureStages(SourceStages):
         }
         found: Sensitivity | None = None
         if self.folder.sensitivity.is_file():
-            with contextlib.suppress(BadFile, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(BadFile):
                 found = Sensitivity.from_json(read_json(self.folder.sensitivity))
                 if found.made_from != made_from:
                     self._changed("sensitivity", found.made_from, made_from)

@@ -50,7 +50,8 @@ class SourceStages:
 
     def _converted(self, checkpoint: Path) -> Path:
         output = self.folder.source
-        origin = open_checkpoint(checkpoint).origin()
+        with self.listener.progress("fingerprint of the checkpoint"):
+            origin = open_checkpoint(checkpoint).origin()
         if output.is_file():
             with contextlib.suppress(EdgepruneError):
                 old = str(GgufFile(output).get(SOURCE_KEY, ""))
@@ -82,7 +83,9 @@ class SourceStages:
 
     @cached_property
     def fingerprint(self) -> str:
-        return self.file.fingerprint()
+        """Of the source's content. The first look at a large file takes as long as reading it."""
+        with self.listener.progress("fingerprint of the model"):
+            return self.file.fingerprint()
 
     @cached_property
     def profile(self) -> Profile:
