@@ -90,7 +90,7 @@ def first_lines(done: subprocess.CompletedProcess[str], code: int) -> tuple[str,
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("the model fits as it is")]
     hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
     assert len(hints) <= 1
     return lines[0], hints[0] if hints else ""

@@ -91,7 +91,16 @@ def test_a_preset_is_what_the_builder_makes_of_its_types(
     own = {info.name: info.type for info in source.tensors.values()}
     types = {name: kind for name, kind in made["types"].items() if kind != own[name]}
     plan = Plan(
-        architecture.arch, architecture.experts, architecture.experts, {}, types, Launch(), "", "", Prediction(), {}
+        architecture.arch,
+        architecture.experts,
+        architecture.experts,
+        {},
+        types,
+        Launch(),
+        "",
+        f"stock preset {preset}",
+        Prediction(),
+        {},
     )
     build(str(model), plan.to_json(), str(tmp_path / "ours.gguf"), str(statistics))
     ours = GgufFile(tmp_path / "ours.gguf")

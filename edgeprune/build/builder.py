@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune.decide.plan import Plan
+from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
 from edgeprune.files import atomic_writer, file_digest, require_space
@@ -63,6 +63,7 @@ def _encode_jobs(
     target: ggml.GgmlType,
     kept: Sequence[int],
     means: npt.NDArray[np.float32] | None,
+    stock: bool,
 ) -> Iterator[Callable[[], Bytes]]:
     """Encoding jobs in file order; an expert is encoded with its own importance row."""
     kind, width = ggml.BY_NAME[tensor.type], tensor.shape[0]
@@ -70,8 +71,9 @@ def _encode_jobs(
     by_matrix = raw.reshape(tensor.matrices, -1)
     for matrix in matrices:
         importance = None if means is None else means[matrix if len(means) > 1 else 0]
-        if importance is None:
-            # As the distortion was measured; some encoders do better without any, which is not what was priced.
+        if importance is None and (not stock or target.needs_imatrix):
+            # As the distortion was measured: some encoders are others without any importance. A stock preset is
+            # made as llama-quantize makes it.
             importance = np.ones(width, np.float32)
         for chunk in _row_chunks(by_matrix[matrix], kind, width):
 
@@ -117,6 +119,7 @@ def build(
     architecture = read_architecture(file)
     obeyed = Plan.from_json(plan, "plan")
     obeyed.check(architecture)
+    stock = obeyed.origin.startswith(PRESET)
     made = layout(file, architecture, obeyed.kept, obeyed.types, obeyed.records())
     moments = Statistics.load(Path(statistics)).moments if statistics else {}
     path = Path(output)
@@ -129,7 +132,7 @@ def build(
             moment = moments.get(tensor.name)
             means = None if moment is None else moment.mean()
             written = 0
-            for piece in _pieces(file, tensor, target.type, kept, means, pool):
+            for piece in _pieces(file, tensor, target.type, kept, means, pool, stock):
                 written += stream.write(piece.tobytes() if not piece.flags.c_contiguous else piece.data)
             if written != target.nbytes:
                 raise BadFile(f"{tensor.name}: wrote {written:,} bytes, planned {target.nbytes:,}")
@@ -147,12 +150,13 @@ def _pieces(
     kept: Sequence[int],
     means: npt.NDArray[np.float32] | None,
     pool: ThreadPoolExecutor,
+    stock: bool,
 ) -> Iterator[Bytes]:
     raw = file.raw(tensor.name)
     if target == tensor.type:
         yield from _kept_slices(raw, tensor, kept)
         return
-    jobs = _encode_jobs(raw, tensor, ggml.BY_NAME[target], kept, means)
+    jobs = _encode_jobs(raw, tensor, ggml.BY_NAME[target], kept, means, stock)
     yield from _in_order(pool, jobs, ahead=2 * cores())
 
 

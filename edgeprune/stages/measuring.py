@@ -159,6 +159,14 @@ class MeasureStages(SourceStages):
                 )
         return path
 
+    def check_source(self) -> None:
+        """Run the source over the held-out text, which the proof needs anyway, before anything is built of it.
+
+        Raises:
+            BadFile: it computes values that are not finite.
+        """
+        self._reference("held_out")
+
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """Distortion of every tensor, cost of every error, cost of every number of experts."""
