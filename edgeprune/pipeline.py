@@ -39,7 +39,6 @@ def fit(settings: Settings, listener: Listener) -> tuple[Report, Path]:
     settings.check()
     with opened(settings, listener) as run:
         plan = run.plan()
-        run.check_source()
         build = run.build(plan)
         report = run.verify(plan, build)
         run.clear_scratch()

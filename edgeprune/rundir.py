@@ -138,6 +138,8 @@ class RunFolder:
         who waits for a deleted lock tries again."""
         marker = self.path / ".edgeprune"
         with suppress(OSError):
+            self.scratch.rmdir()  # only if it is empty
+        with suppress(OSError):
             empty = set(self.path.iterdir()) <= {lock, marker}
             if empty:
                 marker.unlink(missing_ok=True)

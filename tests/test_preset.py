@@ -90,6 +90,7 @@ def test_a_preset_is_what_the_builder_makes_of_its_types(
     architecture = read_architecture(source)
     own = {info.name: info.type for info in source.tensors.values()}
     types = {name: kind for name, kind in made["types"].items() if kind != own[name]}
+    origin = f"stock preset {preset}"
     plan = Plan(
         architecture.arch,
         architecture.experts,
@@ -98,7 +99,7 @@ def test_a_preset_is_what_the_builder_makes_of_its_types(
         types,
         Launch(),
         "",
-        f"stock preset {preset}",
+        origin,
         Prediction(),
         {},
     )

@@ -95,7 +95,7 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
     )
 
 
-def _layout(problem: Problem, kept: int, types: Mapping[str, str]) -> tuple[Plan, Layout]:
+def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str = SOLVER) -> tuple[Plan, Layout]:
     """A plan without predictions, and the file it leads to."""
     plan = Plan(
         arch=problem.architecture.arch,
@@ -105,7 +105,7 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str]) -> tuple[Plan
         types=dict(types),
         launch=problem.launch,
         method=problem.method if kept < problem.architecture.experts else "all experts kept",
-        origin=SOLVER,
+        origin=origin,
         predicted=Prediction(),
         made_from=problem.made_from,
     )
@@ -158,13 +158,15 @@ def priced(
     solution: Solution | None = None,
     *,
     placed: bool = False,
+    origin: str = SOLVER,
 ) -> Candidate | None:
     """The plan with ``kept`` experts and ``types``, with its predictions, or None when it has no place.
 
     Args:
+        origin: who chose it, on which the file's records depend.
         placed: the problem's launch says where the weights go; otherwise that is decided here.
     """
-    plan, made = _layout(problem, kept, types)
+    plan, made = _layout(problem, kept, types, origin)
     nbytes = {tensor.name: tensor.nbytes for tensor in made.tensors}
     where = place(problem.architecture, kept, nbytes, problem.budget, problem.profile, problem.launch, fixed=placed)
     too_big = problem.budget.file_limit_bytes is not None and made.nbytes > problem.budget.file_limit_bytes

@@ -147,6 +147,7 @@ class DecideStages(MeasureStages):
             self._put_aside(found)
         found_candidates = self.candidates() if untouched is None else [untouched]
         if untouched is not None:
+            self.check_source()
             self.listener.say("the model fits as it is: nothing is dropped and no type is changed")
         self._save_curve(found_candidates)
         best = found_candidates[0].plan
@@ -214,7 +215,9 @@ class DecideStages(MeasureStages):
         self.measure_types(changed)
         edited = replace(plan, types=changed)
         made = layout(self.file, self.architecture, plan.kept, changed, edited.records())
-        whole = priced(replace(problem, ranked=self._ranked_like(plan)), plan.kept, changed, placed=placed)
+        whole = priced(
+            replace(problem, ranked=self._ranked_like(plan)), plan.kept, changed, placed=placed, origin=plan.origin
+        )
         if whole is None:
             raise DoesNotFit(
                 f"the plan needs a file of {format_bytes(made.nbytes)}, more than the budget allows",
