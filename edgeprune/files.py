@@ -123,12 +123,14 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     Raises:
         EdgepruneError: less than ``needed_bytes`` are free.
     """
+    if not os.access(folder, os.W_OK):  # a read-only file system has no space either, which is not what is wrong
+        raise EdgepruneError(f"cannot write to {folder}", hint="choose another folder")
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise EdgepruneError(
             f"not enough disk space in {folder}",
             rows=[("needed", format_bytes(needed_bytes)), ("free", format_bytes(free))],
-            hint="free some space, or choose another folder with -o",
+            hint="free some space, or choose another folder",
         )
 
 

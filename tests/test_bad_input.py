@@ -341,7 +341,7 @@ def test_an_impossible_wish_exits_2_before_anything_is_measured(
             ("--file-size", "50kB"),
             "error: toy qwen3moe does not fit a file of 48.8 KiB",
             ["smallest plan", "its weights", "left for weights", "short of"],
-            "raise the limit",
+            "B` is the least that works",
         ),
         (
             ("--memory", "20MiB"),
@@ -350,7 +350,7 @@ def test_an_impossible_wish_exits_2_before_anything_is_measured(
                 *("RAM", "runtime (process, libraries)", "KV cache", "compute buffers", "left for weights"),
                 *("smallest plan", "its weights", "short of"),
             ],
-            "--context",
+            "MiB` is the least that works",
         ),
     ],
     ids=["file", "memory"],
@@ -367,6 +367,16 @@ def test_what_does_not_fit_exits_3_with_the_figures_before_anything_is_measured(
     for row, line in zip(rows, lines, strict=True):
         assert row in line and (line.endswith("B") or row == "smallest plan")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--file-size", "--memory"])
+def test_the_least_that_is_named_does_work(option: str, good_gguf: Path, small_text: Path, tmp_path: Path) -> None:
+    words = ("plan", good_gguf, "--text", small_text, "-o", tmp_path / "run")
+    _, hint = first_lines(run_edgeprune(*words, option, "20kB"), 3)
+    given, least = hint.partition("`")[2].partition("`")[0].split()
+    assert given == option
+    done = run_edgeprune(*words, option, least)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -447,6 +457,22 @@ def test_a_disk_that_fills_up_while_measuring_keeps_what_was_measured(small_text
     left = [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert "statistics.safetensors" in left
     assert not [name for name in left if name.endswith(".partial")]
+
+
+def test_text_that_calibrates_is_not_held_out(small_text: Path, good_gguf: Path, tmp_path: Path) -> None:
+    words = (
+        "fit",
+        good_gguf,
+        *DEVICE,
+        "--text",
+        small_text,
+        "--eval-text",
+        f"x={small_text}",
+        "-o",
+        tmp_path / "run",
+    )
+    said, hint = first_lines(run_edgeprune(*words), 2)
+    assert "as --text and as --eval-text" in said and "a quarter" in hint
 
 
 def test_a_disk_without_room_for_the_sums_is_explained(small_text: Path, tmp_path: Path) -> None:

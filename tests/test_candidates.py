@@ -281,7 +281,7 @@ def smallest_weights(problem: Problem) -> int:
     ("settings", "target", "hint"),
     [
         pytest.param({"memory": 53 * MIB + 100_000}, "cpu-16gb", "`--context 512` frees 512 KiB", id="memory"),
-        pytest.param({"file_limit": 100_000}, "a file of 97.7 KiB", "raise the limit", id="file"),
+        pytest.param({"file_limit": 100_000}, "a file of 97.7 KiB", "is the least that works", id="file"),
         pytest.param(
             {"memory": 53 * MIB + 100_000, "file_limit": 9 * MIB},
             "the memory of this machine",

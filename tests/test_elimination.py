@@ -13,7 +13,7 @@ import toys
 from observed import Family, Toy, collected, statistics, token_windows
 
 from edgeprune.decide.elimination import Layer, Replay, eliminate, error_of
-from edgeprune.decide.replaying import rank
+from edgeprune.decide.replaying import rank, token_weights
 from edgeprune.measure import child
 from edgeprune.measure.reservoir import Reservoir, pack
 from edgeprune.measure.routing import CHOSEN, CONSTANT, KEPT, preference, rule_of
@@ -221,7 +221,8 @@ def test_packed_rows_keep_eleven_bits() -> None:
 
 
 def squared(family: Family, layer: int, kept: list[int], renormalised: bool) -> float:
-    """Relative squared error of the layer's output with the kept experts, on the tokens of the reservoir."""
+    """Relative squared error of the layer's output with the kept experts, on the tokens of the reservoir, as much as
+    each of them counts."""
     import torch
 
     block = family.expected.model.model.layers[layer].mlp
@@ -239,7 +240,8 @@ def squared(family: Family, layer: int, kept: list[int], renormalised: bool) -> 
         return torch.einsum("tk,tkdf,tkf->td", weights, down[ids], hidden)
 
     whole = output(list(range(toys.EXPERTS)))
-    return float((output(kept) - whole).square().sum() / whole.square().sum())
+    weight = torch.tensor(token_weights(family.both.reservoirs[layer])).double()
+    return float((weight @ (output(kept) - whole).square()).sum() / (weight @ whole.square()).sum())
 
 
 @pytest.mark.parametrize("method", ["replay", "naee"])
@@ -294,3 +296,19 @@ def test_a_layer_whose_tokens_do_not_fit_its_weights_is_not_replayed(
     made.save(tmp_path / "s.safetensors")
     found = rank(str(toy_gguf("qwen3_moe")), str(tmp_path / "s.safetensors"), "replay", [4], {})
     assert "do not reproduce" in found["reasons"]["0"]
+
+
+def test_tokens_count_relative_to_their_stream_and_domains_alike() -> None:
+    count = 6
+    tokens = routed(np.full((count, 4), 0.25), np.zeros((count, 1), np.intp), np.ones((count, 1)))
+    output = np.array([1, 1, 1, 1, 1, 10], np.float32)[:, None]
+    streams = np.array([10, 10, 10, 20, 20, 100], np.float32)
+    tokens = Reservoir(**{**tokens.__dict__, "y": output, "residual": streams})
+    weight = token_weights(tokens)
+    assert weight.mean() == pytest.approx(1)
+    assert weight[0] == weight[2] > weight[3] > weight[5] > 0  # the longer the stream, the less an error matters
+    parted = Reservoir(**{**tokens.__dict__, "domain": np.array([0, 0, 0, 0, 1, 1], np.int16)})
+    balanced = token_weights(parted, balanced=True)
+    assert balanced[4] / balanced[3] == pytest.approx(2)  # half as many tokens of that domain
+    nothing = Reservoir(**{**tokens.__dict__, "y": 0 * output, "residual": 0 * streams})
+    assert np.isfinite(token_weights(nothing)).all()

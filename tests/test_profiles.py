@@ -142,7 +142,7 @@ def test_both_pools_of_a_discrete_gpu_are_usable() -> None:
         ("threads = 12", 'threads = "12"', "threads = '12' is not a positive"),
         ("threads = 12", "threads = 12\ntreads = 12", "unknown keys: treads"),
         ('backend = "metal"', 'backend = "mettal"', "backend must be one of"),
-        ('name = "apple-m4-max-128gb"', 'name = "apple-m4"', "differs from the file's"),
+        ('name = "apple-m4-max-128gb"', 'name = "apple-m4"', "the file's is 'apple-m4-max-128gb'"),
         ('total = "128 GiB"', "total = 128", "pools.ram.total = 128 is not a size"),
         ('total = "128 GiB"', 'total = "128 G"', "pools.ram.total = '128 G' is not a size"),
         ('reserve = "8 GiB"', 'reserve = "128 GiB"', "the reserve leaves nothing"),

@@ -326,6 +326,7 @@ def test_leftovers_go_when_the_folder_is_opened_and_when_it_is_closed(tmp_path: 
     folder = RunFolder(tmp_path / "run")
     with folder.locked("model"):
         folder.scratch.mkdir()
+        (folder.scratch / "kept.logprobs").touch()
         (folder.path / "kept.json").touch()
     old = [folder.path / "a.gguf.partial", folder.scratch / "b.logprobs.partial"]
     for path in old:
@@ -335,7 +336,7 @@ def test_leftovers_go_when_the_folder_is_opened_and_when_it_is_closed(tmp_path: 
         for path in old:
             path.touch()
     assert not any(path.exists() for path in old)
-    assert (folder.path / "kept.json").exists()
+    assert (folder.path / "kept.json").exists() and (folder.scratch / "kept.logprobs").exists()
 
 
 def test_a_kill_while_a_folder_is_claimed_does_not_close_it(tmp_path: Path) -> None:

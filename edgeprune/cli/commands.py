@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgeprune.errors import UsageError
 from edgeprune.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -152,15 +153,20 @@ def profiles(name: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--type", "base", type=click.Choice(["auto", "f32", "f16", "bf16"]), default="auto", show_default=True)
 def convert(checkpoint: Path, output: Path, base: str) -> None:
-    """Convert a Hugging Face CHECKPOINT folder to the GGUF file OUTPUT."""
+    """Convert a Hugging Face CHECKPOINT folder, or 'demo', to the GGUF file OUTPUT."""
     from edgeprune.cli.console import Console
     from edgeprune.measure import child
     from edgeprune.model.convert import check_output
+    from edgeprune.stages.source import DEMO
 
+    if str(checkpoint) == "demo":
+        checkpoint = DEMO
+    if not checkpoint.is_dir():
+        raise UsageError(f"no checkpoint folder {checkpoint}", hint="give a folder, or `demo`")
     check_output(checkpoint, output)
     with Console().progress("convert") as progress:
         child.call(
@@ -185,8 +191,8 @@ def calibrate(source: str, merge: tuple[Path, ...], **options: Any) -> None:
     """Run SOURCE over the calibration text once and save the statistics and the imatrix.
 
     \b
-    edgeprune calibrate demo --text code=a.py -o first
-    edgeprune calibrate demo --merge first/statistics.safetensors --merge second/statistics.safetensors -o both
+    edgeprune calibrate demo --text code=a.py -o a
+    edgeprune calibrate demo --merge a/statistics.safetensors --merge b/statistics.safetensors -o c
     """
     from edgeprune import pipeline
     from edgeprune.cli import show
@@ -299,4 +305,18 @@ def compare(model: str, fractions: tuple[float, ...], methods: str | None, seeds
     _print(found.to_json(), show.comparison(found, folder), options["as_json"])
 
 
+# What `edgeprune --help` says of each: click cuts the first sentence of the help off at less than a line.
+_SHORT = {
+    fit: "Do everything: measure, decide, build, prove.",
+    inspect: "What a model is, and which profiles it fits.",
+    profiles: "List the device profiles, or probe this machine.",
+    convert: "Make a GGUF of a Hugging Face checkpoint.",
+    calibrate: "Measure a model on text, once.",
+    plan: "Choose experts and types within a budget.",
+    build: "Write the file that the plan describes.",
+    verify: "Measure the built file, write the report.",
+    compare: "Hold methods of choosing experts side by side.",
+}
+for _command, _words in _SHORT.items():
+    _command.short_help = _words
 COMMANDS = [fit, inspect, profiles, convert, calibrate, plan, build, verify, compare]

@@ -251,7 +251,21 @@ def _does_not_fit(problem: Problem, counts: Sequence[int], forced_types: bool) -
         rows += [("left for weights", format_bytes(budget)), ("short of", format_bytes(smallest - budget))]
     else:  # enough in all, but not in the one pool or the other
         rows += [(f"left in {p.pool.upper()}", format_bytes(p.weights_bytes)) for p in problem.budget.pools]
-    return DoesNotFit(cause, rows=rows, hint=_way_out(problem, by_file))
+    least = _least(problem, kept, smallest - fixed, by_file)
+    return DoesNotFit(cause, rows=rows, hint=_way_out(problem, by_file, least))
+
+
+def _least(problem: Problem, kept: int, quantisable_bytes: int, by_file: bool) -> str:
+    """The option that gives just enough room for the smallest plan; "" where a device sets the limit."""
+    _, bare = _layout(problem, kept, {})
+    quantisable = {tensor.name for tensor in problem.architecture.tensors if tensor.quantisable}
+    fixed = sum(align(t.nbytes, bare.alignment) for t in bare.tensors if t.name not in quantisable)
+    if by_file:  # an expert's id and a tensor's type change no length of the header
+        return f"`--file-size {len(bare.header) + fixed + quantisable_bytes + bare.alignment}B`"
+    if len(problem.budget.pools) == 1 and problem.profile.name.startswith("memory-"):
+        lines = sum(line.nbytes for line in problem.budget.pools[0].lines)
+        return f"`--memory {(lines + fixed + quantisable_bytes) // 2**20 + 1}MiB`"
+    return ""
 
 
 def _limit_name(problem: Problem, by_file: bool) -> str:
@@ -261,8 +275,10 @@ def _limit_name(problem: Problem, by_file: bool) -> str:
     return f"a file of {format_bytes(limit)}" if by_file else "the memory of this machine"
 
 
-def _way_out(problem: Problem, by_file: bool) -> str:
+def _way_out(problem: Problem, by_file: bool, least: str) -> str:
     cache = sum(line.nbytes for pool in problem.budget.pools for line in pool.lines if line.name == CACHE)
+    if least:
+        return f"{least} is the least that works"
     if by_file or not cache:
         return "raise the limit; `edgeprune inspect MODEL` lists the profiles that it fits"
     return (

@@ -214,7 +214,11 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        return cls.from_json(read_json(path), str(path))
+        try:
+            return cls.from_json(read_json(path), str(path))
+        except BadFile as error:
+            hint = error.hint or "mend it, or delete it to plan anew"
+            raise BadFile(error.cause, rows=error.rows, hint=hint) from error
 
 
 def _ranges(layers: Iterable[int]) -> str:

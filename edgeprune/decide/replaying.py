@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from edgeprune.decide.elimination import Layer, Replay, eliminate, error_of
 from edgeprune.decide.scores import NAEE
+from edgeprune.measure.activation import Activation
 from edgeprune.measure.replay import (
     TOLERANCE,
-    Activation,
     LayerExperts,
     activation_of,
     outputs,

@@ -139,7 +139,9 @@ def load_profile(path: Path) -> Profile:
     check_keys(f"{where} [types]", table["types"], {"avoid"}, set())
     check_keys(f"{where} [gpu]", table.get("gpu", {}), set(), {"working_set"})
     if table["name"] != path.stem:
-        raise BadFile(f"{where}: the name {table['name']!r} differs from the file's")
+        raise BadFile(
+            f"{where}: the name is {table['name']!r}, the file's is {path.stem!r}", hint="make them the same"
+        )
     if table["backend"] not in BACKENDS or table["defaults"]["kv_type"] not in KV_TYPES:
         raise BadFile(f"{where}: backend must be one of {BACKENDS}, kv_type one of {KV_TYPES}")
     avoid = table["types"]["avoid"]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.measure.activation import glu_slopes
 from edgeprune.measure.arena import Arena
 from edgeprune.measure.llama import Node
 from edgeprune.measure.observers import weight_name
@@ -31,8 +32,6 @@ _ROUTER_LOGITS = ("logits", "logits_biased")
 # In the order in which the graph builds them; the last one present is what multiplies the output.
 _WEIGHTS = ("weights", "weights_softmax", "weights_norm", "weights_scaled")
 _OUTPUTS = ("down", "down_scaled", "down_biased")
-# enum ggml_glu_op (ggml.h) of the activations whose slope is known here.
-_REGLU, _GEGLU, _SWIGLU = 0, 1, 2
 # From a normed input back to the residual stream: what may stand between (a norm's weight, its bias, views).
 _BETWEEN = frozenset({"MUL", "ADD", "REPEAT", "RESHAPE", "VIEW", "CONT", "SCALE"})
 _NORMS = frozenset({"RMS_NORM", "NORM"})
@@ -257,7 +256,7 @@ class Collector:
         slots, sums = window.slots, self._sums(layer, window, hidden=gate.shape[1])
         self._sum(layer, sums, gate_square_sum=slots.sums(np.square(gate)))
         self._sum(layer, sums, up_square_sum=slots.sums(np.square(up)))
-        slopes = _slopes(node.struct.op_params[0], gate)
+        slopes = glu_slopes(node.struct.op_params[0], gate)
         if slopes is not None and window.gates is not None:
             value, slope = slopes
             weights = np.square(window.gates)
@@ -487,19 +486,3 @@ def _angle(before: Floats, change: Floats) -> Doubles:
     lengths = np.sqrt(np.einsum("td,td->t", start, start) * np.einsum("td,td->t", end, end))
     angle: Doubles = 1 - np.divide(product, lengths, out=np.ones_like(product), where=lengths > 0)
     return angle
-
-
-def _slopes(kind: int, gate: Floats) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-    """Value and derivative of the activation at ``gate``; None for one that is not known here."""
-    if kind == _SWIGLU:
-        sigmoid = 1 / (1 + np.exp(-np.clip(gate, -80, 80)))
-        return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
-    if kind == _REGLU:
-        positive = (gate > 0).astype(np.float32)
-        return gate * positive, positive
-    if kind == _GEGLU:  # the tanh form, as ggml computes it
-        inner = np.float32(np.sqrt(2 / np.pi)) * (gate + 0.044715 * gate**3)
-        tanh = np.tanh(inner)
-        rate = np.float32(np.sqrt(2 / np.pi)) * (1 + 3 * 0.044715 * gate**2)
-        return 0.5 * gate * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * rate
-    return None

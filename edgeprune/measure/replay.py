@@ -7,12 +7,12 @@ experts kept it must give what llama.cpp computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.measure.activation import GATED, UNGATED, Activation
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.weights import expert_matrix, layer_tensors
 from edgeprune.model import ggml
@@ -20,47 +20,9 @@ from edgeprune.model.architecture import Architecture, Tensor
 from edgeprune.model.gguf import GgufFile
 
 Floats = npt.NDArray[np.float32]
-Activation = Callable[[Floats | None, Floats], Floats]
 DIMENSIONS = 48
 # Largest relative error of a replayed layer's output that is taken for rounding.
 TOLERANCE = 1e-2
-_OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
-
-
-def _sigmoid(values: Floats) -> Floats:
-    result: Floats = np.reciprocal(1 + np.exp(-np.clip(values, -80, 80)))
-    return result
-
-
-def _silu(gate: Floats | None, up: Floats) -> Floats:
-    assert gate is not None
-    return gate * _sigmoid(gate) * up
-
-
-def _gelu(gate: Floats | None, up: Floats) -> Floats:
-    assert gate is not None
-    inner = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
-    result: Floats = np.float32(0.5) * gate * (1 + np.tanh(inner)) * up
-    return result
-
-
-def _relu(gate: Floats | None, up: Floats) -> Floats:
-    assert gate is not None
-    return np.maximum(gate, 0) * up
-
-
-def _oai(gate: Floats | None, up: Floats) -> Floats:
-    assert gate is not None
-    low, bounded = np.minimum(gate, _OAI_LIMIT), np.clip(up, -_OAI_LIMIT, _OAI_LIMIT)
-    return low * _sigmoid(np.float32(_OAI_ALPHA) * low) * (bounded + 1)
-
-
-def _relu_squared(_: Floats | None, up: Floats) -> Floats:
-    return np.square(np.maximum(up, 0))
-
-
-GATED: dict[str, Activation] = {"silu": _silu, "gelu": _gelu, "relu": _relu, "swiglu_oai": _oai}
-UNGATED: dict[str, Activation] = {"relu_squared": _relu_squared}
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def curve(
     if not marks:
         return ""
     least = min((nats for _, nats, _, _ in marks if nats > 0), default=1e-4)
-    floor = least / 3
+    floor = max(least / 3, 1e-6)  # below it is rounding
     sizes = [size for size, _, _, _ in marks]
     low, high = min(sizes) * 0.96, max(sizes) * 1.04
     bottom = math.log10(floor)

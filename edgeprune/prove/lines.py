@@ -35,10 +35,13 @@ class _Frame:
 def _axes(frame: _Frame, experts: int) -> list[str]:
     lower = frame.lower
     body = [f'<line x1="{_LEFT}" y1="{lower}" x2="{_RIGHT}" y2="{lower}" class="axis"/>']
-    for power in range(math.ceil(frame.bottom), math.floor(frame.top) + 1):
-        y = frame.place(frame.counts[0], 10.0**power)[1]
+    powers = range(math.floor(frame.bottom), math.floor(frame.top) + 1)
+    for nats in (step * 10.0**power for power in powers for step in (1, 2, 5)):
+        if not frame.bottom <= math.log10(nats) <= frame.top:
+            continue
+        y = frame.place(frame.counts[0], nats)[1]
         body.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_RIGHT}" y2="{y:.1f}" class="grid"/>')
-        body.append(text(_LEFT - 6, y + 4, f"{10.0**power:g}", "end"))
+        body.append(text(_LEFT - 6, y + 4, f"{nats:g}", "end"))
     for kept in frame.counts:
         body.append(text(frame.place(kept, frame.floor)[0], lower + 18, f"{100 * kept / experts:.0f} %", "middle"))
     axis = "share of experts kept; vertical: KL divergence, nats per token, logarithmic"

@@ -42,8 +42,11 @@ def _template(name: str) -> Template:
 
 def render_comparison(comparison: Comparison) -> str:
     """The page of a comparison as HTML text."""
+    domains = comparison.text["domains"]
     return _template("compare.html.j2").render(
-        comparison=comparison, picture=method_lines(comparison.rows, comparison.experts)
+        comparison=comparison,
+        domains=domains if len(domains) > 1 else [],  # of a single one the mean is all there is to say
+        picture=method_lines(comparison.rows, comparison.experts),
     )
 
 

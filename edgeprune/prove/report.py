@@ -107,6 +107,10 @@ class Report:
         return cls(**fields)
 
 
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
 def promises(
     plan: Mapping[str, Any],
     build_bytes: int,
@@ -134,6 +138,7 @@ def promises(
             KEPT if exact else BROKEN,
         )
     ]
+    here = "" if on_device else " on this machine"
     memory = sum(predicted["pool_bytes"].values())
     available = sum(pool["total_bytes"] for pool in budget["pools"])
     others = (SYSTEM, DESKTOP)
@@ -158,12 +163,12 @@ def promises(
     lines.append(
         Promise(
             "decode (tokens per second)",
-            f"{predicted['decode_per_s']:.3g}",
-            f"{speed['decode_per_s']:.3g}",
+            _rate(predicted["decode_per_s"]),
+            _rate(speed["decode_per_s"]) + here,
             INFORMATION,
         )
     )
-    lines.append(Promise("prefill (tokens per second)", "", f"{speed['prefill_per_s']:.3g}", INFORMATION))
+    lines.append(Promise("prefill (tokens per second)", "", _rate(speed["prefill_per_s"]) + here, INFORMATION))
     first = f"first token after {speed['prompt_tokens']} tokens"
-    lines.append(Promise(first, "", format_seconds(speed["first_token_seconds"]), INFORMATION))
+    lines.append(Promise(first, "", format_seconds(speed["first_token_seconds"]) + here, INFORMATION))
     return lines

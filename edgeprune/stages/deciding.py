@@ -40,7 +40,10 @@ class DecideStages(MeasureStages):
                 f"the router uses {self.architecture.used} of {self.architecture.experts} experts"
                 f" in {self.architecture.groups} group(s)"
             )
-            raise UsageError(f"--keep {keep} is not possible: {reason}")
+            possible = [n for n in range(1, self.architecture.experts + 1) if self.architecture.count_allowed(n)]
+            raise UsageError(
+                f"--keep {keep} is not possible: {reason}", hint=f"choose from {possible[0]} to {possible[-1]}"
+            )
         return [keep]
 
     def _made_from(self, *, measured: bool) -> dict[str, Any]:

@@ -39,6 +39,20 @@ def tools() -> str:
     return f"format {FORMAT}, llama-cpp-python {version('llama-cpp-python')}"
 
 
+def _disjoint(calibration: Sequence[str], held_out: Sequence[str]) -> None:
+    """Refuse a file that is to calibrate and to be held out.
+
+    Raises:
+        UsageError: names it.
+    """
+    files = [{Path(value.rpartition("=")[2]).resolve() for value in values} for values in (calibration, held_out)]
+    if both := sorted(files[0] & files[1]):
+        raise UsageError(
+            f"{both[0]} is given as --text and as --eval-text: what was calibrated on is not held out",
+            hint="leave --eval-text out, and a quarter of the text is held out",
+        )
+
+
 @dataclass
 class MeasureStages(SourceStages):
     """Statistics, sensitivities, and the quality of any file against the source."""
@@ -47,6 +61,7 @@ class MeasureStages(SourceStages):
     def texts(self) -> list[TextFile]:
         """Calibration and held-out text."""
         if self.settings.evaluation_texts:
+            _disjoint(self.settings.texts, self.settings.evaluation_texts)
             chosen = parse_texts(self.settings.texts, "calibration") or [
                 replace(text, split="calibration") for text in shipped_texts()
             ]

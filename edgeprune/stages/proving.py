@@ -221,7 +221,8 @@ def _verdict(report: Report) -> str:
     if not report.baselines:
         return f"{kept}; {moved}; no stock preset of at most this size was measured."
     if not report.plan["types"] and not report.plan["keep"]:
-        return f"{kept}; {moved}: nothing had to be dropped or quantised."
+        rounding = f"{kl:.1g} nats are the rounding of the measurement"
+        return f"{kept}; {moved}: nothing had to be dropped or quantised; {rounding}."
     best = min(report.baselines, key=lambda rival: float(rival.quality["kl_mean"]))
     if report.shipped != "plan":
         return f"{kept}; {moved}; the stock preset {best.preset} was best and is shipped."

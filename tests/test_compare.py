@@ -1,0 +1,153 @@
+"""Methods side by side: what is measured, how sure it is, and what is saved of it."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toys
+from runs import Fit, read, run_edgeprune
+
+from edgeprune.errors import UsageError
+from edgeprune.model.architecture import read_architecture
+from edgeprune.model.gguf import GgufFile
+from edgeprune.prove.comparison import Comparison, interval, row
+from edgeprune.prove.lines import method_lines
+from edgeprune.stages.comparing import counts_of
+
+pytest_plugins = ("demo_fixtures",)
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_fit: Fit, small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a comparison of a small model, and the words that make it again."""
+    folder = tmp_path_factory.mktemp("compare") / "run"
+    source = tiny_fit.folder / "source.gguf"
+    words = ["compare", str(source), "--keep", "0.75,0.5", "--methods", "replay,reap,aimer,random", "--seeds", "2"]
+    words += ["--text", str(small_text), "-o", str(folder)]
+    done = run_edgeprune(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == read(folder / "compare.json")
+    return folder, words
+
+
+def test_every_method_is_measured_at_every_number(compared: tuple[Path, list[str]]) -> None:
+    found = Comparison.from_json(read(compared[0] / "compare.json"))
+    assert found.experts == toys.EXPERTS
+    assert {(r.method, r.kept) for r in found.rows} == {
+        (method, kept) for method in ("replay", "reap", "aimer", "random") for kept in (6, 4)
+    }
+    for own in found.rows:
+        assert own.seeds == (2 if own.method == "random" else 1)
+        assert 0 < own.low <= own.quality["kl_mean"] <= own.high
+        assert set(own.domains) == {"small"}
+        assert own.domains["small"]["kl_mean"] == pytest.approx(own.quality["kl_mean"])
+    kept = [r.kept for r in found.rows]
+    assert kept == sorted(kept, reverse=True)
+    for count in (6, 4):
+        values = [r.quality["kl_mean"] for r in found.rows if r.kept == count]
+        assert values == sorted(values)
+
+
+def test_dropping_more_experts_costs_more(compared: tuple[Path, list[str]]) -> None:
+    found = Comparison.from_json(read(compared[0] / "compare.json"))
+    kl = {(r.method, r.kept): r.quality["kl_mean"] for r in found.rows}
+    for method in ("replay", "reap", "random"):
+        assert kl[method, 6] < kl[method, 4]
+
+
+def test_a_second_comparison_measures_only_what_is_new(compared: tuple[Path, list[str]]) -> None:
+    folder, words = compared
+    before = read(folder / "compare.json")
+    stamp = (folder / "compare-cache.json").stat().st_mtime_ns
+    again = run_edgeprune(*words)
+    assert again.returncode == 0
+    assert read(folder / "compare.json") == before
+    assert (folder / "compare-cache.json").stat().st_mtime_ns == stamp
+    for wanted in ("K=6 of 8", "K=4 of 8", "random (mean of 2)", "95 % interval", "compare.html"):
+        assert wanted in again.stdout
+    assert [path.name for path in folder.glob("*.gguf")] == ["imatrix.gguf"]  # no model is written
+
+
+class Texts(HTMLParser):
+    """Texts by tag."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.tag, self.texts = "", {}
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tag = tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.setdefault(self.tag, []).append(data.strip())
+
+
+def test_the_page_has_a_line_and_a_row_for_every_method(compared: tuple[Path, list[str]]) -> None:
+    content = (compared[0] / "compare.html").read_text(encoding="utf-8")
+    texts = Texts(content).texts
+    assert "6 of 8 experts kept" in texts["h2"] and "4 of 8 experts kept" in texts["h2"]
+    for method in ("replay", "reap", "aimer", "random"):
+        assert method in texts["text"]  # the legend
+        assert sum(cell.startswith(method) for cell in texts["td"]) == 2
+        assert sum(tip.startswith(f"{method}, ") for tip in texts["title"]) == 2  # a point each
+    assert "<script" not in content and "http" not in content.replace("http-equiv", "")
+
+
+def test_an_unknown_method_is_refused_before_anything_is_measured(tiny_fit: Fit, tmp_path: Path) -> None:
+    source = tiny_fit.folder / "source.gguf"
+    done = run_edgeprune("compare", source, "--methods", "reap,reep", "-o", tmp_path / "run")
+    assert done.returncode == 2 and "unknown method 'reep'" in done.stderr and "did you mean reap" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("keep", ["1.5", "0", "half", "0.5,1"])
+def test_what_is_no_fraction_is_refused(keep: str, tiny_fit: Fit, tmp_path: Path) -> None:
+    done = run_edgeprune("compare", tiny_fit.folder / "source.gguf", "--keep", keep, "-o", tmp_path / "run")
+    assert done.returncode == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_fractions_become_numbers_that_the_router_allows(tmp_path: Path) -> None:
+    plain = toys.synthetic_gguf(tmp_path / "a.gguf", experts=16, width=64, expert_width=64)
+    assert counts_of([0.5, 0.9, 0.51], read_architecture(GgufFile(plain))) == [14, 8]
+    grouped = toys.synthetic_gguf(
+        tmp_path / "b.gguf", experts=16, width=64, expert_width=64, groups=4, groups_used=2, used=3
+    )
+    assert counts_of([0.7, 0.1], read_architecture(GgufFile(grouped))) == [12, 8]
+    blocked = toys.synthetic_gguf(tmp_path / "c.gguf", extra=[("expert_used_count", "[u32]", [2, 2])])
+    with pytest.raises(UsageError, match="cannot be dropped"):
+        counts_of([0.5], read_architecture(GgufFile(blocked)))
+
+
+def test_an_interval_holds_the_mean_and_shrinks_with_the_text() -> None:
+    random = np.random.default_rng(0)
+    sums = random.gamma(2.0, 50.0, 400)
+    few, many = ([[100, value] for value in sums[:count]] for count in (20, 400))
+    for windows in (few, many):
+        low, high = interval(windows)
+        assert low < sum(value for _, value in windows) / (100 * len(windows)) < high
+    assert np.diff(interval(many)) < 0.4 * np.diff(interval(few))
+    assert interval([[10, 5.0]]) == (0.5, 0.5)
+
+
+def test_a_random_method_is_the_mean_of_its_draws() -> None:
+    quality = {"kl_mean": 0.0, "tokens": 10}
+    measured = [
+        {"all": {**quality, "kl_mean": value}, "domains": {"a": {"kl_mean": value}}, "windows": [[10, 10 * value]]}
+        for value in (0.1, 0.3)
+    ]
+    made = row("random", 4, measured)
+    assert made.quality["kl_mean"] == pytest.approx(0.2) and made.seeds == 2
+    assert made.domains["a"]["kl_mean"] == pytest.approx(0.2)
+    assert made.low == pytest.approx(0.1) and made.high == pytest.approx(0.3)
+
+
+def test_a_picture_of_one_number_of_experts_is_drawn_too() -> None:
+    quality = {"kl_mean": 0.1}
+    only = row("reap", 4, [{"all": quality, "domains": {"a": quality}, "windows": [[10, 1.0]]}])
+    assert "reap, 4 of 8 kept" in method_lines([only], 8)
