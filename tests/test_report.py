@@ -270,15 +270,15 @@ def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
 # Verdicts.
 
 GIB = 2**30
-PLAN = {
+PLAN: dict[str, Any] = {
     "predicted": {"file_bytes": 1000, "pool_bytes": {"ram": 5 * GIB}, "nats": 0.1, "decode_per_s": 20.0},
     "launch": {"gpu_layers": 0},
 }
 QUALITY = {"kl_mean": 0.12}
 SPEED = {"peak_bytes": 3 * GIB, "finite": True, "decode_per_s": 18.0, "prefill_per_s": 200.0}
-SPEED |= {"prompt_tokens": 512, "first_token_seconds": 2.56}
+SPEED |= {"device_bytes": 0, "prompt_tokens": 512, "first_token_seconds": 2.56}
 # 8 GiB, of which the system takes 2: 6 are there for the model, and the plan promises to need 3 of them.
-BUDGET = {
+BUDGET: dict[str, Any] = {
     "pools": [
         {
             "pool": "ram",
@@ -289,6 +289,12 @@ BUDGET = {
     ],
     "file_limit_bytes": None,
 }
+
+# A card of 4 GiB, of which the desktop takes 1.
+CARD = {**PLAN, "predicted": {**PLAN["predicted"], "pool_bytes": {"ram": 5 * GIB, "vram": 4 * GIB}}}
+HELD = [{"name": "desktop and driver", "nbytes": GIB}]
+VRAM = {"pool": "vram", "total_bytes": 4 * GIB, "lines": HELD, "weights_bytes": 3 * GIB}
+WITH_CARD = {**BUDGET, "pools": [*BUDGET["pools"], VRAM]}
 
 
 @pytest.mark.parametrize(
@@ -307,6 +313,16 @@ BUDGET = {
             "peak memory",
             "information",
         ),
+        (
+            {"plan": CARD, "budget": WITH_CARD, "speed": {**SPEED, "device_bytes": 3 * GIB}},
+            "memory of the GPU",
+            "kept",
+        ),
+        (
+            {"plan": CARD, "budget": WITH_CARD, "speed": {**SPEED, "device_bytes": 4 * GIB}},
+            "memory of the GPU",
+            "broken",
+        ),
         ({}, "output is finite", "kept"),
         ({"speed": {**SPEED, "finite": False}}, "output is finite", "broken"),
         ({"quality": {"kl_mean": 9.0}}, "KL divergence from the source (nats per token)", "information"),
@@ -322,6 +338,8 @@ BUDGET = {
         "memory beyond it",
         "memory of another machine",
         "memory that a GPU shares",
+        "memory of a graphics card as promised",
+        "memory of a graphics card beyond it",
         "finite",
         "not finite",
         "divergence is a prediction",

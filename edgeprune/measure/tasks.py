@@ -12,25 +12,25 @@ import statistics as stdlib_statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeprune.errors import BadFile
 from edgeprune.files import digest, require_space, room_for
-from edgeprune.measure.arena import Arena
 from edgeprune.measure.child import peak_memory_bytes
-from edgeprune.measure.collector import Collector
 from edgeprune.measure.divergence import Quality, Reference, TokenScores, summarise
 from edgeprune.measure.launch import Launch
-from edgeprune.measure.llama import EvalCallback, Session, buffer_sizes, session
-from edgeprune.measure.merging import merge
+from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, session
 from edgeprune.measure.observers import Disturbance, RouterMask
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import TextFile, Window, windows
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.soundness import first_not_finite
+
+if TYPE_CHECKING:
+    from edgeprune.measure.collector import Collector
 
 Progress = Callable[[int, int], None]
 _FILL_SECONDS = 20.0
@@ -75,6 +75,11 @@ def collect(
     Returns:
         tokens seen and peak memory in bytes.
     """
+    # Here, because what these import would count as memory of the other tasks, which are to show llama.cpp's.
+    from edgeprune.measure.arena import Arena
+    from edgeprune.measure.collector import Collector
+    from edgeprune.measure.merging import merge
+
     folder, names = Path(scratch), set(weights)
     folder.mkdir(parents=True, exist_ok=True)
     observer = _Switch()
@@ -336,10 +341,12 @@ def benchmark(
 
     Returns:
         prefill and decode tokens per second (medians over ``repeats``), the first token's delay in
-        seconds, peak memory in bytes with as much of the context filled as 20 seconds allow.
+        seconds, peak memory in bytes with as much of the context filled as 20 seconds allow; ``device_bytes``: what
+        was then taken of the memory of graphics cards.
     """
     settings = Launch(**launch)
     prefill, decode, finite = [], [], True
+    before = _free_on_devices()
     with session(Path(model), settings, single_output=True) as opened:
         random = np.random.default_rng(0)
         prompt = random.integers(0, opened.vocabulary_size, prompt_tokens).tolist()
@@ -355,6 +362,7 @@ def benchmark(
             decode.append(generated_tokens / (time.perf_counter() - started))
             finite = finite and bool(np.isfinite(logits).all())
         filled = _fill_context(opened, random, batch)
+        taken = sum(max(0, before[name] - free) for name, free in _free_on_devices().items())
     return {
         "prefill_per_s": stdlib_statistics.median(prefill),
         "decode_per_s": stdlib_statistics.median(decode),
@@ -362,9 +370,15 @@ def benchmark(
         "context": settings.context,
         "first_token_seconds": prompt_tokens / stdlib_statistics.median(prefill),
         "peak_bytes": peak_memory_bytes(),
+        "device_bytes": taken,
         "filled_tokens": filled,
         "finite": finite,
     }
+
+
+def _free_on_devices() -> dict[str, int]:
+    """Free memory in bytes of every discrete GPU that llama.cpp sees."""
+    return {device["name"]: device["free_bytes"] for device in backend_devices() if device["kind"] == "gpu"}
 
 
 def _fill(opened: Session, prompt: list[int], batch: int) -> Any:

@@ -57,8 +57,12 @@ class Tensor:
 
     @property
     def retypable(self) -> bool:
-        """Whether llama.cpp's own quantizer might give it another type: a matrix that is no norm or router."""
-        return len(self.shape) >= 2 and self.name.endswith(".weight") and self.role not in ("norm", "router")
+        """Whether llama.cpp's own quantizer might give it another type: a matrix, but no norm, router, table or
+        convolution."""
+        left_alone = self.role in ("norm", "router") or any(
+            part in self.name for part in ("tid2eid", "conv1d", ".conv.")
+        )
+        return len(self.shape) >= 2 and self.name.endswith(".weight") and not left_alone
 
     @property
     def is_expert(self) -> bool:

@@ -111,6 +111,11 @@ def _rate(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
+def _held(pool: Mapping[str, Any]) -> int:
+    """What the system and other programs hold of a pool of a ``Budget`` as JSON."""
+    return sum(line["nbytes"] for line in pool["lines"] if line["name"] in (SYSTEM, DESKTOP))
+
+
 def promises(
     plan: Mapping[str, Any],
     build_bytes: int,
@@ -139,16 +144,21 @@ def promises(
         )
     ]
     here = "" if on_device else " on this machine"
-    memory = sum(predicted["pool_bytes"].values())
-    available = sum(pool["total_bytes"] for pool in budget["pools"])
-    others = (SYSTEM, DESKTOP)
-    reserve = sum(line["nbytes"] for pool in budget["pools"] for line in pool["lines"] if line["name"] in others)
+    pools = {pool["pool"]: pool for pool in budget["pools"]}
+    memory, reserve = predicted["pool_bytes"]["ram"], _held(pools["ram"])
     within = speed["peak_bytes"] <= (memory - reserve) * (1 + _MEMORY_TOLERANCE)
-    fits = speed["peak_bytes"] + reserve <= available
+    fits = speed["peak_bytes"] + reserve <= pools["ram"]["total_bytes"]
     # Resident memory is the whole of it only where everything is in one pool that the CPU computes in.
     whole = limit is None and on_device and len(budget["pools"]) == 1 and not plan["launch"]["gpu_layers"]
     verdict = (KEPT if within and fits else BROKEN) if whole else INFORMATION
     lines.append(Promise("peak memory", format_bytes(memory - reserve), format_bytes(speed["peak_bytes"]), verdict))
+    if "vram" in predicted["pool_bytes"] and speed["device_bytes"]:
+        promised = predicted["pool_bytes"]["vram"] - _held(pools["vram"])
+        kept = speed["device_bytes"] <= promised * (1 + _MEMORY_TOLERANCE)
+        verdict = (KEPT if kept else BROKEN) if on_device else INFORMATION
+        lines.append(
+            Promise("memory of the GPU", format_bytes(promised), format_bytes(speed["device_bytes"]), verdict)
+        )
     lines.append(
         Promise("output is finite", "yes", "yes" if speed["finite"] else "no", KEPT if speed["finite"] else BROKEN)
     )
