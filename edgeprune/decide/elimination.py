@@ -1,7 +1,7 @@
 """Replay elimination: experts go one at a time, each time the one whose removal moves the layer's output least.
 
 Removal is replayed with true re-routing: every token that used the expert goes on to its next-best expert and its
-coefficients are made anew by the router's own rule. After methods.md 11.3: NAEE's loss (arXiv 2402.14800), greedy and
+coefficients are made anew by the router's own rule. The loss is that of NAEE (arXiv 2402.14800), taken greedily and
 backwards, with swaps.
 """
 
