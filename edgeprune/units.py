@@ -53,7 +53,9 @@ def compact_bytes(count: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration: ``"0.8 s"``, ``"42 s"``, ``"3 min 20 s"``, ``"2 h 5 min"``."""
+    """A duration: ``"46 ms"``, ``"0.8 s"``, ``"42 s"``, ``"3 min 20 s"``, ``"2 h 5 min"``."""
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 90:

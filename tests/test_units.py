@@ -91,6 +91,7 @@ def test_printed_size_reads_back_to_within_its_digits(count: int) -> None:
     ("seconds", "expected"),
     [
         (0.0, "0.0 s"),
+        (0.0455, "46 ms"),
         (0.84, "0.8 s"),
         (42.2, "42 s"),
         (89.0, "89 s"),
