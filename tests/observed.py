@@ -38,13 +38,13 @@ def token_windows(vocabulary: int, count: int = WINDOWS, seed: int = 0) -> list[
 def collected(model: Path, windows: list[list[int]], folder: Path) -> Collector:
     """The windows as one domain."""
     architecture = read_architecture(GgufFile(model))
-    names = {tensor.name for tensor in architecture.tensors if tensor.quantisable}
+    names = frozenset(tensor.name for tensor in architecture.tensors if tensor.quantisable)
     collector = Collector(
-        names,
         architecture.experts,
         Arena(folder),
         gates_input=architecture.arch == "llama4",
         capacity=len(KEPT) * len(windows),
+        weights=names,
     )
     with pytest.MonkeyPatch.context() as patch:
         # Flash attention rounds keys and values to F16, which transformers does not.

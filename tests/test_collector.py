@@ -110,8 +110,8 @@ def test_a_pass_over_both_windows_equals_the_merger_of_two_passes(
 
 def test_observing_changes_no_logit(toy_gguf: Toy, tmp_path: Path) -> None:
     model, (tokens,) = toy_gguf("olmoe"), token_windows(toys.VOCABULARY, 1)
-    names = set(GgufFile(model).tensors)
-    collector = Collector(names, toys.EXPERTS, Arena(tmp_path))
+    names = frozenset(GgufFile(model).tensors)
+    collector = Collector(toys.EXPERTS, Arena(tmp_path), weights=names)
     results = []
     for observer in (collector, None):
         with llama.session(model, LAUNCH, observer) as opened:

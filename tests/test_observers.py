@@ -141,8 +141,8 @@ def test_masking_the_router_equals_dropping_the_experts_from_the_file(
 def test_a_mask_of_one_layer_leaves_the_others_whole(toy_gguf: Toy, tmp_path: Path) -> None:
     model, windows = toy_gguf("qwen3_moe"), token_windows(toys.VOCABULARY, 1)
     mask = RouterMask({1: [0, 1, 2]}, toys.EXPERTS)
-    names = {name for name in GgufFile(model).tensors if "exps" in name}
-    collector = Collector(names, toys.EXPERTS, Arena(tmp_path))
+    names = frozenset(name for name in GgufFile(model).tensors if "exps" in name)
+    collector = Collector(toys.EXPERTS, Arena(tmp_path), weights=names)
 
     def both(node: Node, ask: bool) -> bool:
         wanted = mask(node, ask)

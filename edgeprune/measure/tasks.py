@@ -80,7 +80,7 @@ def collect(
     from edgeprune.measure.collector import Collector
     from edgeprune.measure.merging import merge
 
-    folder, names = Path(scratch), set(weights)
+    folder, names = Path(scratch), frozenset(weights)
     folder.mkdir(parents=True, exist_ok=True)
     observer = _Switch()
     with room_for(Path(output)), session(Path(model), _launch(window, threads), observer) as opened:
@@ -95,7 +95,7 @@ def collect(
             if not _is_statistics(path):
                 arena = Arena(folder)
                 collector = Collector(
-                    names, experts, arena, gates_input=arch == "llama4", capacity=sum(map(len, own))
+                    experts, arena, gates_input=arch == "llama4", capacity=sum(map(len, own)), weights=names
                 )
                 observer.current = collector
                 for part, positions in zip(shard, own, strict=True):
