@@ -45,6 +45,10 @@ class RunFolder:
         return self.path / "statistics.safetensors"
 
     @property
+    def gradients(self) -> Path:
+        return self.path / "gradients.safetensors"
+
+    @property
     def imatrix(self) -> Path:
         return self.path / "imatrix.gguf"
 

@@ -13,6 +13,9 @@ from edgeprune.errors import UsageError
 from edgeprune.units import compact_bytes
 
 Progress = Callable[[int, int], None]
+# What runs the model over the calibration text.
+LLAMA, TORCH = "llama.cpp", "torch"
+ENGINES = (LLAMA, TORCH)
 
 
 class Listener(Protocol):
@@ -40,6 +43,7 @@ class Settings:
         types: forced GGML types, or empty.
         method: how experts are ranked, one of ``decide.scores.METHODS``.
         mixture: how the domains of the text are put together for that, one of ``decide.keep.MIXTURES``.
+        engine: what the statistics are measured with, one of ``ENGINES``; ``torch`` needs a checkpoint.
         output: run directory, or None for the default.
         window: tokens per calibration window.
         sensitivity_window: the same where little text is used, so that every domain takes part.
@@ -60,6 +64,7 @@ class Settings:
     types: tuple[str, ...] = ()
     method: str = "replay"
     mixture: str = "pooled"
+    engine: str = LLAMA
     output: str | None = None
     window: int = 512
     calibration_tokens: int = 24_576

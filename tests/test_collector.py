@@ -14,7 +14,7 @@ from edgeprune.measure.arena import Arena
 from edgeprune.measure.collector import Collector
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.routing import preference
-from edgeprune.measure.statistics import ACCUMULATORS
+from edgeprune.measure.statistics import FORWARD
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 
@@ -24,10 +24,10 @@ pytest_plugins = ("observed_fixtures",)
 def test_every_accumulator_equals_that_of_transformers(family: Family) -> None:
     assert sorted(family.both.layers) == list(range(toys.LAYERS))
     for layer, sums in family.both.layers.items():
-        assert set(sums.arrays) == set(ACCUMULATORS)
+        assert set(sums.arrays) == set(FORWARD)
         for window in range(WINDOWS):
             wanted = family.expected.layer(layer, window)
-            for name in ACCUMULATORS:
+            for name in FORWARD:
                 got = sums[name][window]
                 assert got.shape == wanted[name].shape, name
                 scale = np.abs(wanted[name]).max() or 1.0
@@ -67,7 +67,7 @@ def test_what_the_router_chose_by_leads_to_what_it_chose(family: Family) -> None
 def test_input_moments_of_experts_equal_those_of_transformers(family: Family) -> None:
     for layer in range(toys.LAYERS):
         wanted = [family.expected.layer(layer, window) for window in range(WINDOWS)]
-        total = {name: sum(part[name] for part in wanted) for name in ACCUMULATORS}
+        total = {name: sum(part[name] for part in wanted) for name in FORWARD}
         kinds = {
             "gate": ("input_square", total["gate_square_sum"].sum(axis=1)),
             "up": ("input_square", total["up_square_sum"].sum(axis=1)),
@@ -99,7 +99,7 @@ def test_a_pass_over_both_windows_equals_the_merger_of_two_passes(
     name = request.node.callspec.params["family"]
     whole = statistics(collected(toy_gguf(name), token_windows(toys.VOCABULARY), tmp_path), "a", {"model": "toy"})
     for layer, sums in whole.layers.items():
-        for key in ACCUMULATORS:
+        for key in FORWARD:
             merged = family.both.layers[layer].total(key)
             np.testing.assert_allclose(merged, sums.total(key), rtol=1e-5, atol=1e-6 * np.abs(merged).max())
     for weight, moment in whole.moments.items():
@@ -138,7 +138,7 @@ def test_routers_of_other_families_are_seen_whole(router: str, synthetic: Toy, t
             unknown = {"gate_slope", "up_slope"}  # its activation is its own
         if router == "llama4":
             unknown = {"angle_sum"}  # every expert has an input of its own
-        assert set(ACCUMULATORS) - set(sums.arrays) == unknown
+        assert set(FORWARD) - set(sums.arrays) == unknown
         assert sums.total("routed").sum() == TOKENS * architecture.used
         if router == "llama4":  # the coefficient is inside the expert, which cannot be replayed
             assert not collector.reservoirs()

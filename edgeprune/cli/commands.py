@@ -52,6 +52,13 @@ _TEXT = (
     click.option("--text", multiple=True, metavar="[NAME=]FILE", help="Calibration text; repeatable."),
     click.option("--eval-text", multiple=True, metavar="[NAME=]FILE", help="Held-out text; repeatable."),
     click.option("--tokens", type=click.IntRange(64), help="Most calibration tokens."),
+    click.option(
+        "--engine",
+        type=click.Choice(["llama.cpp", "torch"]),
+        default="llama.cpp",
+        show_default=True,
+        help="What measures on that text; torch runs checkpoints, layer by layer.",
+    ),
 )
 _COMMON = (
     click.option("-o", "--output", metavar="DIR", help="Run directory; runs/MODEL-DEVICE by default."),
@@ -85,6 +92,7 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "types": tuple(name.strip() for name in types.split(",") if name.strip()) if types else (),
         "method": options.get("method") or "replay",
         "mixture": options.get("mix") or "pooled",
+        "engine": options.get("engine") or "llama.cpp",
         "output": options.get("output"),
     }
     if options.get("tokens"):

@@ -32,10 +32,12 @@ class Accumulator:
         axes: what its axes count: ``E`` experts, ``D`` model width, ``F`` expert width, ``R`` chosen experts
             after the first, ``B`` bins; every array has the domains as its first axis before these.
         largest: merged by taking the larger value, instead of adding.
+        backward: needs the gradient of the loss, which only the layerwise engine has.
     """
 
     axes: str
     largest: bool = False
+    backward: bool = False
 
     @property
     def dtype(self) -> str:
@@ -87,7 +89,15 @@ ACCUMULATORS: dict[str, Accumulator] = {
     "up_slope": Accumulator("EF"),
     "input_square": Accumulator("ED"),
     "gated_input_square": Accumulator("ED"),
+    "hidden_gradient_square": Accumulator("EF", backward=True),
+    "mask_gradient_sum": Accumulator("EF", backward=True),
+    "mask_gradient_square": Accumulator("EF", backward=True),
+    "expert_gradient_square": Accumulator("E", backward=True),
+    "loss_weighted_square": Accumulator("E", backward=True),
+    "output_gradient_square": Accumulator("D", backward=True),
 }
+FORWARD = tuple(name for name, kind in ACCUMULATORS.items() if not kind.backward)
+BACKWARD = tuple(name for name, kind in ACCUMULATORS.items() if kind.backward)
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,14 @@ class LayerStatistics:
     - ``gate_square_sum``, ``up_square_sum`` [E, F]: sums of the squared gate and up products.
     - ``gate_slope``, ``up_slope`` [E, F]: sums of (g da/dgate)^2 and (g da/dup)^2.
     - ``input_square``, ``gated_input_square`` [E, D]: sums of x^2 and g^2 x^2.
+
+    With L the cross-entropy of the next tokens in nats, summed over a window, and by the layerwise engine only:
+
+    - ``hidden_gradient_square`` [E, F]: sum of (dL/da)^2.
+    - ``mask_gradient_sum``, ``mask_gradient_square`` [E, F]: sums of a dL/da and of its square.
+    - ``expert_gradient_square`` [E]: sum of (g f . dL/dy)^2.
+    - ``loss_weighted_square`` [E]: sum of |g f * dL/dy|^2, channel by channel.
+    - ``output_gradient_square`` [D]: sum of (dL/dy)^2 over all tokens.
 
     An array that the model's graph does not show is absent.
     """

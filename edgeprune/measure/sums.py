@@ -65,6 +65,7 @@ class Sums:
         gates_input: the router weights multiply the expert's input (Llama 4), so that the expert's output is its
             whole contribution, and nothing can be replayed.
         capacity: tokens of the reservoir in all; 0 for none.
+        backward: gradients are shown as well.
 
     Attributes:
         kept: positions of the running window that go into the reservoir, ascending; to be set before it runs.
@@ -74,6 +75,7 @@ class Sums:
     arena: Arena
     gates_input: bool = False
     capacity: int = 0
+    backward: bool = False
     kept: npt.NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, np.intp))
     moments: dict[str, InputMoments] = field(default_factory=dict, init=False)
     _sums: dict[int, dict[str, Array]] = field(default_factory=dict, init=False)
@@ -260,6 +262,36 @@ class Sums:
             turn = _angle(window.h, after - window.h).sum()
             self._add(layer, self._sums[layer], token_full_turn=turn)
 
+    # Gradients.
+
+    def gradients(
+        self,
+        layer: int,
+        window: LayerWindow,
+        hidden: tuple[Floats, Floats],
+        weighted: Floats,
+        output_gradient: Floats,
+    ) -> None:
+        """What the loss says of neurons and experts.
+
+        Args:
+            hidden: input of the down projection and the loss's derivative by it, [T * k, F] each.
+            weighted: the experts' contributions g f [T, k, D].
+            output_gradient: derivative of the loss by their sum y [T, D].
+        """
+        slots = window.slots
+        assert slots is not None
+        value, slope = hidden
+        sums = self._of(layer, window, width=weighted.shape[2], hidden=value.shape[1])
+        product = value * slope
+        self._add(layer, sums, hidden_gradient_square=slots.sums(np.square(slope)))
+        self._add(layer, sums, mask_gradient_sum=slots.sums(product), mask_gradient_square=slots.sums(product**2))
+        effect = weighted * output_gradient[:, None]
+        self._add(layer, sums, expert_gradient_square=slots.totals(np.square(effect.sum(axis=2, dtype=np.float64))))
+        self._add(layer, sums, loss_weighted_square=slots.totals(np.einsum("tkd,tkd->tk", effect, effect)))
+        squared = np.square(output_gradient).sum(axis=0, dtype=np.float64)
+        self._add(layer, sums, output_gradient_square=squared)
+
     # Sums and reservoir.
 
     def _of(self, layer: int, window: LayerWindow, *, width: int = 0, hidden: int = 0) -> dict[str, Array]:
@@ -270,7 +302,7 @@ class Sums:
         wanted = {}
         for name, kind in ACCUMULATORS.items():
             shape = tuple(extents[axis] for axis in kind.axes)
-            if name not in sums and 0 not in shape:
+            if name not in sums and 0 not in shape and (self.backward or not kind.backward):
                 wanted[name] = (shape, "float64")
         if wanted:
             sums.update(self.arena.zeros(wanted))

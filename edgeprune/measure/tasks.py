@@ -114,6 +114,36 @@ def collect(
     return {"tokens": sum(len(p.tokens) for shard in shards for p in shard), "peak_bytes": peak_memory_bytes()}
 
 
+def collect_layerwise(
+    model: str,
+    checkpoint: str,
+    output: str,
+    scratch: str,
+    texts: list[dict[str, str]],
+    window: int,
+    most_tokens: int,
+    weights: list[str],
+    experts: int,
+    made_from: dict[str, Any],
+    reservoir_tokens: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """The same over the checkpoint that ``model`` was converted from, run by torch, with gradients.
+
+    The windows and the kept tokens are those of ``collect``; of ``model`` only the tokenizer is used.
+    """
+    from edgeprune.measure.layerwise.engine import Text, measure
+
+    opened = Session(Path(model), Launch(), vocab_only=True)
+    with contextlib.closing(opened):
+        shards = _shards(_chosen(opened, texts, "calibration", window, most_tokens))
+    parts = [part for shard in shards for part in shard]
+    text = Text(parts, _kept_positions(parts, reservoir_tokens))
+    measure(
+        Path(checkpoint), text, Path(output), Path(scratch), weights, experts, window, made_from, progress=progress
+    )
+
+
 def _shards(chosen: list[Window]) -> list[list[Window]]:
     """The windows of each domain, in runs of at most ``_SHARD_TOKENS`` tokens or one window."""
     by_domain: dict[str, list[Window]] = {}

@@ -80,7 +80,7 @@ def _count(config: dict[str, Any], keys: tuple[str, ...], folder: Path, most: in
     return value
 
 
-def _apply_tying(checkpoint: Checkpoint) -> None:
+def apply_tying(checkpoint: Checkpoint) -> None:
     """Forget an output matrix beside tied embeddings: transformers ignores it, so it may be anything.
 
     Raises:
@@ -165,7 +165,8 @@ def _gguf_type(name: str, dimensions: int, base: str) -> str:
     return "F32" if dimensions == 1 or "ffn_gate_inp" in name else base.upper()
 
 
-def _choose(checkpoint: Checkpoint, sources: tuple[Source, ...], layer: int) -> Source | None:
+def choose(checkpoint: Checkpoint, sources: tuple[Source, ...], layer: int) -> Source | None:
+    """The first of ``sources`` that the checkpoint has, or None."""
     for source in sources:
         if source.name.format(layer=layer, expert=0) in checkpoint.stored:
             return source
@@ -179,7 +180,7 @@ def _planned(
     outer = [name for name in converter.tensors if "{layer}" not in name]
     inner = [name for name in converter.tensors if "{layer}" in name]
     for layer, template in [(0, n) for n in outer] + [(i, n) for i in range(layers) for n in inner]:
-        source = _choose(checkpoint, converter.tensors[template], layer)
+        source = choose(checkpoint, converter.tensors[template], layer)
         name = template.format(layer=layer)
         if source is None:
             if template in converter.optional:
@@ -290,7 +291,7 @@ def convert(folder: Path, output: Path, base: str = "auto", name: str = "", prog
     _check_assumptions(converter, config)
     layers = _count(config, converter.layers, folder, MOST_LAYERS)
     experts = _count(config, converter.experts, folder, MOST_EXPERTS)
-    _apply_tying(checkpoint)
+    apply_tying(checkpoint)
     planned = list(_planned(converter, checkpoint, layers, experts, _base_type(base, checkpoint)))
     if unclaimed := _unclaimed(checkpoint, planned):
         raise Unsupported(f"{folder} has {len(unclaimed)} tensors that {converter.name} does not: {unclaimed[0]}")

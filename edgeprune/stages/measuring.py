@@ -16,7 +16,7 @@ from edgeprune.decide.evidence import Evidence
 from edgeprune.decide.keep import KeepSet, Order, check_method, keep_set, protecting, rankings
 from edgeprune.decide.protection import super_experts
 from edgeprune.decide.scores import METHODS, NAEE, SCORES
-from edgeprune.errors import BadFile, EdgepruneError, UsageError
+from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
 from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.merging import merge
@@ -24,6 +24,7 @@ from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings,
 from edgeprune.measure.statistics import Statistics, write_imatrix
 from edgeprune.measure.text import TextFile, parse_texts, shipped_texts, texts_digest
 from edgeprune.measure.weights import LayerWeights, load_weights
+from edgeprune.settings import LLAMA, TORCH
 from edgeprune.stages.source import SourceStages
 
 # The largest layers whose subsets are all tried.
@@ -34,8 +35,10 @@ FALLBACK = "reap"
 FORMAT = 2
 
 
-def tools() -> str:
+def tools(engine: str = LLAMA) -> str:
     """What the measurements were made with."""
+    if engine == TORCH:
+        return f"format {FORMAT}, torch {version('torch')}, transformers {version('transformers')}"
     return f"format {FORMAT}, llama-cpp-python {version('llama-cpp-python')}"
 
 
@@ -87,47 +90,80 @@ class MeasureStages(SourceStages):
     @cached_property
     def statistics(self) -> Statistics:
         """One pass over the calibration text, or what an earlier run left of it."""
-        made_from = {
-            "model": self.fingerprint,
-            "text": texts_digest(self.texts),
-            "tokens": self.settings.calibration_tokens,
-            "window": self.settings.window,
-            "reservoir": self.settings.reservoir_tokens,
-            "tools": tools(),
-        }
-        path = self.folder.statistics
+        path, made_from = self.folder.statistics, self._measured_with(self.settings.engine)
         if path.is_file():
             with contextlib.suppress(BadFile):
                 found = Statistics.load(path)
-                merged = {key: found.made_from.get(key) for key in ("model", "tools")}
-                if "merged" in found.made_from and merged == {"model": self.fingerprint, "tools": tools()}:
+                own = {key: found.made_from.get(key) for key in ("model", "tools")}
+                if "merged" in found.made_from and own == {key: made_from[key] for key in own}:
                     self.listener.say(f"using statistics merged from {len(found.made_from['merged'])} files")
                     return self._checked(found)
                 if found.made_from == made_from:
                     return self._checked(found)
                 self._changed("calibration", found.made_from, made_from)
+        self._collect(path, made_from, self.settings.engine)
+        self.folder.imatrix.unlink(missing_ok=True)
+        return self._checked(Statistics.load(path))
+
+    @cached_property
+    def gradients(self) -> Statistics:
+        """The same with what only the torch engine measures.
+
+        Raises:
+            Unsupported: the source is no checkpoint, or one that the engine cannot run.
+        """
+        if self.settings.engine == TORCH:
+            return self.statistics
+        path, made_from = self.folder.gradients, self._measured_with(TORCH)
+        if path.is_file():
+            with contextlib.suppress(BadFile):
+                found = Statistics.load(path)
+                if found.made_from == made_from:
+                    return found
+                self._changed("gradients", found.made_from, made_from)
+        self._collect(path, made_from, TORCH)
+        return Statistics.load(path)
+
+    def _measured_with(self, engine: str) -> dict[str, Any]:
+        """What statistics are made from."""
+        return {
+            "model": self.fingerprint,
+            "text": texts_digest(self.texts),
+            "tokens": self.settings.calibration_tokens,
+            "window": self.settings.window,
+            "reservoir": self.settings.reservoir_tokens,
+            "tools": tools(engine),
+        }
+
+    def _collect(self, path: Path, made_from: dict[str, Any], engine: str) -> None:
+        """Write the statistics that ``engine`` measures to ``path``."""
+        task, own = "collect", {"arch": self.architecture.arch}
+        if engine == TORCH:
+            if self.checkpoint is None:
+                raise Unsupported(
+                    f"{self.settings.source} is a GGUF: gradients are measured with a Hugging Face checkpoint",
+                    hint="give the checkpoint's folder, or choose a method without gradients",
+                )
+            task, own = "collect_layerwise", {"checkpoint": str(self.checkpoint.resolve())}
         arguments = self._text_arguments("calibration")
         del arguments["split"]
-        # The output product of a tied model multiplies with the embedding matrix.
-        weights = [tensor.name for tensor in self.architecture.tensors if tensor.quantisable]
-        with self.listener.progress("calibrate") as progress:
+        with self.listener.progress("calibrate" if engine != TORCH else "calibrate, forwards and backwards") as bar:
             child.call(
-                "edgeprune.measure.tasks:collect",
+                f"edgeprune.measure.tasks:{task}",
                 {
                     "model": str(self.source),
                     "output": str(path),
                     "scratch": str(self.folder.scratch),
-                    "weights": weights,
+                    # The output product of a tied model multiplies with the embedding matrix.
+                    "weights": [tensor.name for tensor in self.architecture.tensors if tensor.quantisable],
                     "experts": self.architecture.experts,
-                    "arch": self.architecture.arch,
                     "made_from": made_from,
                     "reservoir_tokens": self.settings.reservoir_tokens,
+                    **own,
                     **arguments,
                 },
-                progress,
+                bar,
             )
-        self.folder.imatrix.unlink(missing_ok=True)
-        return self._checked(Statistics.load(path))
 
     def merge(self, files: Sequence[Path]) -> Statistics:
         """Statistics of this model over other texts, joined as if measured in one pass; they become the folder's own.
@@ -140,7 +176,8 @@ class MeasureStages(SourceStages):
             if not path.is_file():
                 raise UsageError(f"no statistics {path}", hint="`edgeprune calibrate` makes statistics.safetensors")
         merged = sorted(file_digest(path) for path in files)
-        merge(files, self.folder.statistics, {"model": self.fingerprint, "merged": merged, "tools": tools()})
+        made_from = {"model": self.fingerprint, "merged": merged, "tools": tools(self.settings.engine)}
+        merge(files, self.folder.statistics, made_from)
         self.folder.imatrix.unlink(missing_ok=True)
         return self._checked(Statistics.load(self.folder.statistics))
 
@@ -250,7 +287,7 @@ class MeasureStages(SourceStages):
     def evidence(self, method: str, seed: int = 0) -> list[Evidence]:
         """What ``method`` may look at, layer by layer."""
         weights = self._weights() if SCORES[method].weighs else {}
-        measured = self.statistics
+        measured = self.gradients if SCORES[method].differentiates else self.statistics
         return [
             Evidence(
                 layer,
@@ -317,8 +354,12 @@ class MeasureStages(SourceStages):
         return order
 
     def comparable(self) -> tuple[str, ...]:
-        """All methods that can be used on this model: enumerating subsets is for small layers."""
-        return tuple(name for name in METHODS if name != NAEE or self.architecture.experts <= MOST_ENUMERATED)
+        """The methods that are compared unless some are named: without those that need gradients, which take a
+        multiple of the time, and on large layers without the one that tries all subsets."""
+        unusable = {name for name, method in SCORES.items() if method.differentiates}
+        if self.architecture.experts > MOST_ENUMERATED:
+            unusable.add(NAEE)
+        return tuple(name for name in METHODS if name not in unusable)
 
     def drop_nats(self, counts: Sequence[int]) -> dict[int, float]:
         """Nats per token of keeping each of ``counts`` experts, measured by masking the router."""

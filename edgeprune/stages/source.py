@@ -37,16 +37,21 @@ class SourceStages:
     def __post_init__(self) -> None:
         self.folder = RunFolder(self.settings.folder)
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """The Hugging Face checkpoint that the source is, or None."""
+        path = DEMO if self.settings.source == "demo" else Path(self.settings.source)
+        return path if path.is_dir() else None
+
     @cached_property
     def source(self) -> Path:
         """The source as a GGUF: the file itself, or the converted checkpoint."""
-        name = self.settings.source
-        path = DEMO if name == "demo" else Path(name)
-        if path.is_file():
-            return path
-        if not path.is_dir():
-            raise UsageError(f"no model at {name}", hint="give `demo`, a checkpoint folder or a GGUF file")
-        return self._converted(path)
+        if self.checkpoint is not None:
+            return self._converted(self.checkpoint)
+        path = Path(self.settings.source)
+        if not path.is_file():
+            raise UsageError(f"no model at {path}", hint="give `demo`, a checkpoint folder or a GGUF file")
+        return path
 
     def _converted(self, checkpoint: Path) -> Path:
         output = self.folder.source

@@ -18,8 +18,11 @@ from edgeprune.decide.scores import (
     frequency,
     gated_energy,
     gated_norm,
+    gemq,
     hc_smoe,
+    heapr,
     man,
+    mask_fisher,
     mc_moe,
     mone,
     msan,
@@ -43,11 +46,13 @@ class Method:
         score: of one layer's evidence.
         weighs: the score looks at the weights themselves.
         draws: the score depends on the evidence's seed.
+        differentiates: the score needs gradients, which only a Hugging Face checkpoint can give.
     """
 
     score: Score
     weighs: bool = False
     draws: bool = False
+    differentiates: bool = False
 
 
 SCORES: dict[str, Method] = {
@@ -70,6 +75,9 @@ SCORES: dict[str, Method] = {
     "stun": Method(stun.score, weighs=True),
     "camera": Method(camera.score, weighs=True),
     "aimer": Method(aimer.score, weighs=True),
+    "heapr": Method(heapr.score, differentiates=True),
+    "mask-fisher": Method(mask_fisher.score, differentiates=True),
+    "gemq": Method(gemq.score, differentiates=True),
     "random": Method(random.score, draws=True),
 }
 # Methods that replay a layer from kept tokens instead of scoring its sums; see ``decide.replaying``.

@@ -1,0 +1,89 @@
+"""A checkpoint's tensors under the names that the model's modules give them.
+
+Checkpoints spell what the modules of transformers have in several ways: experts one by one or stacked, blocks under
+older names. The converter of the model's type lists the spellings, because it has to read them all.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgeprune.errors import BadFile
+from edgeprune.model.checkpoint import Checkpoint
+from edgeprune.model.convert import choose
+from edgeprune.model.converter import Converter
+from edgeprune.model.transforms import TRANSFORMS, Heads
+
+if TYPE_CHECKING:
+    import torch
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_GATE, _UP, _DOWN = (f"blk.{{layer}}.ffn_{kind}_exps.weight" for kind in ("gate", "up", "down"))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Reads the parameters of one checkpoint, a tensor at a time.
+
+    Attributes:
+        checkpoint: where they are.
+        converter: of its type.
+        experts: routed experts per layer.
+    """
+
+    checkpoint: Checkpoint
+    converter: Converter
+    experts: int
+
+    def read(self, name: str) -> torch.Tensor:
+        """The parameter ``name`` of the model, float32 (whatever it is stored as, if that is a float).
+
+        Raises:
+            BadFile: the checkpoint has it under no known name.
+        """
+        return self._stored(name).float()
+
+    def _stored(self, name: str) -> torch.Tensor:
+        import torch
+
+        if name in self.checkpoint.stored:
+            return self.checkpoint.tensor(name)
+        found = _LAYER.search(name)
+        layer = int(found[1]) if found else 0
+        if name.endswith(".experts.gate_up_proj"):
+            return torch.cat([self._experts(_GATE, layer), self._experts(_UP, layer)], dim=1)
+        if name.endswith(".experts.down_proj"):
+            return self._experts(_DOWN, layer)
+        for sources in self.converter.tensors.values():
+            if any(source.name.format(layer=layer, expert=0) == name for source in sources):
+                other = choose(self.checkpoint, sources, layer)
+                if other is not None:
+                    return self.checkpoint.tensor(other.name.format(layer=layer, expert=0))
+        raise BadFile(f"{self.checkpoint.folder} lacks {name}")
+
+    def _experts(self, template: str, layer: int) -> torch.Tensor:
+        """All experts' matrices [E, rows, columns], from single ones or from a stack."""
+        import torch
+
+        source = choose(self.checkpoint, self.converter.tensors.get(template, ()), layer)
+        if source is None:
+            raise BadFile(f"{self.checkpoint.folder} lacks the experts of layer {layer}")
+        count = self.experts if "{expert}" in source.name else 1
+        names = [source.name.format(layer=layer, expert=expert) for expert in range(count)]
+        for missing in (name for name in names if name not in self.checkpoint.stored):
+            raise BadFile(f"{self.checkpoint.folder} lacks tensor {missing}")
+        apply = TRANSFORMS[source.transform].apply
+        heads = Heads(1, 1)  # of no use to experts
+        pieces = [piece for name in names for piece in apply(self.checkpoint.tensor(name), heads)]
+        return pieces[0] if pieces[0].dim() == 3 else torch.stack(pieces)
+
+    def gguf_name(self, name: str) -> str | None:
+        """What the GGUF calls the parameter ``name``, or None where it has none of its own."""
+        found = _LAYER.search(name)
+        layer = int(found[1]) if found else 0
+        for template, sources in self.converter.tensors.items():
+            if any(source.name.format(layer=layer, expert=0) == name for source in sources):
+                return template.format(layer=layer)
+        return None
