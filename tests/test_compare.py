@@ -12,6 +12,7 @@ import toys
 from runs import Fit, read, run_edgeprune
 
 from edgeprune.errors import UsageError
+from edgeprune.measure.statistics import Statistics
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.prove.comparison import Comparison, interval, row
@@ -70,6 +71,47 @@ def test_a_second_comparison_measures_only_what_is_new(compared: tuple[Path, lis
     for wanted in ("K=6 of 8", "K=4 of 8", "random (mean of 2)", "95 % interval", "compare.html"):
         assert wanted in again.stdout
     assert [path.name for path in folder.glob("*.gguf")] == ["imatrix.gguf"]  # no model is written
+
+
+def test_gradients_are_measured_once_for_all_methods_that_need_them(
+    tiny_checkpoint: Path, small_text: Path, tmp_path: Path
+) -> None:
+    words = ("compare", tiny_checkpoint, "--keep", "0.5", "--text", small_text, "-o", tmp_path / "run", "--methods")
+    first = run_edgeprune(*words, "heapr")
+    assert first.returncode == 0, first.stderr
+    stamp = (tmp_path / "run" / "gradients.safetensors").stat().st_mtime_ns
+    second = run_edgeprune(*words, "heapr,mask-fisher,gemq", "--json")
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "run" / "gradients.safetensors").stat().st_mtime_ns == stamp
+    rows = json.loads(second.stdout)["rows"]
+    assert {own["method"] for own in rows} == {"heapr", "mask-fisher", "gemq"}
+    assert len({own["quality"]["kl_mean"] for own in rows}) > 1
+
+
+def test_a_gguf_has_no_gradients(tiny_fit: Fit, small_text: Path, tmp_path: Path) -> None:
+    words = ("--keep", "0.5", "--methods", "heapr", "--text", small_text, "-o", tmp_path / "run")
+    done = run_edgeprune("compare", tiny_fit.folder / "source.gguf", *words)
+    assert done.returncode == 1
+    assert "is a GGUF: gradients are measured with a Hugging Face checkpoint" in done.stderr
+    assert "hint: give the checkpoint's folder" in done.stderr
+
+
+def test_the_torch_engine_measures_what_llama_cpp_does(tiny_fit: Fit, small_text: Path, tmp_path: Path) -> None:
+    """Within what llama.cpp rounds: activations before BF16 products, keys and values."""
+    words = ("calibrate", tiny_fit.arguments[0], "--engine", "torch", "--text", small_text, "-o", tmp_path / "run")
+    done = run_edgeprune(*words)
+    assert done.returncode == 0, done.stderr
+    found, other = (
+        Statistics.load(folder / "statistics.safetensors") for folder in (tmp_path / "run", tiny_fit.folder)
+    )
+    assert (found.tokens, found.domains) == (other.tokens, other.domains)
+    for layer, sums in other.layers.items():
+        for name in ("routed", "gated_norm_sum", "hidden_square", "logit_sum"):
+            got, want = found.layers[layer].total(name), sums.total(name)
+            assert np.abs(got - want).sum() < 0.02 * np.abs(want).sum()
+    changed = run_edgeprune(*words[:2], "--text", small_text, "-o", tmp_path / "run")
+    assert "calibration changed: tools: format" in changed.stderr
+    assert (tmp_path / "run" / "imatrix.gguf").is_file()
 
 
 class Texts(HTMLParser):
