@@ -105,7 +105,7 @@ class DecideStages(MeasureStages):
             UsageError: an impossible number of experts, type or score.
         """
         counts, architecture = self._counts(), self.architecture
-        _ = self.texts  # a missing text is found now, not after the plan
+        _ = self.given_texts  # a missing text is found now, not after the plan
         check_method(self.settings.method)
         types = allowed_types(self.profile, self.settings.types)
         # When every type costs nothing, the best plan is the smallest.
