@@ -2,8 +2,8 @@
 
 A template is a program of a stranger in the language Jinja2. It runs in Jinja2's sandbox, with what transformers
 gives to templates (``transformers/utils/chat_template_utils.py``) but for the clock, which stands still so that the
-same chat is always the same text; and in a child process of bounded memory, which its parent ends when it takes too
-long. Nothing of llama.cpp is loaded here, so that no figure of its memory includes Jinja2's.
+same chat is always the same text; and in a child process of its own with bounded memory, which its parent ends when
+it takes too long.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Template:
     tokens: dict[str, str]
 
     @classmethod
-    def of(cls, file: GgufFile) -> Template | None:
-        """The chat template of ``file``, or None if it has none."""
+    def of(cls, file: GgufFile, model: str) -> Template | None:
+        """The chat template of ``file``, which is called ``model``, or None if it has none."""
         source, tool_source = (file.get(f"tokenizer.chat_template{name}") for name in ("", ".tool_use"))
         if not isinstance(source, str) or not source:
             return None
@@ -66,7 +66,7 @@ class Template:
             index = file.get(f"tokenizer.ggml.{ours}_token_id")
             if isinstance(texts, list) and isinstance(index, int) and 0 <= index < len(texts):
                 tokens[name] = str(texts[index])
-        return cls(str(file.path), source, tool_source if isinstance(tool_source, str) else "", tokens)
+        return cls(model, source, tool_source if isinstance(tool_source, str) else "", tokens)
 
     @property
     def digest(self) -> str:

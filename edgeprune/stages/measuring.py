@@ -45,6 +45,7 @@ class MeasureStages(TextStages):
     @cached_property
     def statistics(self) -> Statistics:
         """One pass over the calibration text, or what an earlier run left of it."""
+        _ = self.given_texts  # a missing or broken text is found now, before a checkpoint is converted
         made_from = {
             "model": self.fingerprint,
             "text": self.text_digest,

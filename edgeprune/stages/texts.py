@@ -59,7 +59,7 @@ class TextStages(SourceStages):
         chats = [text for text in texts if text.form == CHATS]
         if chats and self.template is None:
             raise Unsupported(
-                f"{chats[0].path} holds chats, but {self.source} has no chat template to read them with",
+                f"{chats[0].path} holds chats, but {self.settings.source} has no chat template to read them with",
                 hint='give plain text, or lines of {"text": ...}',
             )
         return texts
@@ -72,7 +72,7 @@ class TextStages(SourceStages):
     @cached_property
     def template(self) -> Template | None:
         """The model's chat template."""
-        return Template.of(self.file)
+        return Template.of(self.file, self.settings.source)
 
     @property
     def text_digest(self) -> str:
@@ -133,7 +133,7 @@ class TextStages(SourceStages):
                 )
             except NativeCrash as error:
                 raise BadFile(
-                    f"the chat template of {self.source} was stopped: {error.cause}",
+                    f"the chat template of {self.settings.source} was stopped: {error.cause}",
                     rows=error.rows,
                     hint="it runs without end, or takes too much memory: give plain text, and leave --self out",
                 ) from error
@@ -173,5 +173,5 @@ class TextStages(SourceStages):
                 )
             empty = sum(not answer.response.strip() for answer in answers.read_answers(path))
             if empty:
-                self.listener.say(f"{empty} of {count} answers of the model are empty")
+                self.listener.say(f"empty answers of the model: {empty} of {count}")
         return TextFile(SELF, str(path.resolve()), "calibration", PREPARED)
