@@ -151,7 +151,7 @@ def test_answers_calibrate_are_drawn_once_and_again_when_something_changed(
         found = read_answers(run.folder.answers)
         assert len(found) == 3 and found[0].prompt == shipped_prompts()[0]
         # Through the model's own template.
-        arguments = {"model": str(run.source), "texts": [f"<|im_start|>user\n{found[0].prompt}<|im_end|>\n\t"]}
+        arguments = {"model": str(run.source), "texts": [f"<|im_start|>user\n{found[0].prompt}<|im_end|>\n"]}
         (prompt,) = child.call("edgeprune.measure.tasks:tokenize", {**arguments, "special": True})
         assert found[0].tokens[: len(prompt)] == prompt
         # The model is not judged by its own words.

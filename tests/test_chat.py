@@ -1,4 +1,4 @@
-"""Chat templates: the text is that of transformers, the tokens are those of the model, and a hostile one is one line."""
+"""Chat templates: the text is that of transformers, the tokens are the model's, and a hostile one is one line."""
 
 from __future__ import annotations
 

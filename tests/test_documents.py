@@ -212,5 +212,5 @@ def test_a_file_without_a_document_is_refused(content: bytes, tmp_path: Path) ->
     path.write_bytes(content)
     with pytest.raises(BadFile, match="is empty"):
         holds_chats(path)
-    with pytest.raises(BadFile, match="cannot read .*none.jsonl: No such file"):
+    with pytest.raises(BadFile, match=r"cannot read .*none\.jsonl: No such file"):
         holds_chats(tmp_path / "none.jsonl")
