@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import toys
-from runs import Ear, run_edgeprune
-from test_resume import Running, gone
+from runs import Ear, Running, gone, run_edgeprune
 
 from edgeprune.errors import UsageError
 from edgeprune.measure import answers, child
@@ -157,12 +156,15 @@ def test_answers_calibrate_are_drawn_once_and_again_when_something_changed(
         # The model is not judged by its own words.
         assert [text["domain"] for text in run._text_arguments("held_out")["texts"]] == ["small"]
         assert [text["domain"] for text in run._text_arguments("sensitivity")["texts"]] == ["small", "self"]
-    assert [stage for stage in ear.stages if "answers" in stage] == ["3 answers of the model"]
+    assert [stage for stage in ear.stages if "self" in stage or "answers" in stage] == [
+        "chats of self",
+        "3 answers of the model",
+    ]
 
     again = Ear()
     with opened(settings(tiny_checkpoint, small_text, folder), again) as run:
         assert run.statistics.tokens
-    assert not {"calibrate", "prompts", "3 answers of the model"} & set(again.stages) and not again.said
+    assert not {"calibrate", "chats of self", "3 answers of the model"} & set(again.stages) and not again.said
 
     more = Ear()
     with opened(settings(tiny_checkpoint, small_text, folder, 4), more) as run:

@@ -92,8 +92,8 @@ DOCUMENTS: dict[str, tuple[Any, str | Chat]] = {
         ),
     ),
     "a tool call without a shell": (
-        {"messages": [{"role": "assistant", "tool_calls": [{"name": "now"}]}]},
-        Chat([{"role": "assistant", "content": "", "tool_calls": [{"name": "now", "arguments": {}}]}]),
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "now"}, {"name": "now", "arguments": ""}]}]},
+        Chat([{"role": "assistant", "content": "", "tool_calls": [{"name": "now", "arguments": {}}] * 2}]),
     ),
     "thoughts": (
         {"messages": [{**ASSISTANT, "reasoning": "two and two"}]},

@@ -270,7 +270,7 @@ def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     arguments, what = function.get("arguments", {}), f"the arguments of {function['name'][:40]!r}"
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
             raise BadFile(f"{where}: {what} are not JSON: {error}") from error
     if not isinstance(arguments, dict):

@@ -155,7 +155,7 @@ class TextStages(SourceStages):
         if len(found) != count or answers.fitting(found, made_from) != count:
             prompts = [f"{question}\n" for question in questions]
             if self.template is not None:
-                prompts = self._render("prompts", "render_prompts", {"prompts": questions})
+                prompts = self._render(f"chats of {SELF}", "render_prompts", {"prompts": questions})
             with self.listener.progress(f"{count} answers of the model") as progress:
                 child.call(
                     "edgeprune.measure.generation:generate",
