@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,7 @@ def test_answers_beside_a_text_of_their_name_or_as_held_out_text_are_refused(
         _ = run.given_texts
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_killed_while_it_answers_the_same_command_goes_on(
     tiny_checkpoint: Path, small_text: Path, tmp_path: Path
 ) -> None:
