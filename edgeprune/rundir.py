@@ -41,6 +41,10 @@ class RunFolder:
         return self.path / "source.gguf"
 
     @property
+    def answers(self) -> Path:
+        return self.path / "self.jsonl"
+
+    @property
     def statistics(self) -> Path:
         return self.path / "statistics.safetensors"
 

@@ -39,6 +39,7 @@ class Settings:
         file_bytes: most bytes of the file.
         context, kv_type: of the launch; None for the profile's.
         texts, evaluation_texts: ``FILE`` or ``NAME=FILE``; empty for the shipped text.
+        self_answers: how many answers of the model itself are calibrated on, too.
         keep: forced number of experts, or None.
         types: forced GGML types, or empty.
         method: how experts are ranked, one of ``decide.scores.METHODS``.
@@ -60,6 +61,7 @@ class Settings:
     kv_type: str | None = None
     texts: tuple[str, ...] = ()
     evaluation_texts: tuple[str, ...] = ()
+    self_answers: int = 0
     keep: int | None = None
     types: tuple[str, ...] = ()
     method: str = "replay"

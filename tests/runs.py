@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import edgeprune
 from edgeprune.pipeline import Settings
 from edgeprune.prove.report import Report
 
 ROOT = Path(edgeprune.__file__).resolve().parents[1]
+PATIENCE_SECONDS = 60.0
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -33,6 +38,52 @@ def run_edgeprune(*words: str | Path, **options: Any) -> subprocess.CompletedPro
     """The real command in a process of its own, with its output as text."""
     options = {"env": environment(), "timeout": 120, **options}
     return subprocess.run(edgeprune_command(*words), capture_output=True, text=True, check=False, **options)
+
+
+class Running:
+    """The real command, watched from outside."""
+
+    def __init__(self, *words: str | Path) -> None:
+        self.process = subprocess.Popen(
+            edgeprune_command(*words),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            start_new_session=True,  # a group of its own, as a shell gives to each command
+            # A shell without a terminal starts what runs in the background with the interrupt ignored, and
+            # that is inherited; at a terminal it is not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def wait_for(self, task: str) -> psutil.Process | None:
+        """The child that works on ``task``, as soon as there is one; None if the command ends before."""
+        own = psutil.Process(self.process.pid)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            for worker in own.children():
+                try:
+                    if any(word.endswith(task) for word in worker.cmdline()):
+                        return worker
+                except psutil.Error:
+                    continue
+            time.sleep(0.03)
+        assert self.process.poll() is not None, f"{task} did not begin in time"
+        return None
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr, once it has ended."""
+        out, err = self.process.communicate(timeout=PATIENCE_SECONDS)
+        return self.process.returncode, out, err
+
+
+def gone(worker: psutil.Process) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @dataclass

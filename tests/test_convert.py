@@ -65,7 +65,7 @@ def assert_computes_the_same(checkpoint: Path, gguf: Path, folder: Path) -> None
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
     files = [TextFile("t", str(text), "held_out")]
-    chosen = windows(files, "held_out", LENGTH, LENGTH * WINDOWS, lambda part: tokenizer(part)["input_ids"])
+    chosen = windows(files, "held_out", LENGTH, LENGTH * WINDOWS, lambda part: tokenizer(part.text)["input_ids"])
     tokens = torch.tensor([window.tokens for window in chosen])
     assert tokens.shape == (WINDOWS, LENGTH)
     with torch.no_grad():

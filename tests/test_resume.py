@@ -6,16 +6,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import toys
-from runs import Fit, edgeprune_command, environment, read, run_edgeprune
+from runs import Fit, Running, gone, read, run_edgeprune
 
 from edgeprune.errors import Busy, UsageError
 from edgeprune.files import file_digest
@@ -26,53 +24,6 @@ from edgeprune.rundir import RunFolder, changed_fields
 pytest_plugins = ("demo_fixtures",)
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
-PATIENCE_SECONDS = 60.0
-
-
-class Running:
-    """The real command, watched from outside."""
-
-    def __init__(self, *words: str | Path) -> None:
-        self.process = subprocess.Popen(
-            edgeprune_command(*words),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-            start_new_session=True,  # a group of its own, as a shell gives to each command
-            # A shell without a terminal starts what runs in the background with the interrupt ignored, and
-            # that is inherited; at a terminal it is not.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    def wait_for(self, task: str) -> psutil.Process | None:
-        """The child that works on ``task``, as soon as there is one; None if the command ends before."""
-        own = psutil.Process(self.process.pid)
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            for worker in own.children():
-                try:
-                    if any(word.endswith(task) for word in worker.cmdline()):
-                        return worker
-                except psutil.Error:
-                    continue
-            time.sleep(0.03)
-        assert self.process.poll() is not None, f"{task} did not begin in time"
-        return None
-
-    def end(self) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr, once it has ended."""
-        out, err = self.process.communicate(timeout=PATIENCE_SECONDS)
-        return self.process.returncode, out, err
-
-
-def gone(worker: psutil.Process) -> bool:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        if not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from edgeprune.errors import BadFile, UsageError
+from edgeprune.measure.documents import SEPARATOR, Document, prepared_line, read_plain
 from edgeprune.measure.text import (
-    SEPARATOR,
+    CHATS,
+    JSON_LINES,
+    PREPARED,
     SHORTEST_WINDOW,
     TextFile,
     parse_texts,
@@ -23,13 +27,13 @@ LENGTH = 20
 PLENTY = 10**9
 
 
-def numbers(text: str) -> list[int]:
+def numbers(document: Document) -> list[int]:
     """A token per number, so that every token of a text can be told from every other."""
-    return [int(word) for word in text.split()]
+    return [int(word) for word in document.text.split()]
 
 
-def as_bytes(text: str) -> list[int]:
-    return list(text.encode())
+def as_bytes(document: Document) -> list[int]:
+    return list(document.text.encode())
 
 
 def counted(path: Path, sizes: list[int], start: int = 0) -> TextFile:
@@ -49,7 +53,8 @@ def tokens(texts: list[TextFile], split: str, most: int = PLENTY) -> list[int]:
 def test_documents_are_separated_by_lines_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(f"one %%%% line\n\n{SEPARATOR}\n\n\n{SEPARATOR}\n  two\nlines\n", encoding="utf-8")
-    assert read_documents(path) == ["one %%%% line", "  two\nlines"]
+    assert read_plain(path) == ["one %%%% line", "  two\nlines"]
+    assert read_documents(TextFile("a", str(path))) == [Document("one %%%% line"), Document("  two\nlines")]
 
 
 @pytest.mark.parametrize("sizes", [[40] * 8, [25, 90, 33, 61, 20, 300, 47], [400], [100, 100], [17] * 9])
@@ -185,7 +190,7 @@ def test_unreadable_text_is_a_bad_file(tmp_path: Path, content: bytes | None, me
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(BadFile, match=message):
-        read_documents(path)
+        read_documents(TextFile("a", str(path)))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +202,55 @@ def test_text_without_a_window_is_refused(tmp_path: Path, sizes: list[int], spli
     text = counted(tmp_path / "a.txt", sizes)
     with pytest.raises(BadFile, match=f"no {split.replace('_', '-')} windows of {SHORTEST_WINDOW} tokens"):
         windows([text], split, LENGTH, PLENTY, numbers)
+
+
+def json_lines(path: Path, *values: object) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+    return path
+
+
+CHAT = {"messages": [{"role": "user", "content": "1 2 3"}]}
+
+
+def test_every_line_of_json_lines_is_a_document(tmp_path: Path) -> None:
+    numbers_of = [" ".join(map(str, range(start, start + LENGTH))) for start in range(0, 8 * LENGTH, LENGTH)]
+    path = json_lines(tmp_path / "a.JSONL", *({"text": text, "id": 7} for text in numbers_of))
+    (text,) = parse_texts([str(path)])
+    assert text == TextFile("a", str(path), form=JSON_LINES)
+    assert tokens([text], "held_out") == [*range(60, 80), *range(140, 160)]
+    assert sorted(tokens([text], "held_out") + tokens([text], "calibration")) == list(range(160))
+
+
+def test_chats_are_no_text_before_a_template_made_them_one(tmp_path: Path) -> None:
+    path = json_lines(tmp_path / "a.ndjson", {"text": "1 2"}, CHAT)
+    (text,) = parse_texts([f"talk={path}"], "calibration")
+    assert text == TextFile("talk", str(path), "calibration", CHATS)
+    with pytest.raises(BadFile, match=r"a\.ndjson, line 2: a chat, which is no text before"):
+        read_documents(text)
+
+
+def test_a_bad_line_is_found_when_the_text_is_named(tmp_path: Path) -> None:
+    path = json_lines(tmp_path / "a.jsonl", CHAT, {"text": 5})
+    with pytest.raises(BadFile, match=r"a\.jsonl, line 2: text is a number, not a text"):
+        parse_texts([str(path)])
+
+
+def test_prepared_documents_keep_their_tokens_and_their_special_ones(tmp_path: Path) -> None:
+    documents = [Document("é <|im_end|>\n", special=True), Document("plain"), Document(tokens=tuple(range(LENGTH)))]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(map(prepared_line, documents)))
+    assert read_documents(TextFile("a", str(path), form=PREPARED)) == documents
+    path.write_bytes(path.read_bytes() + b'{"text": "x", "tokens": ["1"]}\n')
+    with pytest.raises(BadFile, match="line 4 is not what edgeprune wrote"):
+        read_documents(TextFile("a", str(path), form=PREPARED))
+
+
+def test_digest_takes_the_template_in_where_there_are_chats(tmp_path: Path) -> None:
+    path = json_lines(tmp_path / "a.jsonl", CHAT)
+    plain, chats = TextFile("a", str(path)), TextFile("a", str(path), form=CHATS)
+    lines = TextFile("a", str(path), form=JSON_LINES)
+    assert texts_digest([plain], "one") == texts_digest([plain], "other") == texts_digest([plain])
+    assert len({texts_digest([text], template) for text in (plain, lines, chats) for template in ("1", "2")}) == 4
 
 
 def test_digest_tells_contents_domains_and_splits_apart(tmp_path: Path) -> None:

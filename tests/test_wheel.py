@@ -49,7 +49,11 @@ def test_the_wheel_holds_the_package_the_data_and_nothing_else(wheel: Path) -> N
     package = ROOT / "edgeprune"
     shipped = {".py", ".txt", ".j2", ".json", ".safetensors"}
     wanted |= {str(path.relative_to(ROOT)) for path in package.rglob("*") if path.suffix in shipped}
-    for part in ("edgeprune/demo/model.safetensors", "edgeprune/measure/text/prose.txt"):
+    for part in (
+        "edgeprune/demo/model.safetensors",
+        "edgeprune/measure/text/prose.txt",
+        "edgeprune/measure/prompts.json",
+    ):
         assert part in wanted
     assert wanted <= names, sorted(wanted - names)
     others = {name for name in names - wanted if ".dist-info/" not in name and not name.endswith("README.md")}

@@ -49,8 +49,17 @@ _MIX = (
     ),
 )
 _TEXT = (
-    click.option("--text", multiple=True, metavar="[NAME=]FILE", help="Calibration text; repeatable."),
+    click.option(
+        "--text", multiple=True, metavar="[NAME=]FILE", help="Calibration text, or chats as .jsonl; repeatable."
+    ),
     click.option("--eval-text", multiple=True, metavar="[NAME=]FILE", help="Held-out text; repeatable."),
+    click.option(
+        "--self",
+        "self_answers",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Calibrate on N answers of the model itself, too.",
+    ),
     click.option("--tokens", type=click.IntRange(64), help="Most calibration tokens."),
     click.option(
         "--engine",
@@ -88,6 +97,7 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "kv_type": options.get("kv_type"),
         "texts": tuple(options.get("text") or ()),
         "evaluation_texts": tuple(options.get("eval_text") or ()),
+        "self_answers": options.get("self_answers") or 0,
         "keep": options.get("keep"),
         "types": tuple(name.strip() for name in types.split(",") if name.strip()) if types else (),
         "method": options.get("method") or "replay",

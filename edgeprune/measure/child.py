@@ -55,13 +55,21 @@ if hasattr(signal, "SIGBUS"):
 _POLITE = {"GOMP_SPINCOUNT": "1000", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def call(task: str, arguments: dict[str, Any], progress: Progress | None = None, *, as_user: bool = False) -> Any:
+def call(
+    task: str,
+    arguments: dict[str, Any],
+    progress: Progress | None = None,
+    *,
+    as_user: bool = False,
+    silent_seconds: float | None = None,
+) -> Any:
     """The value that ``task`` returns for ``arguments``, computed in a child process.
 
     Args:
         task: ``"edgeprune.room.module:function"``.
         progress: called with steps done and steps in all, as the task reports them.
         as_user: leave the threads' way of waiting as the user's own programs have it, to measure their speed.
+        silent_seconds: end the child when it reports nothing for so long, instead of after hours.
 
     Raises:
         NativeCrash: the child died; the message has the reason and the end of its log.
@@ -79,7 +87,7 @@ def call(task: str, arguments: dict[str, Any], progress: Progress | None = None,
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
         )
-        watch = _Watch(process)
+        watch = _Watch(process, SILENT_SECONDS if silent_seconds is None else silent_seconds)
         watch.start()
         try:
             assert process.stdin is not None and process.stdout is not None
@@ -118,10 +126,10 @@ class _Watch(threading.Thread):
     Time is counted in looks at the child, so that a machine that sleeps or a stopped process group is no hang.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], silent_seconds: float) -> None:
         super().__init__(daemon=True)
         self.verdict = ""
-        self._process, self._ended = process, threading.Event()
+        self._process, self._silent_seconds, self._ended = process, silent_seconds, threading.Event()
         self._messages = 0
 
     def heard(self) -> None:
@@ -140,7 +148,7 @@ class _Watch(threading.Thread):
             silent = silent + _POLL_SECONDS if now[0] == before[0] else 0.0
             idle = idle + _POLL_SECONDS if now == before else 0.0
             before = now
-            if idle >= IDLE_SECONDS or silent >= SILENT_SECONDS:
+            if idle >= IDLE_SECONDS or silent >= self._silent_seconds:
                 doing = "used no processor time" if idle >= IDLE_SECONDS else "made no progress"
                 self.verdict = f"it {doing} for {format_seconds(max(idle, silent))} and was ended"
                 self._process.kill()

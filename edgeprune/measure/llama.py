@@ -335,15 +335,53 @@ class Session:
         pointer = binding.llama_get_logits(self.context)
         return np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary_size))
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text``, framed as the model wants it (BOS kept); ``special``: parse special tokens."""
+    def tokenize(self, text: str, *, framed: bool = True, special: bool = False) -> list[int]:
+        """Token ids of ``text``.
+
+        Args:
+            framed: put BOS in front if the model wants it; where special tokens are parsed and the text begins with
+                one of its own, that is enough.
+            special: parse special tokens such as ``<|im_end|>``; otherwise they are text like any other.
+        """
         encoded = text.encode("utf-8")
         room = len(encoded) + 16
         buffer = (binding.llama_token * room)()
-        count = binding.llama_tokenize(self.vocabulary, encoded, len(encoded), buffer, room, special, special)
+        count = binding.llama_tokenize(self.vocabulary, encoded, len(encoded), buffer, room, framed, special)
         if count < 0:
             raise EdgepruneError(f"llama.cpp could not tokenize {len(encoded)} bytes of text")
-        return list(buffer[:count])
+        tokens: list[int] = list(buffer[:count])
+        first = int(binding.llama_vocab_bos(self.vocabulary))
+        return tokens[1:] if framed and special and tokens[:2] == [first, first] else tokens
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What ``tokens`` say, without special ones; U+FFFD stands for a character that is cut off."""
+        count, size = len(tokens), -16 * len(tokens)
+        ids = (binding.llama_token * count)(*tokens)
+        while size < 0:  # what it needs, if it has less
+            buffer = ctypes.create_string_buffer(-size)
+            size = binding.llama_detokenize(self.vocabulary, ids, count, buffer, len(buffer), False, False)
+        return buffer.raw[:size].decode("utf-8", errors="replace") if count else ""
+
+    def ends(self, token: int) -> bool:
+        """Whether the model ends what it says with ``token``."""
+        return bool(binding.llama_vocab_is_eog(self.vocabulary, token))
+
+    @contextmanager
+    def sampling(self, seed: int, *, temperature: float, top_k: int, top_p: float) -> Iterator[Callable[[], int]]:
+        """A function that draws the next token from the logits of the last ``extend``, by llama.cpp's own chain of
+        samplers."""
+        chain = binding.llama_sampler_chain_init(binding.llama_sampler_chain_default_params())
+        try:
+            for link in (
+                binding.llama_sampler_init_top_k(top_k),
+                binding.llama_sampler_init_top_p(top_p, 1),
+                binding.llama_sampler_init_temp(temperature),
+                binding.llama_sampler_init_dist(seed),
+            ):
+                binding.llama_sampler_chain_add(chain, link)
+            yield lambda: int(binding.llama_sampler_sample(chain, self.context, -1))
+        finally:
+            binding.llama_sampler_free(chain)
 
     def close(self) -> None:
         """Free the context and the model."""

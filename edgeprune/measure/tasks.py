@@ -10,7 +10,7 @@ import itertools
 import re
 import statistics as stdlib_statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from edgeprune.errors import BadFile
 from edgeprune.files import digest, require_space, room_for
 from edgeprune.measure.child import peak_memory_bytes
 from edgeprune.measure.divergence import Quality, Reference, TokenScores, summarise
+from edgeprune.measure.documents import Document
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, session
 from edgeprune.measure.observers import Disturbance, RouterMask
@@ -46,7 +47,10 @@ def _launch(window: int, threads: int) -> Launch:
 
 
 def _chosen(opened: Session, texts: list[dict[str, str]], split: str, window: int, most: int) -> list[Window]:
-    return windows(_texts(texts), split, window, most, opened.tokenize)
+    def ids(document: Document) -> Sequence[int]:
+        return document.tokens or opened.tokenize(document.text, special=document.special)
+
+    return windows(_texts(texts), split, window, most, ids)
 
 
 def collect(
@@ -100,7 +104,7 @@ def collect(
                 observer.current = collector
                 for part, positions in zip(shard, own, strict=True):
                     collector.kept = positions
-                    _finite(model, opened.run(part.tokens))
+                    finite(model, opened.run(part.tokens))
                     collector.end_window()
                     done += 1
                     if progress is not None:
@@ -182,7 +186,7 @@ def _saved(collector: Collector, shard: list[Window], window: int, made_from: di
     Statistics([shard[0].domain], tokens, window, layers, moments, made_from, reservoirs).save(path)
 
 
-def _finite(model: str, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def finite(model: str, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """``logits`` of a window, of which the last row has seen every token.
 
     Raises:
@@ -216,7 +220,7 @@ def reference(
         kept = Reference(partial, opened.vocabulary_size)
         require_space(partial.parent, kept.nbytes(part.tokens for part in chosen))
         for index, part in enumerate(chosen):
-            kept.append(_finite(model, opened.run(part.tokens)))
+            kept.append(finite(model, opened.run(part.tokens)))
             if progress is not None:
                 progress(index + 1, len(chosen))
     partial.replace(output)
@@ -435,7 +439,7 @@ def _fill_context(opened: Session, random: np.random.Generator, batch: int) -> i
 
 
 def tokenize(model: str, texts: list[str], special: bool = False) -> list[list[int]]:
-    """llama.cpp's token ids of each text, from the vocabulary alone."""
+    """llama.cpp's token ids of each text, from the vocabulary alone; ``special``: framed, special tokens parsed."""
     opened = Session(Path(model), Launch(), vocab_only=True)
     with contextlib.closing(opened):
-        return [opened.tokenize(text, special=special) for text in texts]
+        return [opened.tokenize(text, framed=special, special=special) for text in texts]

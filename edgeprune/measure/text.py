@@ -1,8 +1,8 @@
 """Calibration and held-out text: documents by domain, as token windows.
 
-Files hold documents separated by lines of ``%%%%``; a file without them is one document. Every fourth
-document of a domain (of a single document: every fourth window) is held out: no expert or type is chosen
-with it. Only which of two finished files is shipped, the plan or a stock preset, is decided on it.
+Files hold documents separated by lines of ``%%%%``, a file without them is one document; or JSON lines, see
+``documents``. Every fourth document of a domain (of a domain with fewer: every fourth window) is held out: no expert
+or type is chosen with it. Only which of two finished files is shipped, the plan or a stock preset, is decided on it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import BadFile, UsageError
+from edgeprune.measure.documents import (
+    Chat,
+    Document,
+    holds_chats,
+    is_json_lines,
+    read_json_lines,
+    read_plain,
+    read_prepared,
+)
 
-SEPARATOR = "%%%%"
+# What the bytes of a text file mean.
+PLAIN, JSON_LINES, CHATS, PREPARED = "plain", "json lines", "chats", "prepared"
 HELD_OUT_EVERY = 4
 SHORTEST_WINDOW = 16
 _SHIPPED = Path(__file__).resolve().parent / "text"
@@ -28,14 +38,17 @@ class TextFile:
 
     Attributes:
         split: ``shared`` (part calibrates, part is held out), ``calibration`` or ``held_out``.
+        form: ``plain``; ``json lines`` without a chat; ``chats``: JSON lines with chats, which a model's template has
+            to render before they can be read; ``prepared``: what edgeprune wrote, rendered chats for example.
     """
 
     domain: str
     path: str
     split: str = "shared"
+    form: str = PLAIN
 
     def to_json(self) -> dict[str, str]:
-        return {"domain": self.domain, "path": self.path, "split": self.split}
+        return {"domain": self.domain, "path": self.path, "split": self.split, "form": self.form}
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ def parse_texts(values: Sequence[str], split: str = "shared") -> list[TextFile]:
 
     Raises:
         UsageError: a file that does not exist, or a domain named twice.
+        BadFile: a line of JSON lines that is no document.
     """
     texts = []
     for value in values:
@@ -63,35 +77,50 @@ def parse_texts(values: Sequence[str], split: str = "shared") -> list[TextFile]:
         path = Path(rest if separator else value)
         if not path.is_file():
             raise UsageError(f"no text file {path}")
-        texts.append(TextFile(name if separator else path.stem, str(path.resolve()), split))
+        texts.append(TextFile(name if separator else path.stem, str(path.resolve()), split, _form(path)))
     domains = [text.domain for text in texts]
     if len(set(domains)) < len(domains):
         raise UsageError("two texts have the same domain", hint="name them: --text NAME=FILE")
     return texts
 
 
-def texts_digest(texts: Sequence[TextFile]) -> str:
-    """SHA-256 over domains, splits and contents."""
+def _form(path: Path) -> str:
+    if not is_json_lines(path):
+        return PLAIN
+    return CHATS if holds_chats(path) else JSON_LINES
+
+
+def texts_digest(texts: Sequence[TextFile], template: str = "") -> str:
+    """SHA-256 over domains, splits and contents, and what makes text of chats.
+
+    Args:
+        template: digest of the chat template.
+    """
     state = hashlib.sha256()
     for text in texts:
-        state.update(f"{text.domain}\0{text.split}\0".encode() + Path(text.path).read_bytes())
+        how = f"{text.split}\0" if text.form == PLAIN else f"{text.split}\0{text.form}\0"
+        if text.form == CHATS:
+            how += f"{template}\0"
+        state.update(f"{text.domain}\0{how}".encode() + Path(text.path).read_bytes())
     return state.hexdigest()
 
 
-def read_documents(path: Path) -> list[str]:
-    """The documents in ``path``.
+def read_documents(text: TextFile) -> list[Document]:
+    """The documents of ``text``.
 
     Raises:
-        BadFile: not UTF-8, or empty.
+        BadFile: not UTF-8, empty, a bad line, or a chat that was not rendered.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFile(f"cannot read {path} as UTF-8 text: {error}") from error
-    documents = [part.strip("\n") for part in content.split(f"\n{SEPARATOR}\n")]
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise BadFile(f"{path} is empty")
+    path = Path(text.path)
+    if text.form == PREPARED:
+        return read_prepared(path)
+    if text.form == PLAIN:
+        return [Document(document) for document in read_plain(path)]
+    documents = []
+    for number, document in read_json_lines(path):
+        if isinstance(document, Chat):
+            raise BadFile(f"{path}, line {number}: a chat, which is no text before a template made it one")
+        documents.append(Document(document))
     return documents
 
 
@@ -163,13 +192,13 @@ def windows(
     split: str,
     length: int,
     most_tokens: int,
-    tokenize: Callable[[str], list[int]],
+    tokenize: Callable[[Document], Sequence[int]],
 ) -> list[Window]:
     """Windows of at most ``length`` tokens, domains taking turns, ``most_tokens`` in all.
 
     Args:
         split: ``calibration`` or ``held_out``.
-        tokenize: text to token ids.
+        tokenize: document to token ids.
 
     Raises:
         BadFile: the text is too short to give a single window.
@@ -177,7 +206,7 @@ def windows(
     length = min(length, max(most_tokens, SHORTEST_WINDOW))
     by_domain: list[list[Window]] = []
     for text in texts:
-        documents = read_documents(Path(text.path))
+        documents = read_documents(text)
         if len(documents) >= HELD_OUT_EVERY:
             parts = [_windows(tokenize(d), length) for d in _of_split(documents, text.split, split)]
             chosen = [part for document in parts for part in document]

@@ -11,7 +11,6 @@ from edgeprune.decide.keep import check_method, keep_set
 from edgeprune.decide.scores import SCORES
 from edgeprune.errors import BadFile, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
-from edgeprune.measure.text import texts_digest
 from edgeprune.model.architecture import Architecture
 from edgeprune.prove.comparison import Comparison, Row, ordered, row
 from edgeprune.prove.page import render_comparison
@@ -50,7 +49,7 @@ def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[st
     made_from = {
         "source": run.fingerprint,
         "statistics": digest(run.statistics.made_from),
-        "text": texts_digest(run.texts),
+        "text": run.text_digest,
         "tokens": tokens,
         "window": run.settings.window,
         "mixture": run.settings.mixture,

@@ -104,8 +104,8 @@ class DecideStages(MeasureStages):
             DoesNotFit: not even the fewest experts in the smallest types fit.
             UsageError: an impossible number of experts, type or score.
         """
+        _ = self.given_texts  # a missing or broken text is found now, before a checkpoint is converted
         counts, architecture = self._counts(), self.architecture
-        _ = self.texts  # a missing text is found now, not after the plan
         check_method(self.settings.method)
         types = allowed_types(self.profile, self.settings.types)
         # When every type costs nothing, the best plan is the smallest.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -22,17 +22,16 @@ from edgeprune.measure import child
 from edgeprune.measure.merging import merge
 from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
 from edgeprune.measure.statistics import Statistics, write_imatrix
-from edgeprune.measure.text import TextFile, parse_texts, shipped_texts, texts_digest
 from edgeprune.measure.weights import LayerWeights, load_weights
 from edgeprune.settings import LLAMA, TORCH
-from edgeprune.stages.source import SourceStages
+from edgeprune.stages.texts import TextStages
 
 # The largest layers whose subsets are all tried.
 MOST_ENUMERATED = 16
 # The score of layers that cannot be replayed.
 FALLBACK = "reap"
 # Raised when a measurement changes its meaning, so that saved ones are made again.
-FORMAT = 2
+FORMAT = 3
 
 
 def tools(engine: str = LLAMA) -> str:
@@ -42,54 +41,14 @@ def tools(engine: str = LLAMA) -> str:
     return f"format {FORMAT}, llama-cpp-python {version('llama-cpp-python')}"
 
 
-def _disjoint(calibration: Sequence[str], held_out: Sequence[str]) -> None:
-    """Refuse a file that is to calibrate and to be held out.
-
-    Raises:
-        UsageError: names it.
-    """
-    files = [{Path(value.rpartition("=")[2]).resolve() for value in values} for values in (calibration, held_out)]
-    if both := sorted(files[0] & files[1]):
-        raise UsageError(
-            f"{both[0]} is given as --text and as --eval-text: what was calibrated on is not held out",
-            hint="leave --eval-text out, and a quarter of the text is held out",
-        )
-
-
 @dataclass
-class MeasureStages(SourceStages):
+class MeasureStages(TextStages):
     """Statistics, sensitivities, and the quality of any file against the source."""
-
-    @cached_property
-    def texts(self) -> list[TextFile]:
-        """Calibration and held-out text."""
-        if self.settings.evaluation_texts:
-            _disjoint(self.settings.texts, self.settings.evaluation_texts)
-            chosen = parse_texts(self.settings.texts, "calibration") or [
-                replace(text, split="calibration") for text in shipped_texts()
-            ]
-            return chosen + parse_texts(self.settings.evaluation_texts, "held_out")
-        return parse_texts(self.settings.texts) or shipped_texts()
-
-    def _text_arguments(self, part: str) -> dict[str, Any]:
-        """Arguments of a task that reads text: ``calibration``, ``held_out``, or the small part of the calibration
-        text that ``sensitivity`` is measured on."""
-        chosen = self.settings
-        tokens, window = {
-            "calibration": (chosen.calibration_tokens, chosen.window),
-            "held_out": (chosen.evaluation_tokens, chosen.window),
-            "sensitivity": (chosen.sensitivity_tokens, min(chosen.window, chosen.sensitivity_window)),
-        }[part]
-        return {
-            "texts": [text.to_json() for text in self.texts],
-            "split": "held_out" if part == "held_out" else "calibration",
-            "window": window,
-            "most_tokens": tokens,
-        }
 
     @cached_property
     def statistics(self) -> Statistics:
         """One pass over the calibration text, or what an earlier run left of it."""
+        _ = self.given_texts  # a missing or broken text is found now, before a checkpoint is converted
         path, made_from = self.folder.statistics, self._measured_with(self.settings.engine)
         if path.is_file():
             with contextlib.suppress(BadFile):
@@ -128,7 +87,7 @@ class MeasureStages(SourceStages):
         """What statistics are made from."""
         return {
             "model": self.fingerprint,
-            "text": texts_digest(self.texts),
+            "text": self.text_digest,
             "tokens": self.settings.calibration_tokens,
             "window": self.settings.window,
             "reservoir": self.settings.reservoir_tokens,
@@ -199,7 +158,8 @@ class MeasureStages(SourceStages):
     def _reference(self, part: str) -> Path:
         """The source's log-probabilities over a ``part`` of the text, kept in the scratch folder."""
         arguments = self._text_arguments(part)
-        key = digest({"model": self.fingerprint, "text": texts_digest(self.texts), **arguments})
+        text = self._digest_of(self._texts_for(arguments["split"]))
+        key = digest({"model": self.fingerprint, "text": text, **arguments})
         path = self.folder.scratch / f"{part}-{key[:16]}.logprobs"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)

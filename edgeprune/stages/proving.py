@@ -16,7 +16,6 @@ from edgeprune.decide.plan import PRESET, SOLVER, Plan, folded
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import read_json, to_json, write_text
 from edgeprune.measure import child
-from edgeprune.measure.text import texts_digest
 from edgeprune.prove import baseline
 from edgeprune.prove.page import render
 from edgeprune.prove.report import KEPT, Baseline, Report, promises
@@ -176,7 +175,7 @@ class Run(DecideStages):
             },
             launch_line=plan.launch.command(Path(build.path).name),
             conditions=self._conditions(on_device, plan.launch.context, speed),
-            made_from={"plan": plan.digest, "build": build.sha256, "text": texts_digest(self.texts)},
+            made_from={"plan": plan.digest, "build": build.sha256, "text": self.text_digest},
         )
         return replace(report, verdict=_verdict(report))
 
