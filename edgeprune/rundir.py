@@ -53,6 +53,10 @@ class RunFolder:
         return self.path / "gradients.safetensors"
 
     @property
+    def teacher(self) -> Path:
+        return self.path / "teacher.safetensors"
+
+    @property
     def imatrix(self) -> Path:
         return self.path / "imatrix.gguf"
 

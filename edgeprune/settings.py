@@ -45,6 +45,9 @@ class Settings:
         method: how experts are ranked, one of ``decide.scores.METHODS``.
         mixture: how the domains of the text are put together for that, one of ``decide.keep.MIXTURES``.
         engine: what the statistics are measured with, one of ``ENGINES``; ``torch`` needs a checkpoint.
+        heal: whether the down projections of changed experts are fitted anew.
+        heal_stages: most groups of layers that this is done in, or 0 for the default.
+        healing_tokens: how much text is used for it.
         output: run directory, or None for the default.
         window: tokens per calibration window.
         sensitivity_window: the same where little text is used, so that every domain takes part.
@@ -67,6 +70,9 @@ class Settings:
     method: str = "replay"
     mixture: str = "pooled"
     engine: str = LLAMA
+    heal: bool = True
+    heal_stages: int = 0
+    healing_tokens: int = 49_152
     output: str | None = None
     window: int = 512
     calibration_tokens: int = 24_576

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.build.store import Store
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
 from edgeprune.files import atomic_writer, file_digest, require_space
-from edgeprune.measure.statistics import Statistics
+from edgeprune.measure.statistics import InputMoments, Statistics
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor, read_architecture
 from edgeprune.model.gguf import GgufFile, align
@@ -99,6 +100,7 @@ def build(
     plan: dict[str, Any],
     output: str,
     statistics: str = "",
+    store: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the file that ``plan`` describes. A task for a child process.
@@ -107,6 +109,7 @@ def build(
         model: the source GGUF.
         statistics: of the calibration, for the importance of each weight's inputs; may be empty when
             no tensor changes type.
+        store: folder of tensors that are finished, or empty.
         progress: called with bytes written and bytes in all.
 
     Returns:
@@ -122,17 +125,20 @@ def build(
     stock = obeyed.origin.startswith(PRESET)
     made = layout(file, architecture, obeyed.kept, obeyed.types, obeyed.records())
     moments = Statistics.load(Path(statistics)).moments if statistics else {}
+    finished = Store(Path(store)) if store else None
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     require_space(path.parent, made.nbytes)
     with atomic_writer(path) as stream, ThreadPoolExecutor(cores()) as pool:
         stream.write(made.header)
         for tensor, target in zip(architecture.tensors, made.tensors, strict=True):
-            kept = obeyed.keep.get(tensor.layer, tuple(range(architecture.experts)))
-            moment = moments.get(tensor.name)
-            means = None if moment is None else moment.mean()
             written = 0
-            for piece in _pieces(file, tensor, target.type, kept, means, pool, stock):
+            if finished is not None and tensor.name in finished:
+                pieces = iter((finished.read(tensor.name),))
+            else:
+                kept = obeyed.kept_of(tensor.layer)
+                pieces = encoded(file, tensor, target.type, kept, moments.get(tensor.name), pool, stock=stock)
+            for piece in pieces:
                 written += stream.write(piece.tobytes() if not piece.flags.c_contiguous else piece.data)
             if written != target.nbytes:
                 raise BadFile(f"{tensor.name}: wrote {written:,} bytes, planned {target.nbytes:,}")
@@ -143,19 +149,28 @@ def build(
     return Build(str(path), path.stat().st_size, file_digest(path), obeyed.digest).to_json()
 
 
-def _pieces(
+def encoded(
     file: GgufFile,
     tensor: Tensor,
     target: str,
     kept: Sequence[int],
-    means: npt.NDArray[np.float32] | None,
+    moment: InputMoments | None,
     pool: ThreadPoolExecutor,
-    stock: bool,
+    *,
+    stock: bool = False,
 ) -> Iterator[Bytes]:
+    """The data of ``tensor`` in type ``target`` with the ``kept`` experts alone, in consecutive pieces; a copy where
+    the type is the tensor's own.
+
+    Args:
+        moment: of its inputs, or None.
+        stock: as llama-quantize would.
+    """
     raw = file.raw(tensor.name)
     if target == tensor.type:
         yield from _kept_slices(raw, tensor, kept)
         return
+    means = None if moment is None else moment.mean()
     jobs = _encode_jobs(raw, tensor, ggml.BY_NAME[target], kept, means, stock)
     yield from _in_order(pool, jobs, ahead=2 * cores())
 

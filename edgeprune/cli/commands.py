@@ -37,6 +37,10 @@ _TARGET = (
 _CHOICE = (
     click.option("--keep", type=click.IntRange(1), metavar="K", help="Keep exactly K experts per layer."),
     click.option("--types", metavar="T,T", help="Use only these GGML types, for example Q4_K,Q6_K."),
+    click.option(
+        "--heal/--no-heal", default=True, help="Fit the kept experts' down projections anew.  [default: heal]"
+    ),
+    click.option("--heal-stages", type=click.IntRange(1), help="Most groups of layers that are healed one by one."),
     click.option("--method", default="replay", show_default=True, help="How experts are ranked; see `compare`."),
 )
 _MIX = (
@@ -103,6 +107,8 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "method": options.get("method") or "replay",
         "mixture": options.get("mix") or "pooled",
         "engine": options.get("engine") or "llama.cpp",
+        "heal": options.get("heal", True),
+        "heal_stages": options.get("heal_stages") or 0,
         "output": options.get("output"),
     }
     if options.get("tokens"):

@@ -40,6 +40,7 @@ class Problem:
         types: GGML types that may be used (besides each tensor's own).
         launch: settings before placement.
         made_from: digests for the plan.
+        heal: whether the plan's changed experts are healed.
     """
 
     file: GgufFile
@@ -53,6 +54,7 @@ class Problem:
     launch: Launch
     method: str
     made_from: dict[str, Any]
+    heal: bool = False
 
 
 def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:
@@ -108,6 +110,11 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
         origin=origin,
         predicted=Prediction(),
         made_from=problem.made_from,
+        heal=problem.heal
+        and any(
+            t.is_expert and (kept < problem.architecture.experts or t.name in types)
+            for t in problem.architecture.tensors
+        ),
     )
     return plan, layout(problem.file, problem.architecture, kept, types, plan.records())
 

@@ -80,6 +80,8 @@ class Plan:
         origin: who chose: ``solver``, ``user`` or a stock preset's name.
         predicted: the promise.
         made_from: digests of what the plan was made from.
+        heal: the down projections of experts in layers that change are fitted anew, so that the layers answer as
+            before.
 
     Raises:
         BadFile: counts, ids or types that no GGUF can have.
@@ -95,6 +97,7 @@ class Plan:
     origin: str
     predicted: Prediction
     made_from: dict[str, Any]
+    heal: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.kept <= self.experts:
@@ -112,6 +115,10 @@ class Plan:
                 raise BadFile(f"the plan gives {name} the unknown type {type_name}")
             if type_name in _NOT_FOR_WEIGHTS:
                 raise BadFile(f"the plan gives {name} {type_name}, which is no type for weights")
+
+    def kept_of(self, layer: int) -> tuple[int, ...]:
+        """Ids of the experts that stay in ``layer``."""
+        return self.keep.get(layer, tuple(range(self.experts)))
 
     def check(self, architecture: Architecture) -> None:
         """Refuse a plan that does not fit ``architecture`` or that llama.cpp would not load.
@@ -159,6 +166,7 @@ class Plan:
             "recorded": not self.origin.startswith(PRESET),
             # Encodings depend on the importance matrix.
             "statistics": self.made_from.get("statistics") if self.types else None,
+            "healed": self.made_from.get("healing") if self.heal else None,
         }
         return digest(identity)
 
@@ -170,6 +178,8 @@ class Plan:
             make_entry("edgeprune.plan_digest", "str", self.digest),
             make_entry("edgeprune.source_experts", "u32", self.experts),
         ]
+        if self.heal:
+            entries.append(make_entry("edgeprune.healed", "bool", True))
         if self.keep:
             flat = [expert for _, ids in sorted(self.keep.items()) for expert in ids]
             entries.append(make_entry("edgeprune.kept_experts", "[u16]", flat))
@@ -192,7 +202,8 @@ class Plan:
             BadFile: missing or unknown keys, or an unloadable plan.
         """
         names = set(cls.__dataclass_fields__)
-        check_keys(where, value, names - {"predicted"}, {"predicted", "digest", "signature"})
+        optional = {"predicted", "heal"}
+        check_keys(where, value, names - optional, optional | {"digest", "signature"})
         try:
             return cls(
                 arch=str(value["arch"]),
@@ -205,6 +216,7 @@ class Plan:
                 origin=str(value["origin"]),
                 predicted=Prediction.from_json(value.get("predicted", {}), f"{where}: predicted"),
                 made_from=dict(value["made_from"]),
+                heal=bool(value.get("heal", False)),
             )
         except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise BadFile(f"{where} is not a plan: {error}") from error

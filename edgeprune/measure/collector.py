@@ -55,9 +55,12 @@ class Collector(Sums):
 
     Args:
         weights: names of the weights whose inputs are wanted.
+        only: layers that are looked at, or None for all; the model is not computed beyond the last of them, so
+            that its logits mean nothing.
     """
 
     weights: frozenset[str] = frozenset()
+    only: range | None = None
     _windows: dict[int, _Seen] = field(default_factory=dict, init=False)
     _residuals: dict[int, int] = field(default_factory=dict, init=False)  # pointer of a residual stream to its layer
 
@@ -90,11 +93,12 @@ class Collector(Sums):
         match = _NAME.fullmatch(name)
         if match is None:
             return False
-        handler = self._handler(match[1], op)
-        if handler is None:
+        handler, layer = self._handler(match[1], op), int(match[2])
+        if handler is None or (self.only is not None and layer not in self.only):
             return False
         if not ask:
-            handler(int(match[2]), match[1], node)
+            handler(layer, match[1], node)
+            return self.only is None or layer != self.only[-1] or match[1] != "weighted"
         return True
 
     def _handler(self, kind: str, op: str) -> Any:

@@ -212,8 +212,8 @@ class Session:
         path: a GGUF file.
         launch: how to start.
         observer: called before each graph node with ``ask=True`` to say whether it wants to see the
-            node, and after it was computed with ``ask=False``; an exception in it is kept and raised by
-            the next call of ``run``.
+            node, and after it was computed with ``ask=False`` to say whether the rest of the graph is to be
+            computed; an exception in it is kept and raised by the next call of ``run``.
         no_alloc: only price the memory, load nothing.
         single_output: only the last token of a batch has logits, as in a server with one slot; the buffers
             are smaller then.
@@ -290,8 +290,7 @@ class Session:
         # ctypes callback counts as False; so failures are kept for run() and True is returned.
         try:
             assert self._observer is not None
-            wanted = self._failure is None and self._observer(Node(pointer), ask)
-            return wanted if ask else True
+            return self._observer(Node(pointer), ask) if self._failure is None else not ask
         except BaseException as error:
             self._failure = error
             return not ask

@@ -65,6 +65,7 @@ def collect(
     arch: str,
     made_from: dict[str, Any],
     reservoir_tokens: int = 0,
+    layers: list[int] | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, int]:
@@ -75,6 +76,8 @@ def collect(
 
     Args:
         reservoir_tokens: how many tokens are kept whole, spread at random over the text.
+        layers: first layer and the one after the last that are looked at, instead of all; the model is not
+            computed further.
 
     Returns:
         tokens seen and peak memory in bytes.
@@ -99,12 +102,19 @@ def collect(
             if not _is_statistics(path):
                 arena = Arena(folder)
                 collector = Collector(
-                    experts, arena, gates_input=arch == "llama4", capacity=sum(map(len, own)), weights=names
+                    experts,
+                    arena,
+                    gates_input=arch == "llama4",
+                    capacity=sum(map(len, own)),
+                    weights=names,
+                    only=None if layers is None else range(*layers),
                 )
                 observer.current = collector
                 for part, positions in zip(shard, own, strict=True):
                     collector.kept = positions
-                    finite(model, opened.run(part.tokens))
+                    logits = opened.run(part.tokens)
+                    if layers is None:
+                        finite(model, logits)
                     collector.end_window()
                     done += 1
                     if progress is not None:

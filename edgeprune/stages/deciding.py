@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from edgeprune.measure import child
 from edgeprune.measure.distortion import candidate_types
 from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model.layout import layout
-from edgeprune.stages.measuring import MeasureStages, tools
+from edgeprune.stages.healing import HealStages
+from edgeprune.stages.measuring import tools
 from edgeprune.units import format_bytes
 
 # How much the memory of a process varies from run to run; no reason to make another plan.
@@ -28,7 +30,7 @@ _JITTER_BYTES = 8 << 20
 
 
 @dataclass
-class DecideStages(MeasureStages):
+class DecideStages(HealStages):
     """Candidates, the plan, and the file that obeys it."""
 
     def _counts(self) -> list[int]:
@@ -65,6 +67,7 @@ class DecideStages(MeasureStages):
             "types": sorted(self.settings.types),
             "method": self.settings.method,
             "mixture": self.settings.mixture,
+            "healing": self.healing if self.settings.heal else None,
         }
 
     def problem(self, counts: Sequence[int]) -> Problem:
@@ -83,6 +86,7 @@ class DecideStages(MeasureStages):
             launch=self.launch,
             method=self.settings.method,
             made_from=self._made_from(measured=True),
+            heal=self.settings.heal,
         )
 
     def candidates(self) -> list[Candidate]:
@@ -245,6 +249,7 @@ class DecideStages(MeasureStages):
         if output.is_file() and output.samefile(self.source):
             raise UsageError(f"the result would replace its source {output}", hint="choose another folder with -o")
         self._discard_reports()
+        store = self.healed(plan)
         with self.listener.progress("build") as progress:
             value = child.call(
                 "edgeprune.build.builder:build",
@@ -253,9 +258,12 @@ class DecideStages(MeasureStages):
                     "plan": plan.to_json(),
                     "output": str(output),
                     "statistics": self.statistics_file if plan.types else "",
+                    "store": store,
                 },
                 progress,
             )
+        if store:
+            shutil.rmtree(store)
         earlier = self._record()
         made = Build(**value)
         write_text(self.folder.build, to_json({**made.to_json(), "path": output.name}))

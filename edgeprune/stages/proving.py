@@ -104,6 +104,7 @@ class Run(DecideStages):
             types=changed,
             method="all experts kept",
             origin=f"{PRESET}{rival.preset}",
+            heal=False,
         )
         with contextlib.suppress(DoesNotFit, BadFile):
             flat.check(self.architecture)

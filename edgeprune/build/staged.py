@@ -1,0 +1,231 @@
+"""Building a few layers at a time: each stage is observed through the prefix of the model that is already built.
+
+The tasks of a stage: ``write_prefix`` makes a file whose first layers are finished and whose next ones are only
+pruned; llama.cpp runs it over the text as far as those (``measure.tasks.collect``); ``heal_layers`` fits and encodes
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune.build.builder import encoded
+from edgeprune.build.healing import Healed, Share, refit
+from edgeprune.build.store import Bytes, Store
+from edgeprune.decide.plan import Plan
+from edgeprune.device.probe import cores
+from edgeprune.errors import BadFile
+from edgeprune.files import atomic_writer
+from edgeprune.measure.activation import Activation
+from edgeprune.measure.replay import Expert, LayerExperts, activation_of
+from edgeprune.measure.reservoir import Reservoir
+from edgeprune.measure.statistics import InputMoments, Statistics
+from edgeprune.measure.weights import expert_matrix, layer_tensors
+from edgeprune.model import ggml
+from edgeprune.model.architecture import Architecture, Tensor, read_architecture
+from edgeprune.model.gguf import GgufFile, align
+from edgeprune.model.layout import layout
+
+Floats = npt.NDArray[np.float32]
+Progress = Callable[[int, int], None]
+# Of so many runs of so many tokens one judges the fit.
+_HELD_OUT_EVERY, _RUN = 8, 256
+
+
+def write_prefix(
+    model: str,
+    plan: dict[str, Any],
+    output: str,
+    store: str,
+    layers: list[int],
+    statistics: str = "",
+    progress: Progress | None = None,
+) -> None:
+    """Write a model for llama.cpp to run as far as the last of ``layers``. A task for a child process.
+
+    Layers before them, and what stands outside the blocks, are as in the finished file; in ``layers`` the experts
+    are as in the source, without those that are dropped; what follows is a hole in the file, which llama.cpp maps and
+    never reads.
+
+    Args:
+        store: finished tensors; those that are missing and can be finished now are added.
+        layers: first layer and the one after the last.
+        statistics: of the calibration.
+    """
+    file = GgufFile(Path(model))
+    architecture = read_architecture(file)
+    obeyed, finished = Plan.from_json(plan, "plan"), Store(Path(store))
+    moments = Statistics.load(Path(statistics)).moments if statistics else {}
+    raw = {t.name for t in architecture.tensors if t.is_expert and t.layer in range(*layers)}
+    types = {name: kind for name, kind in obeyed.types.items() if name not in raw}
+    made = layout(file, architecture, obeyed.kept, types, obeyed.records())
+    with atomic_writer(Path(output)) as stream, ThreadPoolExecutor(cores()) as pool:
+        stream.write(made.header)
+        position = len(made.header)
+        for tensor, target in zip(architecture.tensors, made.tensors, strict=True):
+            if tensor.layer < layers[1]:
+                pieces = encoded(
+                    file, tensor, target.type, obeyed.kept_of(tensor.layer), moments.get(tensor.name), pool
+                )
+                if tensor.name not in raw:
+                    if tensor.name not in finished:
+                        finished.write(tensor.name, pieces)
+                    pieces = iter((finished.read(tensor.name),))
+                for piece in pieces:
+                    stream.write(np.ascontiguousarray(piece).data)
+                file.release(tensor.name)
+            position += align(target.nbytes, made.alignment)
+            stream.seek(position)
+            if progress is not None:
+                progress(position, made.nbytes)
+        stream.truncate(made.nbytes)
+
+
+def heal_layers(
+    model: str,
+    plan: dict[str, Any],
+    store: str,
+    teacher: str,
+    student: str,
+    layers: list[int],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fit and encode the experts of ``layers``. A task for a child process.
+
+    Args:
+        store: where the finished tensors go.
+        teacher, student: statistics of the source and of the prefix over the same text, with reservoirs.
+        layers: first layer and the one after the last.
+
+    Returns:
+        by layer: ``before`` and ``after``, relative squared errors of its output on tokens that were not fitted, and
+        ``ridge``; or ``reason`` why nothing was fitted.
+    """
+    file = GgufFile(Path(model))
+    architecture = read_architecture(file)
+    obeyed, finished = Plan.from_json(plan, "plan"), Store(Path(store))
+    original, pruned = Statistics.load(Path(teacher)), Statistics.load(Path(student))
+    wanted = [layer for layer in architecture.moe_layers if layer in range(*layers)]
+    found: dict[str, Any] = {}
+    for number, layer in enumerate(wanted):
+        if layer not in original.reservoirs or layer not in pruned.reservoirs:
+            found[str(layer)] = {"reason": "its tokens cannot be replayed"}
+            continue
+        healer = _Healer(file, architecture, layer, obeyed, original.reservoirs[layer], pruned)
+        found[str(layer)] = healer.heal(finished)
+        if progress is not None:
+            progress(number + 1, len(wanted))
+    return found
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One expert's matrix as the file will have it: its bytes, and decoded again float32 [rows, width]."""
+
+    raw: Bytes
+    values: Floats
+
+
+class _Healer:
+    """One layer: its experts encoded as planned, their down projections fitted to that."""
+
+    def __init__(
+        self,
+        file: GgufFile,
+        architecture: Architecture,
+        layer: int,
+        plan: Plan,
+        teacher: Reservoir,
+        student: Statistics,
+    ) -> None:
+        self.file, self.plan, self.layer = file, plan, layer
+        self.kept = plan.kept_of(layer)
+        self.teacher, self.student = teacher, student.reservoirs[layer]
+        self.moments = student.moments
+        self.tensors = {
+            role: tensor for role, tensor in layer_tensors(architecture, layer).items() if tensor.is_expert
+        }
+        self.experts = LayerExperts(file, architecture, layer)
+        if not np.array_equal(self.teacher.domain, self.student.domain):
+            raise BadFile("the statistics of the source and of the pruned model are over different tokens")
+
+    def heal(self, store: Store) -> dict[str, Any]:
+        activation = activation_of(self.experts, self.teacher)
+        if activation is None:
+            return {"reason": "its experts' activation is not known"}
+        with ThreadPoolExecutor(cores()) as pool:
+            inner = self._inner()
+            rows = list(pool.map(lambda place: self._requantised(inner, place), range(len(self.kept))))
+            for number, tensor in enumerate(inner):
+                store.write(tensor.name, (row[number].raw for row in rows))
+            own = [self._expert(expert, row) for expert, row in zip(self.kept, rows, strict=True)]
+            del rows
+            fit = self._fitted(own, activation)
+            down = self.tensors["expert_down"]
+            means = self._importance(self.shares).mean()
+
+            def encoded_down(place: int) -> Bytes:
+                return self._encoded(down, fit.weights[place], means[place])
+
+            store.write(down.name, pool.map(encoded_down, range(len(self.kept))))
+        self.experts.release()
+        return {"before": fit.before, "after": fit.after, "ridge": fit.ridge}
+
+    def _inner(self) -> list[Tensor]:
+        """The tensors before the activation."""
+        return [self.tensors[role] for role in ("expert_gate", "expert_up", "expert_gate_up") if role in self.tensors]
+
+    def _requantised(self, tensors: Sequence[Tensor], place: int) -> list[_Matrix]:
+        expert = self.kept[place]
+        found = []
+        for tensor in tensors:
+            target = self.plan.types.get(tensor.name, tensor.type)
+            raw = self.file.raw(tensor.name).reshape(tensor.matrices, -1)[expert]
+            values = expert_matrix(self.file, tensor, expert)
+            if target != tensor.type:
+                raw = self._encoded(tensor, values, self.moments[tensor.name].mean()[place])
+                values = ggml.decode(ggml.BY_NAME[target], raw, tensor.shape[0])
+            found.append(_Matrix(np.ascontiguousarray(raw), values))
+        return found
+
+    def _encoded(self, tensor: Tensor, values: Floats, importance: Floats) -> Bytes:
+        """``values`` [rows, width] in the planned type."""
+        target = ggml.BY_NAME[self.plan.types.get(tensor.name, tensor.type)]
+        return ggml.encode(target, values, importance, tensor.name).reshape(-1)
+
+    def _expert(self, expert: int, row: Sequence[_Matrix]) -> Expert:
+        """The expert as it will answer, but for its down projection, which is the old one."""
+        old = self.experts[expert]
+        if "expert_gate_up" in self.tensors:
+            both = row[0].values
+            gate: Floats | None = both[: len(both) // 2]
+            up = both[len(both) // 2 :]
+        else:
+            gate, up = (row[0].values, row[1].values) if old.gate is not None else (None, row[0].values)
+        return Expert(gate, up, old.down, old.gate_bias, old.up_bias, old.down_bias)
+
+    def _fitted(self, experts: Sequence[Expert], activation: Activation) -> Healed:
+        target = self.teacher.y.copy()
+        self.shares: list[Share] = []
+        for place, expert in enumerate(experts):
+            tokens, slot = np.nonzero(self.student.ids == place)
+            gates = self.student.gates[tokens, slot][:, None]
+            hidden = gates * expert.hidden(self.student.x[tokens], activation)
+            target[tokens] -= gates * expert.down_bias
+            self.shares.append(Share(tokens, hidden))
+        held_out = np.arange(len(target)) // _RUN % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        return refit([expert.down for expert in experts], self.shares, target, held_out)
+
+    def _importance(self, shares: Sequence[Share]) -> InputMoments:
+        """Second moments of the down projections' inputs, weighted as the router weighs them: an error there counts
+        as much as what comes out."""
+        squares = np.stack([np.square(share.hidden, dtype=np.float64).sum(axis=0) for share in shares])
+        counts = np.array([float(len(share.tokens)) for share in shares])
+        return InputMoments(squares, counts, np.zeros(len(shares)))

@@ -1,0 +1,179 @@
+"""Healing: layers fitted a few at a time, each stage observed through what is already built."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from edgeprune.build.store import Store
+from edgeprune.decide.plan import PRESET, Plan
+from edgeprune.errors import BadFile
+from edgeprune.files import digest, read_json, to_json, write_text
+from edgeprune.measure import child
+from edgeprune.measure.merging import merge
+from edgeprune.measure.statistics import Statistics
+from edgeprune.measure.text import shipped_texts, texts_digest
+from edgeprune.model.architecture import Architecture
+from edgeprune.stages.measuring import MeasureStages, tools
+
+# Groups of layers by default: more cost a pass over the text each, fewer leave the fits with inputs that are further
+# from those of the finished model.
+MOST_STAGES = 8
+
+
+def changed_layers(plan: Plan, architecture: Architecture) -> list[int]:
+    """Layers whose experts are not as in the source."""
+    retyped = {t.layer for t in architecture.tensors if t.is_expert and plan.types.get(t.name, t.type) != t.type}
+    return [layer for layer in architecture.moe_layers if plan.keep or layer in retyped]
+
+
+def groups(layers: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """``layers``, ascending, in at most ``count`` runs: first layer and the one after the last of each."""
+    count = min(count, len(layers))
+    bounds = [round(index * len(layers) / count) for index in range(count + 1)] if count else []
+    return [(layers[a], layers[b - 1] + 1) for a, b in pairwise(bounds)]
+
+
+@dataclass
+class HealStages(MeasureStages):
+    """What the original answers, and the down projections that answer the same in the smaller model."""
+
+    def _parts(self) -> list[tuple[list[dict[str, str]], int]]:
+        """Text to heal on and how many tokens of it: the calibration text, and as much general text beside a text of
+        the user's, because layers that are fitted to one domain alone forget the others."""
+        most = self.settings.healing_tokens
+        own: list[dict[str, str]] = self._text_arguments("calibration")["texts"]
+        if not self.settings.texts:
+            return [(own, most)]
+        return [(own, most // 2), ([text.to_json() for text in shipped_texts()], most // 2)]
+
+    def _healing_made_from(self) -> dict[str, Any]:
+        return {
+            "model": self.fingerprint,
+            "text": self.text_digest,
+            "general": texts_digest(shipped_texts()) if self.settings.texts else None,
+            "tokens": self.settings.healing_tokens,
+            "window": self.settings.window,
+            "tools": tools(),
+        }
+
+    @property
+    def healing(self) -> str:
+        """Digest of everything that healing depends on beside the plan."""
+        return digest({**self._healing_made_from(), "stages": self._most_stages})
+
+    @property
+    def _most_stages(self) -> int:
+        return self.settings.heal_stages or MOST_STAGES
+
+    @cached_property
+    def teacher(self) -> Path:
+        """Statistics of the source over the healing text, with every token kept."""
+        made_from, path = self._healing_made_from(), self.folder.teacher
+        with contextlib.suppress(BadFile):
+            if path.is_file() and Statistics.load(path).made_from == made_from:
+                return path
+        self._tokens(self.source, path, made_from, self.architecture.experts, "what the original answers")
+        return path
+
+    def _tokens(
+        self,
+        model: Path,
+        output: Path,
+        made_from: dict[str, Any],
+        experts: int,
+        title: str,
+        layers: tuple[int, int] | None = None,
+    ) -> None:
+        """Statistics of ``model`` over the healing text with all tokens, in ``layers`` alone if given."""
+        looked_at = range(*layers) if layers else range(self.architecture.layers)
+        # The products with these weights show what goes into the experts.
+        wanted = [t.name for t in self.architecture.tensors if t.is_expert and t.layer in looked_at]
+        parts = []
+        for number, (texts, tokens) in enumerate(self._parts()):
+            part = self.folder.scratch / f"{output.stem}-{number}.safetensors"
+            with self.listener.progress(title) as progress:
+                child.call(
+                    "edgeprune.measure.tasks:collect",
+                    {
+                        "model": str(model),
+                        "output": str(part),
+                        "scratch": str(self.folder.scratch),
+                        "texts": texts,
+                        "window": self.settings.window,
+                        "most_tokens": tokens,
+                        "weights": wanted,
+                        "experts": experts,
+                        "arch": self.architecture.arch,
+                        "made_from": {**made_from, "part": number},
+                        "reservoir_tokens": tokens,
+                        "layers": list(layers) if layers else None,
+                    },
+                    progress,
+                )
+            parts.append(part)
+        merge(parts, output, made_from)
+        for part in parts:
+            part.unlink()
+
+    def healed(self, plan: Plan) -> str:
+        """Folder with the finished tensors of the layers that ``plan`` changes, or "" if it heals none."""
+        changed = changed_layers(plan, self.architecture)
+        if not plan.heal or plan.origin.startswith(PRESET) or not changed:
+            return ""
+        folder = self.folder.path / f"healed-{plan.digest[:16]}"
+        for other in self.folder.path.glob("healed-*"):
+            if other != folder:
+                shutil.rmtree(other)
+        folder.mkdir(parents=True, exist_ok=True)
+        record, store = folder / "record.json", Store(folder)
+        done: dict[str, Any] = {}
+        with contextlib.suppress(BadFile):
+            done = dict(read_json(record))
+        for stage in groups(changed, self._most_stages):
+            if not all(str(layer) in done for layer in changed if layer in range(*stage)):
+                done |= self._heal(plan, store, stage)
+                write_text(record, to_json(done))
+        for layer, found in done.items():
+            if "reason" in found:
+                self.listener.say(f"layer {layer} is not healed: {found['reason']}")
+        write_text(self.folder.path / "healing.json", to_json(done))
+        return str(folder)
+
+    def _heal(self, plan: Plan, store: Store, stage: tuple[int, int]) -> dict[str, Any]:
+        """One stage: build the prefix, observe it, fit."""
+        common = {
+            "model": str(self.source),
+            "plan": plan.to_json(),
+            "store": str(store.folder),
+            "layers": list(stage),
+        }
+        name = f"layers {stage[0]} to {stage[1] - 1}" if stage[1] - stage[0] > 1 else f"layer {stage[0]}"
+        self.folder.scratch.mkdir(parents=True, exist_ok=True)
+        prefix = self.folder.scratch / "prefix.gguf"
+        student = self.folder.scratch / "student.safetensors"
+        teacher = self.teacher
+        statistics = self.statistics_file if plan.types else ""
+        with self.listener.progress(f"{name}: build what comes before") as progress:
+            child.call(
+                "edgeprune.build.staged:write_prefix",
+                {**common, "output": str(prefix), "statistics": statistics},
+                progress,
+            )
+        made_from = {"model": plan.digest, "stage": list(stage)}
+        self._tokens(prefix, student, made_from, plan.kept, f"{name}: observe", stage)
+        with self.listener.progress(f"{name}: fit") as progress:
+            found: dict[str, Any] = child.call(
+                "edgeprune.build.staged:heal_layers",
+                {**common, "teacher": str(teacher), "student": str(student)},
+                progress,
+            )
+        prefix.unlink()
+        student.unlink()
+        return found

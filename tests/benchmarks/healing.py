@@ -1,0 +1,97 @@
+"""Dropping experts with and without healing, weights otherwise untouched, on any MoE checkpoint or GGUF.
+
+    python tests/benchmarks/healing.py MODEL --text CALIBRATION.txt --eval-text HELDOUT.txt --keep 28,24,16
+
+For each number of experts: REAP one-shot, measured by masking the router, and the methods named, as files with healed
+experts in the source's own types. All against the source on held-out text, domain by domain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from edgeprune import pipeline
+from edgeprune.cli.console import Console
+from edgeprune.decide.candidates import priced
+from edgeprune.decide.keep import keep_set
+from edgeprune.decide.plan import Plan
+from edgeprune.pipeline import Run, Settings
+
+Row = dict[str, dict[str, float]]
+
+
+def masked(run: Run, method: str, kept: int) -> Row:
+    """Quality by domain of keeping the best ``kept`` experts, without healing."""
+    keep = keep_set(run.ranked(method, [kept]), run.architecture, kept)
+    mask = {str(layer): list(ids) for layer, ids in keep.items()}
+    found = run.divergence(run.source, "held_out", [mask], f"{method}, K={kept}")[0]
+    return {"all": found["all"], **found["domains"]}
+
+
+def plan_of(run: Run, method: str, kept: int) -> Plan:
+    """The plan that drops experts and changes no type."""
+    problem = run._unmeasured({}, frozenset())
+    ranked = run.ranked(method, [kept])
+    found = priced(replace(problem, ranked=ranked, method=method, heal=True), kept, {})
+    assert found is not None
+    made_from = {**found.plan.made_from, "healing": run.healing}
+    return replace(found.plan, made_from=made_from)
+
+
+def healed(run: Run, method: str, kept: int) -> tuple[Row, float]:
+    """Quality by domain of the healed file, and the seconds it took to make."""
+    _ = run.teacher
+    plan = plan_of(run, method, kept)
+    started = time.perf_counter()
+    build = run.build(plan)
+    seconds = time.perf_counter() - started
+    found = run.quality(Path(build.path), f"{method} healed, K={kept}")
+    return {"all": found["all"], **found["domains"]}, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", action="append", default=[])
+    parser.add_argument("--eval-text", action="append", default=[])
+    parser.add_argument("--keep", default="28,24,16")
+    parser.add_argument("--methods", default="replay,reap")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=24_576)
+    parser.add_argument("--healing-tokens", type=int, default=49_152)
+    parser.add_argument("--stages", type=int, default=0)
+    parser.add_argument("--evaluation-tokens", type=int, default=10_240)
+    parser.add_argument("-o", "--output", default="runs/benchmark-healing")
+    arguments = parser.parse_args()
+    settings = Settings(
+        source=arguments.model,
+        device="auto",
+        texts=tuple(arguments.text),
+        evaluation_texts=tuple(arguments.eval_text),
+        window=arguments.window,
+        calibration_tokens=arguments.tokens,
+        healing_tokens=arguments.healing_tokens,
+        heal_stages=arguments.stages,
+        evaluation_tokens=arguments.evaluation_tokens,
+        output=arguments.output,
+    )
+    with pipeline.opened(settings, Console()) as run:
+        for kept in map(int, arguments.keep.split(",")):
+            base = masked(run, "reap", kept)
+            domains = list(base)
+            print(f"\nK={kept} | " + " | ".join(domains) + f"\n{'---|' * (len(domains) + 1)}")
+            print("reap | " + " | ".join(f"{base[name]['kl_mean']:.4f}" for name in domains))
+            for method in arguments.methods.split(","):
+                own, seconds = healed(run, method, kept)
+                cells = (
+                    f"{own[name]['kl_mean']:.4f} ({own[name]['kl_mean'] / base[name]['kl_mean']:.3f})"
+                    for name in domains
+                )
+                print(f"{method}, healed | " + " | ".join(cells) + f" | {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
