@@ -53,8 +53,12 @@ class RunFolder:
         return self.path / "gradients.safetensors"
 
     @property
+    def healing(self) -> Path:
+        return self.path / "healing.json"
+
+    @property
     def teacher(self) -> Path:
-        return self.path / "teacher.safetensors"
+        return self.scratch / "teacher.safetensors"
 
     @property
     def imatrix(self) -> Path:

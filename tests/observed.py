@@ -35,8 +35,21 @@ def token_windows(vocabulary: int, count: int = WINDOWS, seed: int = 0) -> list[
     return [random.integers(3, vocabulary - 16, TOKENS).tolist() for _ in range(count)]
 
 
-def collected(model: Path, windows: list[list[int]], folder: Path) -> Collector:
-    """The windows as one domain."""
+def collected(
+    model: Path,
+    windows: list[list[int]],
+    folder: Path,
+    *,
+    weights: frozenset[str] | None = None,
+    only: range | None = None,
+    listener: Callable[[str], None] | None = None,
+) -> Collector:
+    """The windows as one domain.
+
+    Args:
+        weights: instead of all; ``only``: layers, instead of all.
+        listener: hears the name of every node that is computed.
+    """
     architecture = read_architecture(GgufFile(model))
     names = frozenset(tensor.name for tensor in architecture.tensors if tensor.quantisable)
     collector = Collector(
@@ -44,12 +57,23 @@ def collected(model: Path, windows: list[list[int]], folder: Path) -> Collector:
         Arena(folder),
         gates_input=architecture.arch == "llama4",
         capacity=len(KEPT) * len(windows),
-        weights=names,
+        weights=names if weights is None else weights,
+        only=only,
     )
+
+    def observer(node: llama.Node, ask: bool) -> bool:
+        if listener is None:
+            return collector(node, ask)
+        wanted = collector(node, ask)
+        if not ask:
+            listener(node.name)
+            return wanted if node.name.startswith("ffn_moe_weighted") else True
+        return True
+
     with pytest.MonkeyPatch.context() as patch:
         # Flash attention rounds keys and values to F16, which transformers does not.
         patch.setattr(llama, "FLASH_ATTENTION_ON", 0)
-        opened = llama.Session(model, LAUNCH, collector)
+        opened = llama.Session(model, LAUNCH, observer)
     with contextlib.closing(opened):
         for tokens in windows:
             collector.kept = KEPT

@@ -43,6 +43,8 @@ STAGES = [
     "tasks:reference",
     "tasks:disturb",
     "distortion:measure",
+    "staged:write_prefix",
+    "staged:heal_layers",
     "builder:build",
     "tasks:benchmark",
 ]

@@ -114,9 +114,9 @@ class DecideStages(HealStages):
         types = allowed_types(self.profile, self.settings.types)
         # When every type costs nothing, the best plan is the smallest.
         free = {t.name: {k: [0.0, 0.0] for k in candidate_types(t)} for t in architecture.tensors if t.quantisable}
-        candidates(self._unmeasured(free, types), [min(counts)], forced_types=bool(self.settings.types))
+        candidates(self.unmeasured(free, types), [min(counts)], forced_types=bool(self.settings.types))
 
-    def _unmeasured(self, distortions: dict[str, dict[str, list[float]]], types: frozenset[str]) -> Problem:
+    def unmeasured(self, distortions: dict[str, dict[str, list[float]]], types: frozenset[str]) -> Problem:
         """A problem without any measurement, in which every choice is free."""
         architecture = self.architecture
         return Problem(
@@ -137,7 +137,7 @@ class DecideStages(HealStages):
         """The source as it is, if that fits: no other plan can be closer to it, so nothing need be measured."""
         if self.settings.types or self.architecture.experts not in self._counts():
             return None
-        return priced(self._unmeasured({}, frozenset()), self.architecture.experts, {})
+        return priced(self.unmeasured({}, frozenset()), self.architecture.experts, {})
 
     def plan(self) -> Plan:
         """The plan in the folder if it is still right, else the best candidate, saved."""

@@ -25,6 +25,8 @@ from edgeprune.stages.measuring import MeasureStages, tools
 # Groups of layers by default: more cost a pass over the text each, fewer leave the fits with inputs that are further
 # from those of the finished model.
 MOST_STAGES = 8
+# Of the tokens that are kept whole on disk.
+MOST_BYTES = 8 << 30
 
 
 def changed_layers(plan: Plan, architecture: Architecture) -> list[int]:
@@ -47,18 +49,26 @@ class HealStages(MeasureStages):
     def _parts(self) -> list[tuple[list[dict[str, str]], int]]:
         """Text to heal on and how many tokens of it: the calibration text, and as much general text beside a text of
         the user's, because layers that are fitted to one domain alone forget the others."""
-        most = self.settings.healing_tokens
+        most = self._most_tokens
         own: list[dict[str, str]] = self._text_arguments("calibration")["texts"]
         if not self.settings.texts:
             return [(own, most)]
         return [(own, most // 2), ([text.to_json() for text in shipped_texts()], most // 2)]
+
+    @property
+    def _most_tokens(self) -> int:
+        """As many as were asked for, or as the disk is to hold: every layer keeps what goes in and comes out, at two
+        bytes a channel, and what the router saw, at twice four bytes an expert."""
+        architecture = self.architecture
+        token_bytes = len(architecture.moe_layers) * (4 * architecture.width + 8 * architecture.experts)
+        return min(self.settings.healing_tokens, MOST_BYTES // max(token_bytes, 1))
 
     def _healing_made_from(self) -> dict[str, Any]:
         return {
             "model": self.fingerprint,
             "text": self.text_digest,
             "general": texts_digest(shipped_texts()) if self.settings.texts else None,
-            "tokens": self.settings.healing_tokens,
+            "tokens": self._most_tokens,
             "window": self.settings.window,
             "tools": tools(),
         }
@@ -143,7 +153,7 @@ class HealStages(MeasureStages):
         for layer, found in done.items():
             if "reason" in found:
                 self.listener.say(f"layer {layer} is not healed: {found['reason']}")
-        write_text(self.folder.path / "healing.json", to_json(done))
+        write_text(self.folder.healing, to_json(done))
         return str(folder)
 
     def _heal(self, plan: Plan, store: Store, stage: tuple[int, int]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -175,12 +176,26 @@ class Run(DecideStages):
                 "parameters": self.architecture.parameters,
             },
             launch_line=plan.launch.command(Path(build.path).name),
-            conditions=self._conditions(on_device, plan.launch.context, speed),
+            conditions=self._conditions(plan, on_device, speed),
             made_from={"plan": plan.digest, "build": build.sha256, "text": self.text_digest},
         )
         return replace(report, verdict=_verdict(report))
 
-    def _conditions(self, on_device: bool, context: int, speed: Mapping[str, Any]) -> dict[str, str]:
+    def _healing(self, plan: Plan) -> str:
+        """What healing did to the layers' outputs, in a line; "" where there was none."""
+        if not plan.heal:
+            return ""
+        found = [own for own in read_json(self.folder.healing).values() if "ridge" in own]
+        if not found:
+            return "no layer could be healed"
+        before, after = (sum(own[name] for own in found) / len(found) for name in ("before", "after"))
+        fitted = sum(own["ridge"] is not None for own in found)
+        return (
+            f"{fitted} of {len(found)} layers fitted anew; squared error of a layer's answer {before:.3g} before, "
+            f"{after:.3g} after, of its energy"
+        )
+
+    def _conditions(self, plan: Plan, on_device: bool, speed: Mapping[str, Any]) -> dict[str, str]:
         tokens = f"windows of at most {self.settings.window} tokens"
         where = "this device" if on_device else f"another machine than {self.profile.name}"
         return {
@@ -190,7 +205,8 @@ class Run(DecideStages):
             "held-out text": tokens,
             "calibration text": f"{self.statistics.tokens:,} tokens in {len(self.statistics.domains)} domains",
             "speed": "median of 3 repeats",
-            "memory": f"predicted for {context:,} tokens of context, measured with {speed['context']:,}",
+            **({"healing": healed} if (healed := self._healing(plan)) else {}),
+            "memory": f"predicted for {plan.launch.context:,} tokens of context, measured with {speed['context']:,}",
         }
 
     def save_report(self, report: Report) -> None:
@@ -200,11 +216,8 @@ class Run(DecideStages):
         write_text(self.folder.card, model_card(report))
 
     def clear_scratch(self) -> None:
-        """Delete the reference log-probabilities; they can be made again."""
-        for path in self.folder.scratch.glob("*"):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.scratch.rmdir()
+        """Delete what can be made again: reference log-probabilities, tokens kept for healing, halves of sweeps."""
+        shutil.rmtree(self.folder.scratch, ignore_errors=True)
 
 
 def _verdict(report: Report) -> str:

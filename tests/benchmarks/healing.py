@@ -33,7 +33,7 @@ def masked(run: Run, method: str, kept: int) -> Row:
 
 def plan_of(run: Run, method: str, kept: int) -> Plan:
     """The plan that drops experts and changes no type."""
-    problem = run._unmeasured({}, frozenset())
+    problem = run.unmeasured({}, frozenset())
     ranked = run.ranked(method, [kept])
     found = priced(replace(problem, ranked=ranked, method=method, heal=True), kept, {})
     assert found is not None

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune import pipeline
@@ -24,40 +25,46 @@ from edgeprune.units import format_bytes
 PRESETS = "Q4_K_M,Q3_K_M,IQ3_XXS,Q2_K,IQ2_XS,IQ1_M"
 
 
-def compare(run: Run, preset: str, settings: Settings) -> tuple[int, dict[str, float], dict[str, float], float, int]:
-    """(bytes of the preset, its quality, the plan's quality, predicted nats, kept experts)."""
+@dataclass(frozen=True)
+class Row:
+    """One size: bytes of the preset, mean divergence of the preset, of the plan without and with healing, the plan's
+    prediction and experts, and how long it took to build it either way."""
+
+    nbytes: int
+    preset: float
+    plain: float
+    healed: float
+    predicted: float
+    kept: int
+    plain_seconds: float
+    healed_seconds: float
+
+
+def compare(run: Run, preset: str, settings: Settings) -> Row:
+    """Build the preset and the plan for its bytes, and measure them."""
     scratch = run.folder.scratch
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / f"{preset}.gguf"
+    common = {"model": str(run.source), "statistics": str(run.folder.statistics)}
     made = child.call(
-        "edgeprune.build.preset:quantize",
-        {
-            "model": str(run.source),
-            "output": str(path),
-            "preset": preset,
-            "statistics": str(run.folder.statistics),
-            "expected_bytes": 0,
-        },
+        "edgeprune.build.preset:quantize", {**common, "output": str(path), "preset": preset, "expected_bytes": 0}
     )
-    flat = run.quality(path, f"quality of {preset}")["all"]
+    flat = run.quality(path, f"quality of {preset}")["all"]["kl_mean"]
     path.unlink()
     limited = Run(replace(settings, file_bytes=made["nbytes"]), run.listener)
     limited.__dict__.update({k: v for k, v in run.__dict__.items() if k in ("source", "file", "architecture")})
     plan = limited.candidates()[0].plan
-    output = scratch / f"plan-{preset}.gguf"
-    build = child.call(
-        "edgeprune.build.builder:build",
-        {
-            "model": str(run.source),
-            "plan": plan.to_json(),
-            "output": str(output),
-            "statistics": str(run.folder.statistics),
-        },
-    )
-    assert build["nbytes"] == plan.predicted.file_bytes <= made["nbytes"]
-    ours = run.quality(output, "quality of the plan")["all"]
-    output.unlink()
-    return made["nbytes"], flat, ours, plan.predicted.nats, plan.kept
+    found, seconds = [], []
+    for heal in (False, True):
+        output, started = scratch / f"plan-{preset}.gguf", time.perf_counter()
+        store = run.healed(plan) if heal else ""
+        arguments = {**common, "plan": plan.to_json(), "output": str(output), "store": store}
+        build = child.call("edgeprune.build.builder:build", arguments)
+        seconds.append(time.perf_counter() - started)
+        assert build["nbytes"] == plan.predicted.file_bytes <= made["nbytes"]
+        found.append(run.quality(output, "quality of the plan")["all"]["kl_mean"])
+        output.unlink()
+    return Row(made["nbytes"], flat, *found, plan.predicted.nats, plan.kept, *seconds)
 
 
 def main() -> None:
@@ -83,16 +90,17 @@ def main() -> None:
         sensitivity_tokens=arguments.sensitivity_tokens,
         output=arguments.output,
     )
-    print(f"| size of | bytes | preset KL | plan KL | ratio | predicted | K |\n|{'---|' * 7}")
+    print(f"| size of | bytes | preset KL | plan KL | healed KL | ratio | predicted | K | build |\n|{'---|' * 9}")
     ratios = []
     with pipeline.opened(settings, Console()) as run:
-        _ = run.statistics, run.sensitivity
+        _ = run.statistics, run.sensitivity, run.teacher
         for preset in arguments.presets.split(","):
-            nbytes, flat, ours, predicted, kept = compare(run, preset, settings)
-            ratios.append(ours["kl_mean"] / flat["kl_mean"])
+            row = compare(run, preset, settings)
+            ratios.append(row.healed / row.preset)
             print(
-                f"| {preset} | {format_bytes(nbytes)} | {flat['kl_mean']:.5f} | {ours['kl_mean']:.5f} "
-                f"| {ratios[-1]:.2f} | {predicted:.5f} | {kept} |",
+                f"| {preset} | {format_bytes(row.nbytes)} | {row.preset:.5f} | {row.plain:.5f} | {row.healed:.5f} "
+                f"| {ratios[-1]:.2f} | {row.predicted:.5f} | {row.kept} "
+                f"| {row.plain_seconds:.0f} s, {row.healed_seconds:.0f} s |",
                 flush=True,
             )
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))

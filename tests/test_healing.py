@@ -1,0 +1,274 @@
+"""Healing: the fit against its own equations, and whole models that answer more like the original for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import toys
+from observed import LAUNCH, Toy, collected, token_windows
+from runs import Ear, read
+
+from edgeprune import pipeline
+from edgeprune.build.builder import build
+from edgeprune.build.healing import RIDGES, SWEEPS, Share, refit, residual
+from edgeprune.build.staged import heal_layers, write_prefix
+from edgeprune.build.store import Store
+from edgeprune.decide.candidates import priced
+from edgeprune.decide.plan import Plan, Prediction
+from edgeprune.errors import BadFile
+from edgeprune.measure import llama, tasks
+from edgeprune.measure.statistics import Statistics
+from edgeprune.model import ggml
+from edgeprune.model.architecture import read_architecture
+from edgeprune.model.gguf import GgufFile
+from edgeprune.pipeline import Settings
+from edgeprune.stages.healing import changed_layers, groups
+
+pytest_plugins = ("demo_fixtures",)
+Floats = npt.NDArray[np.float32]
+
+# The fit.
+
+
+def layer(experts: int = 4, tokens: int = 400, used: int = 2) -> tuple[list[Floats], list[Share], Floats]:
+    """Down projections, shares and a target that other projections would give, with a little noise."""
+    random = np.random.default_rng(0)
+    hidden, width = 6, 5
+    ids = np.argsort(random.random((tokens, experts)), axis=1)[:, :used]
+    shares = []
+    for expert in range(experts):
+        rows = np.flatnonzero((ids == expert).any(axis=1))
+        shares.append(Share(rows, random.standard_normal((len(rows), hidden)).astype(np.float32)))
+    start = [random.standard_normal((width, hidden)).astype(np.float32) for _ in range(experts)]
+    wanted = [matrix + 0.5 * random.standard_normal(matrix.shape).astype(np.float32) for matrix in start]
+    target = -residual(wanted, shares, np.zeros((tokens, width), np.float32))
+    return start, shares, target + 0.05 * random.standard_normal(target.shape).astype(np.float32)
+
+
+def held_out(tokens: int) -> npt.NDArray[np.bool_]:
+    return np.arange(tokens) % 8 == 7
+
+
+def joint(start: Sequence[Floats], shares: Sequence[Share], target: Floats, ridge: float) -> Floats:
+    """The minimum in one piece: all experts' hidden values side by side, [D, E * F]."""
+    hidden = start[0].shape[1]
+    wide = np.zeros((len(target), hidden * len(shares)))
+    pull = np.zeros(wide.shape[1])
+    for expert, share in enumerate(shares):
+        columns = slice(expert * hidden, (expert + 1) * hidden)
+        wide[share.tokens, columns] = share.hidden
+        pull[columns] = ridge * np.square(share.hidden).sum() / hidden
+    old = np.concatenate(start, axis=1)
+    left = wide.T @ wide + np.diag(pull)
+    return np.linalg.solve(left, wide.T @ target + pull[:, None] * old.T).T.astype(np.float32)
+
+
+def test_the_fit_is_the_minimum_of_the_whole_problem() -> None:
+    start, shares, target = layer()
+    found = refit(start, shares, target, held_out(len(target)))
+    assert found.ridge in RIDGES
+    exact = joint(start, shares, target, found.ridge)
+    np.testing.assert_allclose(np.concatenate(found.weights, axis=1), exact, atol=0.02 * np.abs(exact).max())
+    assert SWEEPS < 10  # it is not brute force that gets there
+    assert found.after < 0.1 * found.before
+
+
+def test_the_smallest_ridge_is_taken_where_there_is_little_noise() -> None:
+    start, shares, target = layer(tokens=2_000)
+    assert refit(start, shares, target, held_out(len(target))).ridge == min(RIDGES)
+
+
+def test_a_fit_that_does_not_help_on_other_tokens_is_undone() -> None:
+    start, shares, _ = layer(tokens=60)
+    exact = -residual(start, shares, np.zeros((60, 5), np.float32))
+    noise = 0.5 * np.random.default_rng(1).standard_normal(exact.shape).astype(np.float32)
+    found = refit(start, shares, exact + noise, held_out(60))
+    assert found.ridge is None
+    assert found.after == found.before
+    for new, old in zip(found.weights, start, strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_an_expert_that_no_token_reaches_stays_as_it_is() -> None:
+    start, shares, target = layer()
+    shares[2] = Share(np.zeros(0, np.intp), np.zeros((0, 6), np.float32))
+    found = refit(start, shares, target, held_out(len(target)))
+    assert found.ridge is not None
+    np.testing.assert_array_equal(found.weights[2], start[2])
+    assert np.abs(found.weights[1] - start[1]).max() > 0.1
+
+
+# Stages.
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "expected"),
+    [
+        ([0, 1, 2, 3], 8, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+        ([0, 1, 2, 3, 4], 2, [(0, 2), (2, 5)]),
+        ([1, 3, 5, 6], 2, [(1, 4), (5, 7)]),
+        ([], 3, []),
+    ],
+)
+def test_layers_are_healed_in_groups(layers: list[int], count: int, expected: list[tuple[int, int]]) -> None:
+    assert groups(layers, count) == expected
+
+
+def plan_for(model: Path, kept: int, types: dict[str, str]) -> Plan:
+    """A plan that keeps the last experts of every layer."""
+    architecture = read_architecture(GgufFile(model))
+    ids = tuple(range(architecture.experts - kept, architecture.experts))
+    keep = {} if kept == architecture.experts else dict.fromkeys(architecture.moe_layers, ids)
+    origin = {"source": "toy", "healing": "toy"}
+    counts = (architecture.experts, kept)
+    return Plan(architecture.arch, *counts, keep, types, LAUNCH, "test", "user", Prediction(), origin, heal=True)
+
+
+def test_only_layers_with_other_experts_are_healed(toy_gguf: Toy) -> None:
+    model = toy_gguf("qwen3_moe")
+    architecture = read_architecture(GgufFile(model))
+    kept = toys.EXPERTS
+    assert changed_layers(plan_for(model, kept, {"blk.0.attn_q.weight": "Q4_K"}), architecture) == []
+    assert changed_layers(plan_for(model, kept, {"blk.1.ffn_up_exps.weight": "Q4_K"}), architecture) == [1]
+    assert changed_layers(plan_for(model, kept - 2, {}), architecture) == [0, 1]
+
+
+def test_a_prefix_is_the_pruned_model_as_far_as_it_goes(toy_gguf: Toy, tmp_path: Path) -> None:
+    """What its layers see is what they see in the whole pruned file, and what follows takes no room on the disk."""
+    model, windows = toy_gguf("olmoe"), token_windows(toys.VOCABULARY)
+    plan = plan_for(model, 6, {})
+    whole, prefix = tmp_path / "whole.gguf", tmp_path / "prefix.gguf"
+    build(str(model), plan.to_json(), str(whole))
+    write_prefix(str(model), plan.to_json(), str(prefix), str(tmp_path / "store"), [0, 1])
+    assert prefix.stat().st_size == whole.stat().st_size
+    layers = slice(GgufFile(whole).tensors["blk.1.attn_q.weight"].offset, None)
+    assert not any(prefix.read_bytes()[layers])
+    store = Store(tmp_path / "store")
+    assert "blk.0.attn_q.weight" in store and "blk.0.ffn_up_exps.weight" not in store
+    seen = collected(whole, windows, tmp_path).reservoirs()[0]
+    names = frozenset(name for name in GgufFile(model).tensors if name.startswith("blk.0.ffn"))
+    found = collected(prefix, windows, tmp_path, weights=names, only=range(1))
+    assert set(found.layers()) == {0}
+    for name in ("x", "y", "ids", "gates"):
+        np.testing.assert_array_equal(getattr(found.reservoirs()[0], name), getattr(seen, name))
+
+
+def test_nothing_is_computed_beyond_the_layers_that_are_looked_at(toy_gguf: Toy, tmp_path: Path) -> None:
+    model, windows = toy_gguf("olmoe"), token_windows(toys.VOCABULARY, 1)
+    names = frozenset(name for name in GgufFile(model).tensors if "exps" in name)
+    seen: list[str] = []
+    only = collected(model, windows, tmp_path, weights=names, only=range(1), listener=seen.append)
+    assert set(only.layers()) == {0}
+    assert any(name.endswith("-0") for name in seen)
+    assert not any(name.endswith("-1") for name in seen)
+
+
+def healed_toy(model: Path, folder: Path, kept: int, types: dict[str, str]) -> tuple[dict[str, Any], Path, Plan]:
+    """A toy model healed in one stage over two thousand random tokens; what was found, and where its tensors are."""
+    architecture = read_architecture(GgufFile(model))
+    plan, store = plan_for(model, kept, types), folder / "store"
+    text = folder / "text.txt"
+    text.write_text("".join(toys.training_lines()[:120]), encoding="utf-8")
+    common: dict[str, Any] = {
+        "scratch": str(folder),
+        "texts": [{"domain": "a", "path": str(text), "split": "calibration"}],
+        "window": 64,
+        "most_tokens": 2_048,
+        "weights": [t.name for t in architecture.tensors if t.is_expert],
+        "arch": architecture.arch,
+        "reservoir_tokens": 2_048,
+    }
+    teacher, student, prefix = folder / "teacher", folder / "student", folder / "prefix.gguf"
+    made: dict[str, Any] = {"model": "a"}
+    tasks.collect(str(model), str(teacher), experts=architecture.experts, made_from=made, **common)
+    everything = [0, architecture.layers]
+    write_prefix(str(model), plan.to_json(), str(prefix), str(store), everything, str(teacher))
+    tasks.collect(str(prefix), str(student), experts=kept, made_from={"model": "b"}, layers=everything, **common)
+    found = heal_layers(str(model), plan.to_json(), str(store), str(teacher), str(student), everything)
+    return found, store, plan
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+def test_every_layer_of_every_family_is_healed(family: str, toy_gguf: Toy, tmp_path: Path) -> None:
+    model = toy_gguf(family)
+    found, store, plan = healed_toy(model, tmp_path, 6, {})
+    assert set(found) == {"0", "1"}
+    for own in found.values():
+        assert own["ridge"] in RIDGES
+        assert own["after"] < 0.9 * own["before"]
+    made = build(str(model), plan.to_json(), str(tmp_path / "healed.gguf"), store=str(store))
+    healed, source = GgufFile(Path(made["path"])), GgufFile(model)
+    for name in ("blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight", "blk.1.attn_q.weight"):
+        experts = source.raw(name).reshape(toys.EXPERTS, -1)[2:] if "exps" in name else source.raw(name)
+        np.testing.assert_array_equal(healed.raw(name), experts.reshape(-1))
+    down = "blk.0.ffn_down_exps.weight"
+    assert not np.array_equal(healed.raw(down), source.raw(down).reshape(toys.EXPERTS, -1)[2:].reshape(-1))
+    with llama.session(Path(made["path"]), LAUNCH) as opened:
+        assert np.isfinite(opened.run(token_windows(toys.VOCABULARY)[0])).all()
+
+
+def test_low_bits_are_answered_by_the_down_projection(toy_gguf: Toy, tmp_path: Path) -> None:
+    """Gate and up in few bits and all experts kept: the fit takes up a part of their error."""
+    types = {f"blk.{index}.ffn_{kind}_exps.weight": "Q2_K" for index in range(2) for kind in ("gate", "up")}
+    types |= {f"blk.{index}.ffn_down_exps.weight": "Q6_K" for index in range(2)}
+    model = toy_gguf("qwen3_moe")
+    found, store, plan = healed_toy(model, tmp_path, toys.EXPERTS, types)
+    assert all(own["after"] < own["before"] for own in found.values())
+    made = build(str(model), plan.to_json(), str(tmp_path / "healed.gguf"), str(tmp_path / "teacher"), str(store))
+    healed = GgufFile(Path(made["path"]))
+    assert {healed.tensors[name].type for name in types} == {"Q2_K", "Q6_K"}
+    for name in types:
+        assert ggml.library().ggml_validate_row_data(
+            ggml.BY_NAME[types[name]].id, healed.raw(name).ctypes.data, healed.raw(name).nbytes
+        )
+
+
+def test_tokens_of_another_text_are_refused(toy_gguf: Toy, tmp_path: Path) -> None:
+    model = toy_gguf("qwen3_moe")
+    _, store, plan = healed_toy(model, tmp_path, 6, {})
+    short = Statistics.load(tmp_path / "teacher")
+    kept = {number: tokens.rows(np.arange(100)) for number, tokens in short.reservoirs.items()}
+    Statistics(short.domains, short.tokens, short.window, short.layers, short.moments, short.made_from, kept).save(
+        tmp_path / "short"
+    )
+    with pytest.raises(BadFile, match="over different tokens"):
+        heal_layers(
+            str(model), plan.to_json(), str(store), str(tmp_path / "short"), str(tmp_path / "student"), [0, 2]
+        )
+
+
+# The whole run.
+
+
+def test_a_healed_model_is_nearer_to_the_original(tmp_path: Path, own_home: Path, one_core: None) -> None:
+    """The demo with six of eight experts: on held-out text, against the same experts unhealed."""
+    folder = tmp_path / "run"
+    settings = Settings(
+        "demo",
+        file_bytes=20_000_000,
+        window=128,
+        calibration_tokens=2_048,
+        healing_tokens=8_192,
+        heal_stages=2,
+        evaluation_tokens=2_048,
+        output=str(folder),
+    )
+    with pipeline.opened(settings, Ear()) as run:
+        problem = replace(run.unmeasured({}, frozenset()), ranked=run.ranked("reap"), heal=True)
+        found = priced(problem, 6, {})
+        assert found is not None and found.plan.heal
+        plain = run.divergence(run.source, "held_out", [{str(k): list(v) for k, v in found.plan.keep.items()}])[0]
+        made = run.build(found.plan)
+        healed = run.quality(Path(made.path), "quality")
+    assert healed["all"]["kl_mean"] < 0.7 * plain["all"]["kl_mean"]
+    record = read(folder / "healing.json")
+    assert set(record) == {"0", "1", "2", "3"}
+    assert all(own["after"] < own["before"] for own in record.values())
+    assert not list(folder.glob("healed-*"))  # the finished tensors are in the file now
+    assert GgufFile(Path(made.path)).get("edgeprune.healed") is True
