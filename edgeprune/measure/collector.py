@@ -107,7 +107,7 @@ class Collector(Sums):
         if kind in _WEIGHTS:
             return self._weights
         if op == "GLU":
-            return self._glu
+            return None if self.tokens_only else self._glu
         if kind in (_OUTPUTS if self.gates_input else ("weighted",)):
             return self._contributions
         return None

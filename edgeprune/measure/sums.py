@@ -66,6 +66,8 @@ class Sums:
             whole contribution, and nothing can be replayed.
         capacity: tokens of the reservoir in all; 0 for none.
         backward: gradients are shown as well.
+        tokens_only: nothing is added up but how often each expert is chosen; for passes that only the reservoir and
+            the moments of the weights are wanted of.
 
     Attributes:
         kept: positions of the running window that go into the reservoir, ascending; to be set before it runs.
@@ -76,6 +78,7 @@ class Sums:
     gates_input: bool = False
     capacity: int = 0
     backward: bool = False
+    tokens_only: bool = False
     kept: npt.NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, np.intp))
     moments: dict[str, InputMoments] = field(default_factory=dict, init=False)
     _sums: dict[int, dict[str, Array]] = field(default_factory=dict, init=False)
@@ -118,6 +121,8 @@ class Sums:
         assert window.slots is not None
         square = np.square(x)
         window.x, window.x_square = x, window.slots.sums(square)
+        if self.tokens_only:
+            return
         sums = self._of(layer, window, width=x.shape[1])
         self._add(layer, sums, input_square=window.x_square)
         if window.gates is not None:
@@ -169,6 +174,11 @@ class Sums:
         """Everything that is made of the experts' contributions g f, ``weighted`` [T, k, D]."""
         slots = window.slots
         assert slots is not None and window.gates is not None
+        if self.tokens_only:
+            sums = self._of(layer, window)
+            self._add(layer, sums, tokens=np.float64(slots.tokens), routed=slots.counts)
+            self._keep(layer, window, weighted.sum(axis=1), None)
+            return
         gates = np.abs(window.gates)
         rows = weighted.reshape(-1, weighted.shape[2])
         gated = np.sqrt(np.einsum("tkd,tkd->tk", weighted, weighted))
@@ -302,7 +312,8 @@ class Sums:
         wanted = {}
         for name, kind in ACCUMULATORS.items():
             shape = tuple(extents[axis] for axis in kind.axes)
-            if name not in sums and 0 not in shape and (self.backward or not kind.backward):
+            wide = self.tokens_only and kind.axes not in ("", "E")
+            if name not in sums and 0 not in shape and not wide and (self.backward or not kind.backward):
                 wanted[name] = (shape, "float64")
         if wanted:
             sums.update(self.arena.zeros(wanted))

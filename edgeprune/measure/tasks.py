@@ -66,6 +66,7 @@ def collect(
     made_from: dict[str, Any],
     reservoir_tokens: int = 0,
     layers: list[int] | None = None,
+    tokens_only: bool = False,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, int]:
@@ -78,6 +79,7 @@ def collect(
         reservoir_tokens: how many tokens are kept whole, spread at random over the text.
         layers: first layer and the one after the last that are looked at, instead of all; the model is not
             computed further.
+        tokens_only: the sums are not wanted, only tokens and the moments of ``weights``.
 
     Returns:
         tokens seen and peak memory in bytes.
@@ -108,6 +110,7 @@ def collect(
                     capacity=sum(map(len, own)),
                     weights=names,
                     only=None if layers is None else range(*layers),
+                    tokens_only=tokens_only,
                 )
                 observer.current = collector
                 for part, positions in zip(shard, own, strict=True):

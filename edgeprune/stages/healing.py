@@ -104,7 +104,8 @@ class HealStages(MeasureStages):
         """Statistics of ``model`` over the healing text with all tokens, in ``layers`` alone if given."""
         looked_at = range(*layers) if layers else range(self.architecture.layers)
         # The products with these weights show what goes into the experts.
-        wanted = [t.name for t in self.architecture.tensors if t.is_expert and t.layer in looked_at]
+        roles = ("expert_gate", "expert_up", "expert_gate_up")
+        wanted = [t.name for t in self.architecture.tensors if t.role in roles and t.layer in looked_at]
         parts = []
         for number, (texts, tokens) in enumerate(self._parts()):
             part = self.folder.scratch / f"{output.stem}-{number}.safetensors"
@@ -124,6 +125,7 @@ class HealStages(MeasureStages):
                         "made_from": {**made_from, "part": number},
                         "reservoir_tokens": tokens,
                         "layers": list(layers) if layers else None,
+                        "tokens_only": True,
                     },
                     progress,
                 )
