@@ -11,6 +11,14 @@ import numpy.typing as npt
 Doubles = npt.NDArray[np.float64]
 
 
+def distances(rows: Doubles) -> Doubles:
+    """Euclidean distance of each row from each, float64 [E, E], without an array of all differences."""
+    norms = np.square(rows).sum(axis=1)
+    squared = norms[:, None] + norms[None] - 2 * rows @ rows.T
+    apart: Doubles = np.sqrt(np.maximum(squared, 0))
+    return apart
+
+
 def removals(
     distance: Doubles, survivor: Callable[[list[int], int, int], int], *, linkage: Literal["average", "complete"]
 ) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -247,20 +247,13 @@ class MeasureStages(SourceStages):
         """Super experts by layer: never dropped, whatever a score says."""
         return super_experts(self.statistics.layers, self.architecture.layers)
 
-    def evidence(self, method: str, seed: int = 0) -> list[Evidence]:
-        """What ``method`` may look at, layer by layer."""
+    def evidence(self, method: str, seed: int = 0) -> Iterator[Evidence]:
+        """What ``method`` may look at, layer by layer; of a reservoir, which is large, one layer's at a time."""
         weights = self._weights() if SCORES[method].weighs else {}
         measured = self.statistics
-        return [
-            Evidence(
-                layer,
-                measured.layers[layer],
-                measured.reservoirs.get(layer),
-                weights.get(layer),
-                seed,
-            )
-            for layer in self.architecture.moe_layers
-        ]
+        for layer in self.architecture.moe_layers:
+            tokens = measured.reservoirs.get(layer) if SCORES[method].samples else None
+            yield Evidence(layer, measured.layers[layer], tokens, weights.get(layer), seed)
 
     def _weights(self) -> dict[int, LayerWeights]:
         path = self.folder.path / "weights.safetensors"

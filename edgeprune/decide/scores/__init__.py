@@ -42,11 +42,13 @@ class Method:
     Attributes:
         score: of one layer's evidence.
         weighs: the score looks at the weights themselves.
+        samples: the score looks at the tokens of the reservoir.
         draws: the score depends on the evidence's seed.
     """
 
     score: Score
     weighs: bool = False
+    samples: bool = False
     draws: bool = False
 
 
@@ -64,7 +66,7 @@ SCORES: dict[str, Method] = {
     "mc-moe": Method(mc_moe.score),
     "dern": Method(dern.score),
     "mone": Method(mone.score),
-    "shape": Method(shape.score),
+    "shape": Method(shape.score, samples=True),
     "uncurl": Method(uncurl.score),
     "hc-smoe": Method(hc_smoe.score),
     "stun": Method(stun.score, weighs=True),
