@@ -298,7 +298,7 @@ class MeasureStages(SourceStages):
         if found.get("made_from") != made_from:
             with self.listener.progress("replay of every layer") as progress:
                 arguments = {"model": str(self.source), "statistics": self.statistics_file, **request}
-                result = child.call("edgeprune.decide.replaying:rank", arguments, progress, as_user=True)
+                result = child.call("edgeprune.decide.replaying:rank", arguments, progress)
             found = {"made_from": made_from, **result}
             write_text(path, to_json({**known, method: found}))
         order = {int(layer): np.array(ids, np.intp) for layer, ids in found["orders"].items()}

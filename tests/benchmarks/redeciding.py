@@ -121,7 +121,11 @@ def small(model: str, texts: list[str], folder: Path) -> None:
     click.echo(f"measuring {model} ...", err=True)
     first, *limits = ("5MiB", "4MiB", "6MiB", "8MiB") if model == "demo" else ("24MiB", "20MiB", "16MiB", "30MiB")
     subprocess.run([*EDGEPRUNE, *command, "--file-size", first], check=True, stdout=subprocess.DEVNULL)
-    redecided(Path(model).name, command, [["--file-size", limit] for limit in limits] + [["--memory", "90MiB"]])
+    redecided(
+        Path(model).name,
+        command,
+        [["--file-size", limit] for limit in limits] + [["--memory", "74MiB" if model == "demo" else "90MiB"]],
+    )
 
 
 def large(size: synthetic.Size, folder: Path, scores: bool) -> None:

@@ -126,8 +126,12 @@ class _Alike(Mapping[Any, T]):
         return len(self.names)
 
 
-def reservoir(size: Size, tokens: int, seed: int = 0) -> Reservoir:
-    """Tokens whose routing is that of random logits, some experts favoured, and whose outputs are noise."""
+def reservoir(size: Size, tokens: int, *, renormalised: bool = True, seed: int = 0) -> Reservoir:
+    """Tokens whose routing is that of random logits, some experts favoured, and whose outputs are noise.
+
+    Args:
+        renormalised: coefficients sum to one, as in Qwen3; otherwise they are bare probabilities, as in OLMoE.
+    """
     random = np.random.default_rng(seed)
     favour = random.normal(0, 1.0, size.experts)
     logits = (favour + random.normal(0, 1.5, (tokens, size.experts))).astype(np.float32)
@@ -140,7 +144,7 @@ def reservoir(size: Size, tokens: int, seed: int = 0) -> Reservoir:
         x=random.standard_normal((tokens, size.width), np.float32),
         y=random.standard_normal((tokens, size.width), np.float32),
         ids=ids.astype(np.int16),
-        gates=gates / gates.sum(axis=1, keepdims=True),
+        gates=gates / gates.sum(axis=1, keepdims=True) if renormalised else gates,
         selection=logits,
         probs=probs,
         residual=np.full(tokens, 2 * size.width**0.5, np.float32),
