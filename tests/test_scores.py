@@ -12,7 +12,7 @@ import toys
 from observed import KEPT, TOKENS, WINDOWS, Family
 
 from edgeprune.decide.evidence import Evidence
-from edgeprune.decide.grouping import distances, removals
+from edgeprune.decide.grouping import clusters, distances, removals
 from edgeprune.decide.keep import rankings
 from edgeprune.decide.scores import SCORES
 from edgeprune.errors import Unsupported
@@ -73,6 +73,12 @@ def score(method: str, tokens: list[list[tuple[int, float, list[float]]]]) -> li
 )
 def test_scores_worked_out_by_hand(method: str, expected: list[float]) -> None:
     assert score(method, ROUTED) == pytest.approx(expected)
+
+
+def test_tenp_scales_every_domain_to_length_one() -> None:
+    sums = LayerStatistics.zeros(3, EXPERTS)  # the third domain reached none of the experts
+    sums.arrays["angle_sum"][:2] = [[30.0, 40.0, 0.0, 0.0], [0.0, 0.5, 0.0, 1.2]]
+    assert SCORES["tenp"].score(Evidence(0, sums)).tolist() == pytest.approx([0.6, 0.8 + 5 / 13, 0, 12 / 13])
 
 
 @pytest.mark.parametrize("method", ["reap", "man", "msan"])
@@ -241,6 +247,14 @@ def test_a_merger_removes_one_of_two_representatives() -> None:
     assert removals(distance, lambda _, a, b: min(a, b), linkage="average") == [1, 3, 2, 4]
     assert removals(distance, lambda _, a, b: max(a, b), linkage="complete") == [0, 2, 1, 3]
     assert removals(np.zeros((1, 1)), min, linkage="average") == []
+
+
+def test_mergers_can_be_stopped_at_any_number_of_clusters() -> None:
+    points = np.array([5.0, 0.1, 0.0, 20.0, 5.3])
+    distance = np.abs(points[:, None] - points[None])
+    assert sorted(clusters(distance, 3, linkage="average")) == [[0, 4], [1, 2], [3]]
+    assert clusters(distance, 5, linkage="complete") == [[0], [1], [2], [3], [4]]
+    assert clusters(distance, 1, linkage="complete") == [[0, 1, 2, 3, 4]]
 
 
 def test_distances_between_rows() -> None:

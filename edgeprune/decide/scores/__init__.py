@@ -29,6 +29,7 @@ from edgeprune.decide.scores import (
     shape,
     soft_frequency,
     stun,
+    tenp,
     uncurl,
 )
 
@@ -62,6 +63,7 @@ SCORES: dict[str, Method] = {
     "gated-norm": Method(gated_norm.score),
     "gated-energy": Method(gated_energy.score),
     "easy-ep": Method(easy_ep.score),
+    "tenp": Method(tenp.score),
     "premoe": Method(premoe.score),
     "mc-moe": Method(mc_moe.score),
     "dern": Method(dern.score),
