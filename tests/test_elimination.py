@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -12,11 +13,15 @@ import pytest
 import toys
 from observed import Family, Toy, collected, statistics, token_windows
 
+from edgeprune.decide import replaying
 from edgeprune.decide.elimination import Layer, Replay, eliminate, error_of
 from edgeprune.decide.replaying import rank, token_weights
 from edgeprune.measure import child
+from edgeprune.measure.activation import GATED
+from edgeprune.measure.replay import LayerExperts, outputs
 from edgeprune.measure.reservoir import Reservoir, pack
 from edgeprune.measure.routing import CHOSEN, CONSTANT, KEPT, preference, rule_of
+from edgeprune.measure.statistics import Statistics
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 
@@ -42,8 +47,9 @@ class Case:
         lists = np.argsort(-self.selection, axis=1)
         rows = np.arange(TOKENS)[:, None]
         self.replay = Replay(
-            lists, self.mass[rows, lists], self.outputs[rows, lists], USED, denominator, SCALE, self.mass, self.weight
-        )
+            lists, self.mass[rows, lists], self.outputs[rows, lists], USED, denominator, SCALE, self.mass,
+            self.weight, np.zeros(TOKENS, bool),
+        )  # fmt: skip
 
     def output(self, kept: list[int]) -> Doubles:
         result = np.zeros((TOKENS, DIMENSIONS))
@@ -133,7 +139,7 @@ def test_protected_experts_stay_and_groups_lose_equal_numbers(case: Case) -> Non
     rows = np.arange(TOKENS)[:, None]
     replay = Replay(
         lists, case.mass[rows, lists], case.outputs[rows, lists], USED, case.denominator, SCALE, case.mass[:, :6],
-        case.weight,
+        case.weight, case.replay.cut,
     )  # fmt: skip
     grouped = Layer(replay, np.ones(6, bool))
     eliminate(grouped, [4, 2], groups=2)
@@ -145,6 +151,18 @@ def test_the_error_of_a_set_from_scratch_is_that_of_its_removals(case: Case) -> 
     for expert in (6, 1):
         layer.remove(expert)
     assert error_of(case.replay, layer.kept, layer.target) == pytest.approx(layer.error, rel=1e-6)
+
+
+def test_an_elimination_ends_when_the_lists_of_the_tokens_are_used_up(case: Case) -> None:
+    lists = case.replay.lists[:, : USED + 1]
+    cut = {"lists": lists, "mass": case.replay.mass[:, : USED + 1], "outputs": case.replay.outputs[:, : USED + 1]}
+    layer = Layer(replace(case.replay, **cut, cut=np.ones(TOKENS, bool)))
+    assert layer.short == 0
+    assert len(eliminate(layer, [3])) == 1  # some token had the first among its three best
+    assert layer.short == pytest.approx(np.isin(lists, kept_by(layer), invert=True).any(axis=1).mean())
+    whole = Layer(case.replay)
+    eliminate(whole, [3])
+    assert whole.short == 0 and whole.kept.sum() == 3
 
 
 # The router's rule, read off its coefficients.
@@ -264,6 +282,65 @@ def test_the_errors_of_real_layers_are_those_that_transformers_gives(
         if method == "naee":  # among subsets of the six
             best = min(squared(family, layer, list(kept), name != "olmoe") for kept in combinations(order[:6], 4))
             assert squared(family, layer, order[:4], name != "olmoe") <= 1.35 * best
+
+
+MANY = 40  # experts, more than every token's list holds
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, own_home: Path) -> tuple[Path, Path]:
+    """A layer of many experts, and statistics with a reservoir of random tokens and what the layer makes of them."""
+    folder = tmp_path_factory.mktemp("many")
+    extents = {"layers": 1, "experts": MANY, "used": 2, "width": 64, "expert_width": 32}
+    model = toys.synthetic_gguf(folder / "many.gguf", **extents)
+    random = np.random.default_rng(4)
+    mass = _softmax(random.standard_normal(MANY) + 2 * random.standard_normal((300, MANY)))
+    ids = np.argsort(-mass, axis=1)[:, :2]
+    gates = np.take_along_axis(mass, ids, axis=1)
+    gates /= gates.sum(axis=1, keepdims=True)
+    x = random.standard_normal((300, 64)).astype(np.float32)
+    y, experts = np.zeros_like(x), layer_experts(model)
+    for token, slot in np.ndindex(ids.shape):
+        own = experts[ids[token, slot]]
+        y[token] += gates[token, slot] * (own.hidden(x[[token]], GATED["silu"]) @ own.down.T)[0]
+    tokens = replace(routed(mass, ids, gates), x=x, y=y, residual=np.full(300, 9, np.float32))
+    Statistics(["text"], 300, 64, {}, {}, {}, {0: tokens}).save(folder / "statistics.safetensors")
+    return model, folder / "statistics.safetensors"
+
+
+def layer_experts(model: Path) -> LayerExperts:
+    file = GgufFile(model)
+    return LayerExperts(file, read_architecture(file), 0)
+
+
+def test_short_lists_lead_to_the_same_experts_as_whole_ones(
+    many: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, statistics = map(str, many)
+    found = rank(model, statistics, "replay", [30, 20, 8], {})
+    monkeypatch.setattr(replaying, "_FEW_EXPERTS", MANY)
+    whole = rank(model, statistics, "replay", [30, 20, 8], {})
+    assert found["reasons"] == whole["reasons"] == {}
+    assert found["errors"]["0"] == pytest.approx(whole["errors"]["0"], rel=0.05)
+    for stop in (30, 20, 8):
+        both = set(found["orders"]["0"][:stop]) & set(whole["orders"]["0"][:stop])
+        assert len(both) >= 0.9 * stop - 1
+
+
+def test_outputs_that_are_known_are_not_computed_again(many: tuple[Path, Path]) -> None:
+    experts = layer_experts(many[0])
+    random = np.random.default_rng(0)
+    x = random.standard_normal((20, 64)).astype(np.float32)
+    wanted = np.argsort(random.random((20, MANY)), axis=1)[:, :6]
+    wanted[3, 4:] = -1
+    fresh = outputs(experts, GATED["silu"], x, wanted)
+    assert (fresh[3, 4:] == 0).all()
+    known = wanted[:, [5, 1]]
+    found = outputs(experts, GATED["silu"], x, wanted, (known, fresh[:, [5, 1]] + 1))
+    expected = fresh.copy()
+    expected[:, [5, 1]] += 1
+    expected[3, 5] = 0
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("router", ["grouped", "qwen2moe", "gpt-oss"])

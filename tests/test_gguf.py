@@ -253,6 +253,7 @@ def test_tensor_bytes_are_those_of_the_file(tmp_path: Path) -> None:
     assert file.raw("b").tobytes() == second.tobytes()
     assert not file.raw("b").flags.writeable
     file.release("a")
+    file.release("a", 1, 2)
     assert file.raw("a").tobytes() == first.tobytes()
 
 

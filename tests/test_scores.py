@@ -12,7 +12,7 @@ import toys
 from observed import KEPT, TOKENS, WINDOWS, Family
 
 from edgeprune.decide.evidence import Evidence
-from edgeprune.decide.grouping import removals
+from edgeprune.decide.grouping import clusters, distances, removals
 from edgeprune.decide.keep import rankings
 from edgeprune.decide.scores import SCORES
 from edgeprune.errors import Unsupported
@@ -73,6 +73,12 @@ def score(method: str, tokens: list[list[tuple[int, float, list[float]]]]) -> li
 )
 def test_scores_worked_out_by_hand(method: str, expected: list[float]) -> None:
     assert score(method, ROUTED) == pytest.approx(expected)
+
+
+def test_tenp_scales_every_domain_to_length_one() -> None:
+    sums = LayerStatistics.zeros(3, EXPERTS)  # the third domain reached none of the experts
+    sums.arrays["angle_sum"][:2] = [[30.0, 40.0, 0.0, 0.0], [0.0, 0.5, 0.0, 1.2]]
+    assert SCORES["tenp"].score(Evidence(0, sums)).tolist() == pytest.approx([0.6, 0.8 + 5 / 13, 0, 12 / 13])
 
 
 @pytest.mark.parametrize("method", ["reap", "man", "msan"])
@@ -243,6 +249,19 @@ def test_a_merger_removes_one_of_two_representatives() -> None:
     assert removals(np.zeros((1, 1)), min, linkage="average") == []
 
 
+def test_mergers_can_be_stopped_at_any_number_of_clusters() -> None:
+    points = np.array([5.0, 0.1, 0.0, 20.0, 5.3])
+    distance = np.abs(points[:, None] - points[None])
+    assert sorted(clusters(distance, 3, linkage="average")) == [[0, 4], [1, 2], [3]]
+    assert clusters(distance, 5, linkage="complete") == [[0], [1], [2], [3], [4]]
+    assert clusters(distance, 1, linkage="complete") == [[0, 1, 2, 3, 4]]
+
+
+def test_distances_between_rows() -> None:
+    found = distances(np.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0], [3.0, 4.0]]))
+    np.testing.assert_allclose(found, [[0, 5, 10, 5], [5, 0, 5, 0], [10, 5, 0, 5], [5, 0, 5, 0]], atol=1e-6)
+
+
 def test_stun_keeps_one_of_two_experts_with_the_same_router_row() -> None:
     router = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.01], [-1.0, 0.0]])
     facts = LayerWeights(np.ones(4), np.ones(4), np.ones(4), np.ones((4, 1)), router)
@@ -273,8 +292,11 @@ def test_uncurl_merges_experts_that_the_router_scores_alike() -> None:
 
 
 @pytest.mark.parametrize("method", sorted(name for name, own in SCORES.items() if not own.differentiates))
-def test_every_score_is_one_finite_number_per_expert(method: str, family: Family) -> None:
-    found = SCORES[method].score(evidence(family, 1, weights_of(family, 1)))
+def test_every_score_is_one_finite_number_per_expert_of_what_it_asks_for(method: str, family: Family) -> None:
+    own = SCORES[method]
+    tokens = family.both.reservoirs[1] if own.samples else None
+    weights = weights_of(family, 1) if own.weighs else None
+    found = own.score(Evidence(1, family.both.layers[1], tokens, weights))
     assert (found.shape, found.dtype) == ((toys.EXPERTS,), np.float64)
     assert np.isfinite(found).all()
 

@@ -13,6 +13,7 @@ from edgeprune.errors import BadFile
 from edgeprune.measure.merging import merge
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.statistics import ACCUMULATORS, InputMoments, LayerStatistics, Statistics, write_imatrix
+from edgeprune.measure.tensorfile import ArrayFile, Shape, write_arrays
 
 DOMAINS, EXPERTS = ["code", "prose"], 4
 
@@ -74,6 +75,33 @@ def test_safetensors_of_another_kind_are_a_bad_file(tmp_path: Path, metadata: di
     save_file({"x": np.zeros(3)}, tmp_path / "other.safetensors", metadata=metadata)
     with pytest.raises(BadFile, match="cannot read the statistics"):
         Statistics.load(tmp_path / "other.safetensors")
+
+
+def test_arrays_of_a_type_that_is_not_ours_are_a_bad_file(tmp_path: Path) -> None:
+    save_file({"x": np.zeros(3, np.uint8)}, tmp_path / "other.safetensors", metadata={"edgeprune": "{}"})
+    with pytest.raises(BadFile, match="arrays of the type U8"):
+        Statistics.load(tmp_path / "other.safetensors")
+
+
+def test_statistics_that_are_replaced_while_they_are_in_use_are_not_mixed_up(
+    measured: Statistics, tmp_path: Path
+) -> None:
+    path = tmp_path / "statistics.safetensors"
+    measured.save(path)
+    loaded = Statistics.load(path)
+    assert loaded.layers[1].total("routed").shape == (EXPERTS,)
+    measured.save(path)
+    with pytest.raises(BadFile, match="was replaced while it was in use"):
+        loaded.layers[1].total("routed")
+
+
+def test_rows_of_an_array_can_be_read_alone(tmp_path: Path) -> None:
+    values = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+    write_arrays(tmp_path / "a.safetensors", [Shape("a", "float32", (4, 3, 2))], [values], {"k": "v"})
+    file = ArrayFile(tmp_path / "a.safetensors")
+    assert (file.metadata, list(file), file.shape("a")) == ({"k": "v"}, ["a"], (4, 3, 2))
+    assert np.array_equal(file.part("a", 1, 3), values[1:3]) and np.array_equal(file["a"], values)
+    assert file.part("a", 0, 0).shape == (0, 3, 2)
 
 
 def test_total_sums_over_domains(measured: Statistics) -> None:

@@ -175,7 +175,8 @@ class _Healer:
                 return self._encoded(down, fit.weights[place], means[place])
 
             store.write(down.name, pool.map(encoded_down, range(len(self.kept))))
-        self.experts.release()
+        for expert in self.kept:
+            self.experts.release(expert)
         return {"before": fit.before, "after": fit.after, "ridge": fit.ridge}
 
     def _inner(self) -> list[Tensor]:

@@ -34,6 +34,7 @@ class Replay:
         scale: of the router's rule.
         all_mass: of every expert, float32 [N, E]; needed only where the rule divides by the sum over kept experts.
         weight: of each token's error, float32 [N].
+        cut: whether a token could also choose experts that are not in its list, bool [N].
     """
 
     lists: Ids
@@ -44,6 +45,7 @@ class Replay:
     scale: float
     all_mass: Floats
     weight: Floats
+    cut: Flags
 
     @property
     def experts(self) -> int:
@@ -51,130 +53,143 @@ class Replay:
 
     def some(self, most: int) -> Replay:
         """The first ``most`` tokens alone."""
-        names = ("lists", "mass", "outputs", "all_mass", "weight")
+        names = ("lists", "mass", "outputs", "all_mass", "weight", "cut")
         return replace(self, **{name: getattr(self, name)[:most] for name in names})
 
 
 class Layer:
-    """The state of an elimination: which experts are kept, how every token is routed, and what each removal costs."""
+    """The state of an elimination: which experts are kept, how every token is routed, and what each removal costs.
+
+    A token has k + 1 cases: each of its k experts gone, and none gone. A case is a sum of mass times output, and a
+    factor, the router's scale over its denominator. What removals touch is measured anew as vectors. Where the
+    denominator is the mass of all kept experts, a removal moves the factors of all other tokens too: their errors
+    follow from three products that were kept.
+    """
 
     def __init__(self, replay: Replay, kept: Flags | None = None, target: Floats | None = None) -> None:
         self.replay = replay
         self.kept = np.ones(replay.experts, bool) if kept is None else kept.copy()
+        cases = (len(replay.lists), replay.used + 1)
         self._everyone = np.arange(len(replay.lists))
+        self.ids, self.places = np.full(cases, -1), np.full(cases, -1)
+        self._square, self._product, self._length = (np.zeros(cases, np.float32) for _ in range(3))
+        self._mass, self._factor = np.zeros(cases, np.float32), np.zeros(cases, np.float32)
         self._route(self._everyone)
-        self.target = self._output(self._everyone) if target is None else target
-        self._price(self._everyone)
+        if target is None:
+            sums = self._sums(self._everyone)[:, -1]
+            target = sums * self._factors(self._everyone)[:, -1:]
+        self.target = target
+        self._measure(self._everyone)
+        self._price()
 
     # Routing.
 
     def _route(self, tokens: Ids) -> None:
-        """Positions in the lists of the k best kept experts of each token and of the one after, [N, k + 1]."""
+        """The k best kept experts of each token and the one after: their ids, and their positions in the lists."""
         replay, count = self.replay, self.replay.used + 1
         lists = replay.lists[tokens]
         alive = (lists >= 0) & self.kept[lists]
         rank = np.cumsum(alive, axis=1)
-        places = np.full((len(tokens), count), -1)
         rows, columns = np.nonzero(alive & (rank <= count))
-        places[rows, rank[rows, columns] - 1] = columns
-        if not hasattr(self, "places"):
-            self.places = np.full((len(replay.lists), count), -1)
-        self.places[tokens] = places
+        slots = rank[rows, columns] - 1
+        for found, values in ((self.places, columns), (self.ids, lists[rows, columns])):
+            found[tokens] = -1
+            found[tokens[rows], slots] = values
+        mass = np.where(self.places[tokens] < 0, 0, replay.mass[tokens[:, None], self.places[tokens]])
+        self._mass[tokens] = mass
 
-    def _gathered(self, tokens: Ids) -> tuple[Floats, Floats]:
-        """Mass [n, k + 1] and outputs [n, k + 1, d] of the routed experts and the next; 0 where there is none."""
-        places = self.places[tokens]
-        there = places >= 0
-        rows = tokens[:, None]
-        mass = np.where(there, self.replay.mass[rows, places], 0).astype(np.float32)
-        return mass, self.replay.outputs[rows, places]
+    @property
+    def short(self) -> float:
+        """Share of tokens that have used up their list and would choose an expert that is not in it."""
+        return float((self.replay.cut & (self.ids[:, -1] < 0)).mean())
 
-    def _kept_mass(self, tokens: Ids) -> Floats:
-        summed: Floats = self.replay.all_mass[tokens] @ self.kept.astype(np.float32)
+    # Cases.
+
+    def _sums(self, tokens: Ids) -> Floats:
+        """Sums of mass times output, float32 [n, k + 1, d]: without the first expert, ..., with all."""
+        used = self.replay.used
+        mass = self._mass[tokens]
+        weighted = mass[:, :, None] * self.replay.outputs[tokens[:, None], self.places[tokens]]
+        whole = weighted[:, :used].sum(axis=1)
+        sums: Floats = np.negative(weighted, out=weighted)
+        sums[:, :used] -= sums[:, used:]  # the next one takes the place
+        sums[:, used] = 0
+        sums += whole[:, None]
+        return sums
+
+    def _factors(self, tokens: Ids | slice) -> Floats:
+        """What the sums are multiplied with, float32 [n, k + 1]."""
+        mass, used = self._mass[tokens], self.replay.used
+        if self.replay.denominator == CHOSEN:
+            divisor = mass[:, :used].sum(axis=1, keepdims=True) - mass + mass[:, used:]
+        elif self.replay.denominator == KEPT:
+            divisor = self._kept_mass()[tokens][:, None] - mass
+            divisor[:, used] += mass[:, used]
+        else:
+            divisor = np.ones_like(mass)
+        scale = np.float32(self.replay.scale)
+        factors: Floats = np.divide(scale, divisor, out=np.zeros_like(divisor), where=divisor > 1e-12)
+        return factors
+
+    def _kept_mass(self) -> Floats:
+        summed: Floats = self.replay.all_mass @ self.kept.astype(np.float32)
         return summed
 
-    def _output(self, tokens: Ids) -> Floats:
-        """The layer's projected output [n, d]."""
-        mass, outputs = self._gathered(tokens)
-        used = self.replay.used
-        summed = np.einsum("nk,nkd->nd", mass[:, :used], outputs[:, :used])
-        scaled: Floats = summed * self._factor(mass[:, :used].sum(axis=1), tokens)[:, None]
-        return scaled
-
-    def _factor(self, chosen_mass: Floats, tokens: Ids) -> Floats:
-        """What a sum of mass times outputs is multiplied with, [n]."""
-        divisor = np.ones_like(chosen_mass)
-        if self.replay.denominator == CHOSEN:
-            divisor = chosen_mass
-        elif self.replay.denominator == KEPT:
-            divisor = self._kept_mass(tokens)
-        factor: Floats = np.divide(
-            np.float32(self.replay.scale), divisor, out=np.zeros_like(divisor), where=divisor > 0
-        )
-        return factor
+    def _measure(self, tokens: Ids) -> None:
+        """Distance of each case from the target, squared, at today's factors; and how it changes with the factor."""
+        sums, factors = self._sums(tokens), self._factors(tokens)
+        off = sums * factors[:, :, None] - self.target[tokens, None]
+        self._square[tokens] = np.einsum("nkd,nkd->nk", off, off)
+        if self.replay.denominator == KEPT:
+            self._factor[tokens] = factors
+            self._product[tokens] = np.einsum("nkd,nkd->nk", off, sums)
+            self._length[tokens] = np.einsum("nkd,nkd->nk", sums, sums)
 
     # Costs.
 
-    def _price(self, tokens: Ids) -> None:
-        """What removing each routed expert adds to the error of each of ``tokens``, and their error now."""
-        replay, used = self.replay, self.replay.used
-        if not hasattr(self, "costs"):
-            self.costs = np.zeros((len(replay.lists), used))
-            self.errors = np.zeros(len(replay.lists))
-            self.length = np.zeros(len(replay.lists))
-            self.along = np.zeros(len(replay.lists))
-        mass, outputs = self._gathered(tokens)
-        target, weight = self.target[tokens], replay.weight[tokens].astype(np.float64)
-        whole = mass[:, :used].sum(axis=1)
-        summed = np.einsum("nk,nkd->nd", mass[:, :used], outputs[:, :used])
-        output = summed * self._factor(whole, tokens)[:, None]
-        now = np.square(output - target).sum(axis=1, dtype=np.float64)
-        without = summed[:, None] - mass[:, :used, None] * outputs[:, :used]
-        without += (mass[:, used, None] * outputs[:, used])[:, None]
-        if replay.denominator == CHOSEN:
-            divisor = whole[:, None] - mass[:, :used] + mass[:, used:]
-        elif replay.denominator == KEPT:
-            divisor = self._kept_mass(tokens)[:, None] - mass[:, :used]
-            self.length[tokens] = weight * np.square(output).sum(axis=1)
-            self.along[tokens] = weight * (output * target).sum(axis=1)
-        else:
-            divisor = np.ones_like(mass[:, :used])
-        factor = np.divide(replay.scale, divisor, out=np.zeros_like(divisor), where=divisor > 1e-12)
-        then = np.square(without * factor[:, :, None] - target[:, None]).sum(axis=2, dtype=np.float64)
-        self.costs[tokens] = weight[:, None] * (then - now[:, None])
-        self.errors[tokens] = weight * now
+    def _price(self) -> None:
+        """Every token's weighted error, and what removing each of its experts adds to it."""
+        square, used = self._square.astype(np.float64), self.replay.used
+        if self.replay.denominator == KEPT:
+            factor = self._factors(slice(None)).astype(np.float64)
+            change = factor - self._factor
+            square += change * (2 * self._product + change * self._length)
+            # Of the case in which none is gone: |output|^2, and output times what it is off by.
+            self._output = factor[:, used] ** 2 * self._length[:, used]
+            self._along = factor[:, used] * (self._product + change * self._length)[:, used]
+        weight = self.replay.weight.astype(np.float64)
+        self._errors = weight * square[:, used]
+        self._costs = weight[:, None] * square[:, :used] - self._errors[:, None]
 
     def removal_costs(self) -> Doubles:
         """How much the error grows when each expert goes, float64 [E]; infinite for those that are gone."""
-        replay, used = self.replay, self.replay.used
-        ids = np.take_along_axis(replay.lists, np.maximum(self.places[:, :used], 0), axis=1)
-        there = self.places[:, :used] >= 0
-        costs = np.bincount(ids[there], self.costs[there], minlength=replay.experts).astype(np.float64)
-        if replay.denominator == KEPT:
+        ids = self.ids[:, : self.replay.used]
+        there = ids >= 0
+        costs = np.bincount(ids[there], self._costs[there], minlength=self.replay.experts).astype(np.float64)
+        if self.replay.denominator == KEPT:
             costs += self._growth(ids, there)
         return np.where(self.kept, costs, np.inf)
 
     def _growth(self, ids: Ids, there: Flags) -> Doubles:
         """The cost for tokens that do not use the expert: all their coefficients grow when its mass goes."""
-        mass = self._kept_mass(self._everyone)[:, None]
+        mass = self._kept_mass()[:, None]
         growth = mass / np.maximum(mass - self.replay.all_mass, 1e-12) - 1
-        added = (growth * growth + 2 * growth) * self.length[:, None] - 2 * growth * self.along[:, None]
         rows = np.broadcast_to(self._everyone[:, None], ids.shape)
-        added[rows[there], ids[there]] = 0  # they are priced one by one
-        summed: Doubles = added.sum(axis=0)
-        return summed
+        growth[rows[there], ids[there]] = 0  # they are priced one by one
+        weight = self.replay.weight
+        linear: Doubles = (2 * weight * self._along) @ growth + (weight * self._output) @ np.square(growth)
+        return linear
 
     @property
     def error(self) -> float:
         """Weighted squared distance of the layer's output from the target, over all tokens."""
-        return float(self.errors.sum())
+        return float(self._errors.sum())
 
     # Moves.
 
     def remove(self, expert: int) -> None:
-        """Take an expert away; only tokens that had it among their k + 1 best are routed and priced anew."""
-        ids = np.take_along_axis(self.replay.lists, np.maximum(self.places, 0), axis=1)
-        touched = ((ids == expert) & (self.places >= 0)).any(axis=1)
+        """Take an expert away; only tokens that had it among their k + 1 best are routed anew."""
+        touched = (self.ids == expert).any(axis=1)
         self.kept[expert] = False
         self._renew(np.flatnonzero(touched))
 
@@ -186,7 +201,12 @@ class Layer:
 
     def _renew(self, tokens: Ids) -> None:
         self._route(tokens)
-        self._price(self._everyone if self.replay.denominator == KEPT else tokens)
+        self._measure(tokens)
+        self._price()
+
+
+# Share of tokens that may have used up their list before all lists are to be made anew.
+_MOST_SHORT = 0.01
 
 
 def error_of(replay: Replay, kept: Flags, target: Floats) -> float:
@@ -195,7 +215,8 @@ def error_of(replay: Replay, kept: Flags, target: Floats) -> float:
 
 
 def eliminate(layer: Layer, stops: Sequence[int], groups: int = 1, protected: Sequence[int] = ()) -> list[int]:
-    """Remove experts until the last of ``stops`` are left; the experts in their order of removal.
+    """Remove experts until the last of ``stops`` are left, or the tokens' lists no longer suffice; the experts in
+    their order of removal.
 
     At each stop, swaps of a kept expert for one removed since the stop before are tried, and made where they lower
     the error. So the sets at the stops are nested.
@@ -209,7 +230,7 @@ def eliminate(layer: Layer, stops: Sequence[int], groups: int = 1, protected: Se
     order: list[int] = []
     for stop in stops:
         since: list[int] = []
-        while layer.kept.sum() > stop:
+        while layer.kept.sum() > stop and layer.short <= _MOST_SHORT:
             costs = layer.removal_costs()
             costs[list(protected)] = np.inf
             left = layer.kept.reshape(groups, size).sum(axis=1)

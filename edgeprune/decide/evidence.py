@@ -22,7 +22,7 @@ class Evidence:
     Attributes:
         layer: block index.
         sums: of the calibration pass.
-        tokens: the reservoir, or None where the layer could not be replayed.
+        tokens: the reservoir, or None when no method asked for it or none was kept.
         weights: what the weights alone say, or None when no method asked for it.
         seed: of methods that draw at random.
     """

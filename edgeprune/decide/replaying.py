@@ -31,9 +31,9 @@ from edgeprune.model.gguf import GgufFile
 Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-# A token's list holds so many of its best experts, or this many times k; when half of the experts are gone it is
-# made anew.
-_LIST, _LIST_TIMES_USED = 32, 4
+# Outputs cost by far the most, and few are ever needed: a token's list holds all experts where they are this few,
+# else the k + 1 that an elimination looks at and half as many again. When lists are used up they are made anew.
+_FEW_EXPERTS, _LEAST_SPARE = 32, 4
 # Share of the error that is relative to the layer's whole output, beside that relative to each token's stream.
 _SHARE_OF_PLAIN = 0.3
 _MOST_SUBSETS, _SUBSET_TOKENS = 5_000, 1_024
@@ -140,23 +140,27 @@ class _Ranker:
             if error > _PROJECTED_TOLERANCE:
                 self.obstacle = f"its replayed output is off by {100 * error:.1f} %"
 
-    def _replay(self, kept: Flags) -> Replay:
-        """The layer's tokens with lists of their best experts among ``kept``."""
+    def _replay(self, kept: Flags, before: Replay | None = None) -> Replay:
+        """The layer's tokens with lists of their best experts among ``kept``; outputs in ``before`` are reused."""
         architecture, tokens = self.architecture, self.tokens
         scores = preference(tokens.selection, architecture.groups, architecture.groups_used, kept)
-        length = min(int(kept.sum()), max(_LIST, _LIST_TIMES_USED * architecture.used))
+        left, seen = int(kept.sum()), architecture.used + 1
+        few = architecture.experts <= _FEW_EXPERTS
+        length = left if few else min(left, seen + max(seen // 2, _LEAST_SPARE))
         lists = np.argsort(-scores, axis=1, kind="stable")[:, :length]
         lists = np.where(np.isfinite(np.take_along_axis(scores, lists, axis=1)), lists, -1)
         mass = self.rule.mass
+        known = None if before is None else (before.lists, before.outputs)
         return Replay(
             lists=lists,
             mass=np.take_along_axis(mass, np.maximum(lists, 0), axis=1),
-            outputs=outputs(self.experts, self.activation, tokens.x, lists),
+            outputs=outputs(self.experts, self.activation, tokens.x, lists, known),
             used=architecture.used,
             denominator=self.rule.denominator,
             scale=self.rule.scale,
             all_mass=mass,
             weight=self.weight,
+            cut=(lists[:, -1] >= 0) & (length < left),
         )
 
     def rank(self, method: str, stops: Sequence[int], protected: Sequence[int]) -> tuple[list[int], list[float]]:
@@ -166,26 +170,19 @@ class _Ranker:
         errors: list[float] = []
         layer = self.whole
         for stop in sorted(stops, reverse=True):
-            count = int(layer.kept.sum())
-            if stop >= count:
-                errors.append(layer.error / energy)
-                continue
             while stop < int(layer.kept.sum()):
                 half = max(stop, int(layer.kept.sum()) // 2)
-                removed += self._step(method, layer, half, protected)
-                if int(layer.kept.sum()) > half:  # everything that is left is protected
+                gone = self._step(method, layer, half, protected)
+                removed += gone
+                if not gone:  # everything that is left is protected
                     break
-                if self._short(layer):
-                    layer = Layer(self._replay(layer.kept), layer.kept, layer.target)
+                if layer.short or self.architecture.groups > 1:  # open groups change with the experts that are left
+                    layer = Layer(self._replay(layer.kept, layer.replay), layer.kept, layer.target)
             errors.append(layer.error / energy)
         left = [e for e in range(self.architecture.experts) if e not in set(removed)]
         costs = layer.removal_costs()
         left.sort(key=lambda e: (-costs[e], e))
         return [*left, *reversed(removed)], errors
-
-    def _short(self, layer: Layer) -> bool:
-        """Whether the lists no longer hold enough kept experts for every token."""
-        return bool((layer.places < 0).any()) and int(layer.kept.sum()) > self.architecture.used
 
     def _step(self, method: str, layer: Layer, stop: int, protected: Sequence[int]) -> list[int]:
         if method == NAEE and (subset := self._best_subset(layer, stop, protected)) is not None:

@@ -7,11 +7,13 @@ experts kept it must give what llama.cpp computed.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.device.probe import cores
 from edgeprune.measure.activation import GATED, UNGATED, Activation
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.weights import expert_matrix, layer_tensors
@@ -20,7 +22,10 @@ from edgeprune.model.architecture import Architecture, Tensor
 from edgeprune.model.gguf import GgufFile
 
 Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.integer]
 DIMENSIONS = 48
+_TRIED_TOKENS = 8  # for finding the activation; that all tokens fit is proven afterwards
+_ROWS = 1024  # of a matrix product: enough for its full speed, in little memory
 # Largest relative error of a replayed layer's output that is taken for rounding.
 TOLERANCE = 1e-2
 
@@ -73,10 +78,11 @@ class LayerExperts:
         biases = (self._bias(kind, expert) for kind in ("gate", "up", "down"))
         return Expert(gate, up, down, *biases)
 
-    def release(self) -> None:
-        """Give the mapped pages back."""
+    def release(self, expert: int) -> None:
+        """Give the mapped pages of an expert back: all together are gigabytes."""
         for tensor in self._tensors.values():
-            self._file.release(tensor.name)
+            if tensor.is_expert:
+                self._file.release(tensor.name, expert, self.count)
 
     def activations(self) -> dict[str, Activation]:
         """Those that the layer may have, most common first."""
@@ -94,21 +100,22 @@ def projection(width: int) -> Floats:
 def activation_of(experts: LayerExperts, tokens: Reservoir) -> Activation | None:
     """The activation with which the experts reproduce the captured outputs, or None when none does.
 
-    Looks at the tokens whose first choice is the most common one, as many as there are but 64 at most.
+    Looks at a few tokens whose first choice is the most common one.
     """
     first = int(np.bincount(tokens.ids[:, 0]).argmax())
-    rows = np.flatnonzero(tokens.ids[:, 0] == first)[:64]
+    rows = np.flatnonzero(tokens.ids[:, 0] == first)[:_TRIED_TOKENS]
     small = tokens.rows(rows)
-    involved = {int(e): experts[int(e)] for e in np.unique(small.ids)}
-    for activation in experts.activations().values():
-        y = np.zeros_like(small.y)
-        for expert, weights in involved.items():
-            token, slot = np.nonzero(small.ids == expert)
-            output = weights.hidden(small.x[token], activation) @ weights.down.T + weights.down_bias
-            y[token] += small.gates[token, slot][:, None] * output
-        if relative_error(y, small.y) < TOLERANCE:
-            return activation
-    return None
+    candidates = experts.activations()
+    replayed = {name: np.zeros_like(small.y) for name in candidates}
+    for expert in np.unique(small.ids).tolist():
+        own = experts[expert]
+        token, slot = np.nonzero(small.ids == expert)
+        for name, activation in candidates.items():
+            output = own.hidden(small.x[token], activation) @ own.down.T + own.down_bias
+            replayed[name][token] += small.gates[token, slot][:, None] * output
+        experts.release(expert)
+    fitting = (candidates[name] for name, y in replayed.items() if relative_error(y, small.y) < TOLERANCE)
+    return next(fitting, None)
 
 
 def relative_error(replayed: Floats, captured: Floats) -> float:
@@ -118,28 +125,54 @@ def relative_error(replayed: Floats, captured: Floats) -> float:
     return float(np.sqrt(difference / energy)) if energy > 0 else 0.0
 
 
-def outputs(experts: LayerExperts, activation: Activation, x: Floats, wanted: npt.NDArray[np.integer]) -> Floats:
+def outputs(
+    experts: LayerExperts,
+    activation: Activation,
+    x: Floats,
+    wanted: Ids,
+    known: tuple[Ids, Floats] | None = None,
+) -> Floats:
     """Projected outputs of each token's ``wanted`` experts, float32 [R, m, DIMENSIONS], before any coefficient.
 
     Args:
         x: inputs [R, D].
         wanted: expert ids [R, m]; -1 for none, whose output is 0.
+        known: ids and outputs that an earlier call gave for the same tokens; these are not computed again.
     """
     results = np.zeros((*wanted.shape, DIMENSIONS), np.float32)
-    onto: Floats | None = None
-    flat = wanted.reshape(-1)
+    missing = wanted if known is None else _copied(results, wanted, *known, experts.count)
+    flat = missing.reshape(-1)
     order = np.argsort(flat, kind="stable")
     bounds = np.searchsorted(flat[order], np.arange(experts.count + 1))
     target = results.reshape(-1, DIMENSIONS)
-    for expert in range(experts.count):
+    onto = projection(x.shape[1])
+
+    def compute(expert: int) -> None:
         places = order[bounds[expert] : bounds[expert + 1]]
         if not len(places):
-            continue
-        weights = experts[expert]
-        if onto is None:
-            onto = projection(weights.down.shape[0])
-        narrow = onto @ weights.down
-        bias = onto @ weights.down_bias if isinstance(weights.down_bias, np.ndarray) else 0.0
-        target[places] = weights.hidden(x[places // wanted.shape[1]], activation) @ narrow.T + bias
-    experts.release()
+            return
+        own = experts[expert]
+        narrow = onto @ own.down
+        bias = onto @ own.down_bias if isinstance(own.down_bias, np.ndarray) else 0.0
+        for start in range(0, len(places), _ROWS):
+            part = places[start : start + _ROWS]
+            target[part] = own.hidden(x[part // wanted.shape[1]], activation) @ narrow.T + bias
+        experts.release(expert)
+
+    # Two experts in two threads need no more memory bandwidth than one, and do not wait for each other as the
+    # threads within a matrix product do.
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(compute, range(experts.count)))
     return results
+
+
+def _copied(results: Floats, wanted: Ids, lists: Ids, values: Floats, experts: int) -> Ids:
+    """Fill ``results`` with what is in ``values``; ``wanted`` with -1 for that."""
+    places = np.full((len(lists), experts + 1), -1, np.int16)
+    np.put_along_axis(places, lists, np.arange(lists.shape[1], dtype=np.int16)[None], axis=1)
+    places[:, -1] = -1  # where the ids of -1 went
+    found = np.take_along_axis(places, wanted, axis=1)
+    rows, columns = np.nonzero(found >= 0)
+    results[rows, columns] = values[rows, found[rows, columns]]
+    missing: Ids = np.where(found >= 0, -1, wanted)
+    return missing

@@ -4,11 +4,12 @@ of them in memory at once."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from edgeprune.files import atomic_writer
 Array = npt.NDArray[Any]
 # Names of the format's types (safetensors README, "Format").
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16"}
+_TYPES = {code: name for name, code in _CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ def write_arrays(path: Path, shapes: Sequence[Shape], pieces: Iterable[Array], m
 class ArrayFile(Mapping[str, Array]):
     """The arrays of a file by name; each is read when it is asked for.
 
+    They are read and not mapped: pages of a mapped file count as memory of the process that looked at them.
+
     Raises:
-        BadFile: missing, truncated or of another kind.
+        BadFile: missing, truncated or of another kind; or replaced by another while it was in use.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,28 +83,52 @@ class ArrayFile(Mapping[str, Array]):
         self.path = path
         try:
             opened: Any = safetensors.safe_open
-            self._file = opened(path, framework="np")
-            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
-            self._names = dict.fromkeys(self._file.keys())
+            with opened(path, framework="np"):  # refuses a header whose offsets are not those of the arrays
+                pass
+            with path.open("rb") as stream:
+                self._state = _state(stream)
+                length = int.from_bytes(stream.read(8), "little")
+                table = json.loads(stream.read(length))
         except (OSError, safetensors.SafetensorError) as error:
             raise BadFile(f"cannot read {path}: {error}", hint="delete the file") from error
+        self.metadata: dict[str, str] = table.pop("__metadata__", None) or {}
+        if unknown := sorted({entry["dtype"] for entry in table.values()} - _TYPES.keys()):
+            raise BadFile(f"cannot read {path}: it holds arrays of the type {unknown[0]}", hint="delete the file")
+        self._table: dict[str, Any] = table
+        self._start = 8 + length
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self._names:
-            raise KeyError(name)
-        value: Array = self._file.get_tensor(name)
-        return value
+        return self.part(name, 0, self.shape(name)[0]) if self.shape(name) else self._read(name, 0, 1).reshape(())
 
     def part(self, name: str, start: int, stop: int) -> Array:
         """Rows ``start`` to ``stop`` of an array."""
-        value: Array = self._file.get_slice(name)[start:stop]
-        return value
+        row = self.shape(name)[1:]
+        return self._read(name, start * prod(row), (stop - start) * prod(row)).reshape(stop - start, *row)
+
+    def _read(self, name: str, first: int, count: int) -> Array:
+        """``count`` numbers of an array, from number ``first`` on."""
+        entry = self._table[name]
+        dtype = np.dtype(_TYPES[entry["dtype"]])
+        offset = self._start + int(entry["data_offsets"][0]) + first * dtype.itemsize
+        with self.path.open("rb") as stream:
+            if _state(stream) != self._state:
+                raise BadFile(f"{self.path} was replaced while it was in use", hint="run the same command again")
+            values: Array = np.fromfile(stream, dtype, count, offset=offset)
+        if len(values) != count:
+            raise BadFile(f"cannot read {self.path}: it ends within {name}", hint="delete the file")
+        return values
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
+        return tuple(self._table[name]["shape"])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._table)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._table)
+
+
+def _state(stream: BinaryIO) -> tuple[int, int, int]:
+    """What tells a file from one that took its place."""
+    found = os.fstat(stream.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -292,13 +292,19 @@ class GgufFile:
         info = self.tensors[name]
         return np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
 
-    def release(self, name: str) -> None:
+    def release(self, name: str, part: int = 0, parts: int = 1) -> None:
         """Tell the system that the pages of tensor ``name`` will not be needed again soon, so that
-        reading through a large file does not count as resident memory."""
+        reading through a large file does not count as resident memory.
+
+        Args:
+            part, parts: only this one of so many equal parts, as the matrix of one expert.
+        """
         info = self.tensors[name]
         if hasattr(mmap, "MADV_DONTNEED"):
-            start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+            size = info.nbytes // parts
+            first = info.offset + part * size
+            start = first // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, first + size - start)
 
     def fingerprint(self) -> str:
         """SHA-256 of the whole file: any other byte, and it is another model. See ``content`` for what that costs."""

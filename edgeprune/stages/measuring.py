@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -244,20 +244,13 @@ class MeasureStages(TextStages):
         """Super experts by layer: never dropped, whatever a score says."""
         return super_experts(self.statistics.layers, self.architecture.layers)
 
-    def evidence(self, method: str, seed: int = 0) -> list[Evidence]:
-        """What ``method`` may look at, layer by layer."""
+    def evidence(self, method: str, seed: int = 0) -> Iterator[Evidence]:
+        """What ``method`` may look at, layer by layer; of a reservoir, which is large, one layer's at a time."""
         weights = self._weights() if SCORES[method].weighs else {}
         measured = self.gradients if SCORES[method].differentiates else self.statistics
-        return [
-            Evidence(
-                layer,
-                measured.layers[layer],
-                measured.reservoirs.get(layer),
-                weights.get(layer),
-                seed,
-            )
-            for layer in self.architecture.moe_layers
-        ]
+        for layer in self.architecture.moe_layers:
+            tokens = measured.reservoirs.get(layer) if SCORES[method].samples else None
+            yield Evidence(layer, measured.layers[layer], tokens, weights.get(layer), seed)
 
     def _weights(self) -> dict[int, LayerWeights]:
         path = self.folder.path / "weights.safetensors"
@@ -302,7 +295,7 @@ class MeasureStages(TextStages):
         if found.get("made_from") != made_from:
             with self.listener.progress("replay of every layer") as progress:
                 arguments = {"model": str(self.source), "statistics": self.statistics_file, **request}
-                result = child.call("edgeprune.decide.replaying:rank", arguments, progress, as_user=True)
+                result = child.call("edgeprune.decide.replaying:rank", arguments, progress)
             found = {"made_from": made_from, **result}
             write_text(path, to_json({**known, method: found}))
         order = {int(layer): np.array(ids, np.intp) for layer, ids in found["orders"].items()}

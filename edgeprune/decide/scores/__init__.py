@@ -32,6 +32,7 @@ from edgeprune.decide.scores import (
     shape,
     soft_frequency,
     stun,
+    tenp,
     uncurl,
 )
 
@@ -45,12 +46,14 @@ class Method:
     Attributes:
         score: of one layer's evidence.
         weighs: the score looks at the weights themselves.
+        samples: the score looks at the tokens of the reservoir.
         draws: the score depends on the evidence's seed.
         differentiates: the score needs gradients, which only a Hugging Face checkpoint can give.
     """
 
     score: Score
     weighs: bool = False
+    samples: bool = False
     draws: bool = False
     differentiates: bool = False
 
@@ -65,11 +68,12 @@ SCORES: dict[str, Method] = {
     "gated-norm": Method(gated_norm.score),
     "gated-energy": Method(gated_energy.score),
     "easy-ep": Method(easy_ep.score),
+    "tenp": Method(tenp.score),
     "premoe": Method(premoe.score),
     "mc-moe": Method(mc_moe.score),
     "dern": Method(dern.score),
     "mone": Method(mone.score),
-    "shape": Method(shape.score),
+    "shape": Method(shape.score, samples=True),
     "uncurl": Method(uncurl.score),
     "hc-smoe": Method(hc_smoe.score),
     "stun": Method(stun.score, weighs=True),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from edgeprune.decide.evidence import Doubles, Evidence, from_removals, ratio
-from edgeprune.decide.grouping import removals
+from edgeprune.decide.grouping import distances, removals
 
 
 def score(evidence: Evidence) -> Doubles:
@@ -17,6 +15,5 @@ def score(evidence: Evidence) -> Doubles:
     """
     routed = evidence.sums.total("routed")
     means = ratio(evidence.sums.total("output_sum"), routed[:, None])
-    distance = np.linalg.norm(means[:, None] - means[None], axis=2)
-    order = removals(distance, lambda _, a, b: max(a, b, key=lambda e: (routed[e], -e)), linkage="average")
+    order = removals(distances(means), lambda _, a, b: max(a, b, key=lambda e: (routed[e], -e)), linkage="average")
     return from_removals(order, evidence.experts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgeprune.decide.evidence import Doubles, Evidence, from_removals
-from edgeprune.decide.grouping import removals
+from edgeprune.decide.grouping import distances, removals
 
 
 def score(evidence: Evidence) -> Doubles:
@@ -18,16 +18,9 @@ def score(evidence: Evidence) -> Doubles:
     that sets are nested.
     """
     rows = evidence.facts.router
-    distance = np.sqrt(np.maximum(_squared(rows), 0))
 
     def survivor(cluster: list[int], a: int, b: int) -> int:
         centre = rows[cluster].mean(axis=0)
         return min(a, b, key=lambda expert: (float(np.linalg.norm(rows[expert] - centre)), expert))
 
-    return from_removals(removals(distance, survivor, linkage="complete"), evidence.experts)
-
-
-def _squared(rows: Doubles) -> Doubles:
-    norms = (rows**2).sum(axis=1)
-    squared: Doubles = norms[:, None] + norms[None] - 2 * rows @ rows.T
-    return squared
+    return from_removals(removals(distances(rows), survivor, linkage="complete"), evidence.experts)
