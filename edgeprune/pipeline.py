@@ -56,6 +56,7 @@ def compare(
     """
     with opened(settings, listener) as run:
         found = comparing.compare(run, fractions, methods or run.comparable(), seeds)
+        run.show(found)
         run.clear_scratch()
         return found, run.folder.path
 

@@ -18,9 +18,11 @@ from edgeprune.files import read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.text import texts_digest
 from edgeprune.prove import baseline
+from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.page import render
 from edgeprune.prove.report import KEPT, Baseline, Report, promises
 from edgeprune.share.card import model_card
+from edgeprune.stages.comparing import saved
 from edgeprune.stages.deciding import DecideStages
 
 # Context of the speed measurement when the device is another machine.
@@ -178,7 +180,7 @@ class Run(DecideStages):
             conditions=self._conditions(on_device, plan.launch.context, speed),
             made_from={"plan": plan.digest, "build": build.sha256, "text": texts_digest(self.texts)},
         )
-        return replace(report, verdict=_verdict(report))
+        return replace(report, verdict=_verdict(report)).beside(saved(self))
 
     def _conditions(self, on_device: bool, context: int, speed: Mapping[str, Any]) -> dict[str, str]:
         tokens = f"windows of at most {self.settings.window} tokens"
@@ -198,6 +200,14 @@ class Run(DecideStages):
         write_text(self.folder.report, to_json(report.to_json()))
         write_text(self.folder.page, render(report))
         write_text(self.folder.card, model_card(report))
+
+    def show(self, comparison: Comparison) -> None:
+        """Put ``comparison`` into the report in the folder, if there is one of the same model and text."""
+        with contextlib.suppress(BadFile, AttributeError, TypeError, KeyError):
+            report = Report.from_json(read_json(self.folder.report)).beside(comparison)
+            if report.comparison is not None:
+                self.save_report(report)
+                self.listener.say(f"{self.folder.page} shows it too")
 
     def clear_scratch(self) -> None:
         """Delete the reference log-probabilities; they can be made again."""
