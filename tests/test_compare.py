@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import toys
-from runs import Fit, read, run_edgeprune
+from runs import Ear, Fit, read, run_edgeprune
 
+from edgeprune import pipeline
+from edgeprune.decide.scores import METHODS
 from edgeprune.errors import BadFile, UsageError
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
+from edgeprune.pipeline import Settings
 from edgeprune.prove.comparison import Comparison, interval, row
 from edgeprune.prove.lines import method_lines
 from edgeprune.stages.comparing import counts_of
@@ -98,6 +101,19 @@ def test_the_page_has_a_line_and_a_row_for_every_method(compared: tuple[Path, li
         assert sum(cell.startswith(method) for cell in texts["td"]) == 2
         assert sum(tip.startswith(f"{method}, ") for tip in texts["title"]) == 2  # a point each
     assert "<script" not in content and "http" not in content.replace("http-equiv", "")
+
+
+def test_methods_that_a_model_does_not_show_enough_for_are_left_out(
+    synthetic: toys.Maker, small_text: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for arch in ("qwen3moe", "llama4"):
+        wishes = Settings(str(synthetic(arch)), texts=(str(small_text),), output=str(tmp_path / arch), window=64)
+        with pipeline.opened(wishes, Ear()) as run:
+            found[arch] = set(run.comparable())
+    assert found["qwen3moe"] == set(METHODS)
+    # Experts with inputs of their own have no angle to the layer's, and cannot be replayed.
+    assert set(METHODS) - found["llama4"] == {"tenp", "shape"}
 
 
 def test_the_report_of_the_same_model_and_text_shows_it(tiny_fit: Fit, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def rank(
             else:
                 order, errors = ranker.rank(method, stops, protected.get(str(layer), []))
                 found["orders"][str(layer)], found["errors"][str(layer)] = order, errors
+            del ranker  # a layer's tokens and outputs go before the next one's are read
         if progress is not None:
             progress(number + 1, len(layers))
     return found

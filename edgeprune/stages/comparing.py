@@ -37,17 +37,19 @@ def counts_of(fractions: Sequence[float], architecture: Architecture) -> list[in
     return sorted(counts, reverse=True)
 
 
-def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[str], seeds: int) -> Comparison:
+def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[str] | None, seeds: int) -> Comparison:
     """Measure every method at every fraction; saved as ``compare.json`` and ``compare.html`` in the run directory.
 
     What an earlier comparison measured is taken from it.
 
     Args:
+        methods: all that can be used on the model when None.
         seeds: draws of the methods that draw at random.
     """
-    for method in methods:
+    for method in methods or ():
         check_method(method)
     counts = counts_of(fractions, run.architecture)
+    methods = methods or run.comparable()
     tokens = run.settings.evaluation_tokens
     made_from = {
         "source": run.fingerprint,

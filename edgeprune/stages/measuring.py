@@ -16,7 +16,7 @@ from edgeprune.decide.evidence import Evidence
 from edgeprune.decide.keep import KeepSet, Order, check_method, keep_set, protecting, rankings
 from edgeprune.decide.protection import super_experts
 from edgeprune.decide.scores import METHODS, NAEE, SCORES
-from edgeprune.errors import BadFile, EdgepruneError, UsageError
+from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
 from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.merging import merge
@@ -310,8 +310,19 @@ class MeasureStages(SourceStages):
         return order
 
     def comparable(self) -> tuple[str, ...]:
-        """All methods that can be used on this model: enumerating subsets is for small layers."""
-        return tuple(name for name in METHODS if name != NAEE or self.architecture.experts <= MOST_ENUMERATED)
+        """All methods that can be used on this model: enumerating subsets is for small layers, and not every graph
+        shows all that a score needs."""
+        return tuple(name for name in METHODS if self._usable(name))
+
+    def _usable(self, method: str) -> bool:
+        if method == NAEE:
+            return self.architecture.experts <= MOST_ENUMERATED
+        if method not in SCORES or SCORES[method].weighs:
+            return True
+        with contextlib.suppress(BadFile, Unsupported):
+            SCORES[method].score(next(self.evidence(method)))
+            return True
+        return False
 
     def drop_nats(self, counts: Sequence[int]) -> dict[int, float]:
         """Nats per token of keeping each of ``counts`` experts, measured by masking the router."""
