@@ -52,10 +52,11 @@ def compare(
     """Methods of choosing experts side by side on held-out text; the comparison and the folder.
 
     Args:
-        methods: all of ``decide.scores.METHODS`` when None, without those that a layer is too large for.
+        methods: all of ``decide.scores.METHODS`` that can be used on the model when None.
     """
     with opened(settings, listener) as run:
-        found = comparing.compare(run, fractions, methods or run.comparable(), seeds)
+        found = comparing.compare(run, fractions, methods, seeds)
+        run.show(found)
         run.clear_scratch()
         return found, run.folder.path
 

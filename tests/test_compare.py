@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import toys
-from runs import Fit, read, run_edgeprune
+from runs import Ear, Fit, read, run_edgeprune
 
-from edgeprune.errors import UsageError
+from edgeprune import pipeline
+from edgeprune.decide.scores import METHODS, SCORES
+from edgeprune.errors import BadFile, UsageError
 from edgeprune.measure.statistics import Statistics
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
+from edgeprune.pipeline import Settings
 from edgeprune.prove.comparison import Comparison, interval, row
 from edgeprune.prove.lines import method_lines
 from edgeprune.stages.comparing import counts_of
@@ -138,6 +143,79 @@ def test_the_page_has_a_line_and_a_row_for_every_method(compared: tuple[Path, li
         assert sum(cell.startswith(method) for cell in texts["td"]) == 2
         assert sum(tip.startswith(f"{method}, ") for tip in texts["title"]) == 2  # a point each
     assert "<script" not in content and "http" not in content.replace("http-equiv", "")
+
+
+def test_methods_that_a_model_does_not_show_enough_for_are_left_out(
+    synthetic: toys.Maker, small_text: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for arch in ("qwen3moe", "llama4"):
+        wishes = Settings(str(synthetic(arch)), texts=(str(small_text),), output=str(tmp_path / arch), window=64)
+        with pipeline.opened(wishes, Ear()) as run:
+            found[arch] = set(run.comparable())
+    gradients = {name for name, method in SCORES.items() if method.differentiates}
+    assert set(METHODS) - found["qwen3moe"] == gradients == {"heapr", "mask-fisher", "gemq"}
+    # Experts with inputs of their own have no angle to the layer's, and cannot be replayed.
+    assert found["qwen3moe"] - found["llama4"] == {"tenp", "shape"}
+
+
+def test_the_report_of_the_same_model_and_text_shows_it(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    bare = (folder / "report.html").read_text(encoding="utf-8")
+    assert "They were not compared" in bare and "edgeprune compare" in bare
+    source, *target, option, text = tiny_fit.arguments
+    words = ["compare", source, "--keep", "0.75,0.5", "--methods", "reap,frequency", option, text, "-o", folder]
+    done = run_edgeprune(*words)
+    assert done.returncode == 0, done.stderr
+    assert "report.html shows it too" in done.stderr
+    after_compare = (folder / "report.html").read_text(encoding="utf-8")
+    verified = run_edgeprune("verify", source, *target, option, text, "-o", folder)
+    assert verified.returncode == 0, verified.stderr
+    for content in (after_compare, (folder / "report.html").read_text(encoding="utf-8")):
+        texts = Texts(content).texts
+        assert "They were not compared" not in content
+        assert {"reap", "frequency"} <= set(texts["text"]) and {"reap", "frequency"} <= set(texts["td"])
+        assert sum(tip.startswith(("reap, ", "frequency, ")) for tip in texts["title"]) == 4
+        assert "6 kept" in texts["th"] and "4 kept" in texts["th"]
+    assert read(folder / "report.json")["comparison"] == read(folder / "compare.json")
+
+
+@pytest.mark.parametrize("key", ["source", "text"])
+def test_a_report_leaves_out_the_comparison_of_another_model_or_text(
+    key: str, tiny_fit: Fit, compared: tuple[Path, list[str]]
+) -> None:
+    found = Comparison.from_json(read(compared[0] / "compare.json"))
+    report = tiny_fit.report
+    same = {"source": report.plan["made_from"]["source"], "text": report.made_from["text"]}
+    assert report.beside(replace(found, made_from=same)).comparison is not None
+    assert report.beside(replace(found, made_from={**same, key: "other"})).comparison is None
+    assert report.beside(replace(found, made_from={})).comparison is None
+    assert report.beside(None).comparison is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rows": []},
+        {"rows": 3},
+        {"rows": [{"method": "reap"}]},
+        {"experts": "many"},
+        {"text": {}},
+        {"made_from": None},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_damaged_comparison_is_told_from_a_whole_one(
+    damage: dict[str, Any], compared: tuple[Path, list[str]]
+) -> None:
+    value = read(compared[0] / "compare.json")
+    assert Comparison.from_json(value).to_json() == value
+    with pytest.raises(BadFile, match="comparison"):
+        Comparison.from_json({**value, **damage})
+    value["rows"][0]["quality"]["kl_mean"] = None
+    with pytest.raises(BadFile, match="not a finite number"):
+        Comparison.from_json(value)
 
 
 def test_an_unknown_method_is_refused_before_anything_is_measured(tiny_fit: Fit, tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ from edgeprune.model.gguf import GgufFile
 Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-# Outputs cost by far the most, and few are ever needed: a token's list holds all experts where they are this few,
-# else the k + 1 that an elimination looks at and half as many again. When lists are used up they are made anew.
+# Outputs cost by far the most, and few are ever needed: a token's list holds the k + 1 experts that an elimination
+# looks at and half as many again; when lists are used up they are made anew. Of this few experts it holds all,
+# because an enumeration of subsets looks at all.
 _FEW_EXPERTS, _LEAST_SPARE = 32, 4
 # Share of the error that is relative to the layer's whole output, beside that relative to each token's stream.
 _SHARE_OF_PLAIN = 0.3
@@ -78,6 +79,7 @@ def rank(
             else:
                 order, errors = ranker.rank(method, stops, protected.get(str(layer), []))
                 found["orders"][str(layer)], found["errors"][str(layer)] = order, errors
+            del ranker  # a layer's tokens and outputs go before the next one's are read
         if progress is not None:
             progress(number + 1, len(layers))
     return found

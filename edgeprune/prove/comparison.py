@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
+
+from edgeprune.errors import BadFile
+from edgeprune.files import check_keys, checked_number
 
 _RESAMPLES = 2_000
 
@@ -55,9 +59,31 @@ class Comparison:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Comparison:
-        fields = dict(value)
-        fields["rows"] = [Row(**row) for row in fields["rows"]]
-        return cls(**fields)
+        """The comparison in ``value``.
+
+        Raises:
+            BadFile: something is missing, or of another kind than ``to_json`` writes.
+        """
+        check_keys("the comparison", value, set(cls.__dataclass_fields__), set())
+        try:
+            found = cls(
+                model=str(value["model"]),
+                experts=index(value["experts"]),
+                rows=[_row(entry) for entry in value["rows"]],
+                text={"tokens": index(value["text"]["tokens"]), "domains": list(value["text"]["domains"])},
+                made_from=dict(value["made_from"]),
+            )
+        except (TypeError, ValueError, KeyError) as error:
+            raise BadFile(f"the comparison is damaged: {error}") from error
+        if not found.rows:
+            raise BadFile("the comparison is empty")
+        return found
+
+
+def _row(entry: Mapping[str, Any]) -> Row:
+    check_keys("a row of the comparison", entry, set(Row.__dataclass_fields__), set())
+    checked_number("a divergence of the comparison", entry["quality"]["kl_mean"])
+    return Row(**{**entry, "kept": index(entry["kept"]), "method": str(entry["method"])})
 
 
 def row(method: str, kept: int, measured: Sequence[Mapping[str, Any]]) -> Row:

@@ -54,9 +54,14 @@ def _line(points: Sequence[tuple[float, float]], number: int) -> str:
     return f'<polyline points="{path}" class="line s{number % _COLOURS}" stroke-dasharray="{dash}"/>'
 
 
+def methods_in_order(rows: Sequence[Row]) -> list[str]:
+    """Methods from best to worst where the fewest experts are kept."""
+    return list(dict.fromkeys(row.method for row in sorted(rows, key=lambda r: (r.kept, r.quality["kl_mean"]))))
+
+
 def method_lines(rows: Sequence[Row], experts: int) -> str:
     """The picture as SVG; the legend is in the order of the lines where the fewest experts are kept."""
-    methods = list(dict.fromkeys(row.method for row in sorted(rows, key=lambda r: (r.kept, r.quality["kl_mean"]))))
+    methods = methods_in_order(rows)
     frame = _Frame(rows, max(284, 17 * len(methods)))
     body = _axes(frame, experts)
     step = (frame.lower - _TOP) / len(methods)

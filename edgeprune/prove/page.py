@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.prove import figures
 from edgeprune.prove.comparison import Comparison
-from edgeprune.prove.lines import method_lines
+from edgeprune.prove.lines import method_lines, methods_in_order
 from edgeprune.prove.report import Report
 from edgeprune.units import format_bytes
 
@@ -50,6 +50,14 @@ def render_comparison(comparison: Comparison) -> str:
     )
 
 
+def _by_method(comparison: Comparison) -> tuple[list[int], list[tuple[str, list[float | None]]]]:
+    """Numbers of experts, largest first, and each method's divergence at them, methods in the legend's order."""
+    counts = sorted({row.kept for row in comparison.rows}, reverse=True)
+    found = {(row.method, row.kept): row.quality["kl_mean"] for row in comparison.rows}
+    methods = methods_in_order(comparison.rows)
+    return counts, [(method, [found.get((method, kept)) for kept in counts]) for method in methods]
+
+
 def render(report: Report) -> str:
     """The page as HTML text."""
     template = _template("report.html.j2")
@@ -59,6 +67,7 @@ def render(report: Report) -> str:
         {"name": "shipped", "nbytes": report.build["nbytes"], **report.quality},
         *({"name": rival["preset"], "nbytes": rival["nbytes"], **rival["quality"]} for rival in rivals),
     ]
+    compared = report.comparison
     return template.render(
         report=report,
         rows=rows,
@@ -66,4 +75,6 @@ def render(report: Report) -> str:
         curve=figures.curve(report.curve, rivals, chosen),
         keep_map=figures.keep_map(report.importance, report.plan["keep"]) if report.importance else "",
         type_map=figures.type_map(report.types),
+        methods=_by_method(compared) if compared else None,
+        picture=method_lines(compared.rows, compared.experts) if compared else "",
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgeprune.device.budget import DESKTOP, SYSTEM
 from edgeprune.measure.launch import Launch
+from edgeprune.prove.comparison import Comparison
 from edgeprune.units import format_bytes, format_seconds
 
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
@@ -64,6 +65,7 @@ class Report:
         launch_line: the ``llama-server`` line.
         conditions: machine, versions and commands of the measurement.
         made_from: digests.
+        comparison: methods of choosing experts on the same model and text, or None when nobody compared them.
     """
 
     title: str
@@ -84,6 +86,7 @@ class Report:
     launch_line: str
     conditions: dict[str, str]
     made_from: dict[str, Any]
+    comparison: Comparison | None = None
 
     @property
     def launch(self) -> Launch:
@@ -95,12 +98,21 @@ class Report:
         """The promises that were not kept."""
         return [promise for promise in self.promises if promise.verdict == BROKEN]
 
+    def beside(self, comparison: Comparison | None) -> Report:
+        """The report with ``comparison``, or with none when that is of another model or text."""
+        own = {"source": self.plan["made_from"].get("source"), "text": self.made_from["text"]}
+        if comparison is not None and own != {key: comparison.made_from.get(key) for key in own}:
+            comparison = None
+        return replace(self, comparison=comparison)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Report:
         fields = dict(value)
+        if fields.get("comparison") is not None:
+            fields["comparison"] = Comparison.from_json(fields["comparison"])
         fields["promises"] = [Promise(**row) for row in fields["promises"]]
         fields["types"] = [(name, kind) for name, kind in fields["types"]]
         fields["baselines"] = [Baseline(**row) for row in fields["baselines"]]

@@ -16,6 +16,8 @@ from edgeprune.prove.comparison import Comparison, Row, ordered, row
 from edgeprune.prove.page import render_comparison
 from edgeprune.stages.measuring import MeasureStages, tools
 
+COMPARISON = "compare.json"
+
 
 def counts_of(fractions: Sequence[float], architecture: Architecture) -> list[int]:
     """Numbers of experts for the fractions to keep: the nearest that the router allows, largest first.
@@ -34,17 +36,19 @@ def counts_of(fractions: Sequence[float], architecture: Architecture) -> list[in
     return sorted(counts, reverse=True)
 
 
-def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[str], seeds: int) -> Comparison:
+def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[str] | None, seeds: int) -> Comparison:
     """Measure every method at every fraction; saved as ``compare.json`` and ``compare.html`` in the run directory.
 
     What an earlier comparison measured is taken from it.
 
     Args:
+        methods: all that can be used on the model when None.
         seeds: draws of the methods that draw at random.
     """
-    for method in methods:
+    for method in methods or ():
         check_method(method)
     counts = counts_of(fractions, run.architecture)
+    methods = methods or run.comparable()
     tokens = run.settings.evaluation_tokens
     made_from = {
         "source": run.fingerprint,
@@ -76,9 +80,16 @@ def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[st
         rows += [row(method, kept, results[kept]) for kept in counts]
     text = {"tokens": int(rows[0].quality["tokens"]), "domains": sorted(rows[0].domains)}
     found = Comparison(run.architecture.name, run.architecture.experts, ordered(rows), text, made_from)
-    write_text(run.folder.path / "compare.json", to_json(found.to_json()))
+    write_text(run.folder.path / COMPARISON, to_json(found.to_json()))
     write_text(run.folder.path / "compare.html", render_comparison(found))
     return found
+
+
+def saved(run: MeasureStages) -> Comparison | None:
+    """The last comparison in the run directory, whatever it is of; None when there is none that can be read."""
+    with contextlib.suppress(BadFile):
+        return Comparison.from_json(read_json(run.folder.path / COMPARISON))
+    return None
 
 
 def _cache(path: Path, made_from: dict[str, Any]) -> dict[str, Any]:

@@ -308,11 +308,21 @@ class MeasureStages(TextStages):
 
     def comparable(self) -> tuple[str, ...]:
         """The methods that are compared unless some are named: without those that need gradients, which take a
-        multiple of the time, and on large layers without the one that tries all subsets."""
-        unusable = {name for name, method in SCORES.items() if method.differentiates}
-        if self.architecture.experts > MOST_ENUMERATED:
-            unusable.add(NAEE)
-        return tuple(name for name in METHODS if name not in unusable)
+        multiple of the time; enumerating subsets is for small layers, and not every graph shows all that a score
+        needs."""
+        return tuple(name for name in METHODS if self._usable(name))
+
+    def _usable(self, method: str) -> bool:
+        if method == NAEE:
+            return self.architecture.experts <= MOST_ENUMERATED
+        if method not in SCORES or SCORES[method].weighs:
+            return True
+        if SCORES[method].differentiates:
+            return False
+        with contextlib.suppress(BadFile, Unsupported):
+            SCORES[method].score(next(self.evidence(method)))
+            return True
+        return False
 
     def drop_nats(self, counts: Sequence[int]) -> dict[int, float]:
         """Nats per token of keeping each of ``counts`` experts, measured by masking the router."""

@@ -18,9 +18,11 @@ from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.prove import baseline
+from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.page import render
 from edgeprune.prove.report import KEPT, Baseline, Report, promises
 from edgeprune.share.card import model_card
+from edgeprune.stages.comparing import saved
 from edgeprune.stages.deciding import DecideStages
 
 # Context of the speed measurement when the device is another machine.
@@ -179,7 +181,7 @@ class Run(DecideStages):
             conditions=self._conditions(plan, on_device, speed),
             made_from={"plan": plan.digest, "build": build.sha256, "text": self.text_digest},
         )
-        return replace(report, verdict=_verdict(report))
+        return replace(report, verdict=_verdict(report)).beside(saved(self))
 
     def _healing(self, plan: Plan) -> str:
         """What healing did to the layers' outputs, in a line; "" where there was none."""
@@ -214,6 +216,14 @@ class Run(DecideStages):
         write_text(self.folder.report, to_json(report.to_json()))
         write_text(self.folder.page, render(report))
         write_text(self.folder.card, model_card(report))
+
+    def show(self, comparison: Comparison) -> None:
+        """Put ``comparison`` into the report in the folder, if there is one of the same model and text."""
+        with contextlib.suppress(BadFile, AttributeError, TypeError, KeyError):
+            report = Report.from_json(read_json(self.folder.report)).beside(comparison)
+            if report.comparison is not None:
+                self.save_report(report)
+                self.listener.say(f"{self.folder.page} shows it too")
 
     def clear_scratch(self) -> None:
         """Delete what can be made again: reference log-probabilities, tokens kept for healing, halves of sweeps."""
