@@ -38,7 +38,7 @@ def fit(settings: Settings, listener: Listener) -> tuple[Report, Path]:
     """
     settings.check()
     with opened(settings, listener) as run:
-        plan = run.plan()
+        plan = run.best_plan()
         build = run.build(plan)
         report = run.verify(plan, build)
         run.clear_scratch()

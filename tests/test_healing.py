@@ -16,13 +16,13 @@ from runs import Ear, read
 
 from edgeprune import pipeline
 from edgeprune.build.builder import build
-from edgeprune.build.healing import RIDGES, SWEEPS, Share, refit, residual
 from edgeprune.build.staged import heal_layers, write_prefix
 from edgeprune.build.store import Store
 from edgeprune.decide.candidates import priced
 from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.errors import BadFile
 from edgeprune.measure import llama, tasks
+from edgeprune.measure.refit import RIDGES, Share, refit, residual
 from edgeprune.measure.statistics import Statistics
 from edgeprune.model import ggml
 from edgeprune.model.architecture import read_architecture
@@ -75,7 +75,6 @@ def test_the_fit_is_the_minimum_of_the_whole_problem() -> None:
     assert found.ridge in RIDGES
     exact = joint(start, shares, target, found.ridge)
     np.testing.assert_allclose(np.concatenate(found.weights, axis=1), exact, atol=0.02 * np.abs(exact).max())
-    assert SWEEPS < 10  # it is not brute force that gets there
     assert found.after < 0.1 * found.before
 
 

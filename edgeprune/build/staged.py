@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.build.builder import encoded
-from edgeprune.build.healing import Healed, Share, refit
 from edgeprune.build.store import Bytes, Store
 from edgeprune.decide.plan import Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
 from edgeprune.files import atomic_writer
 from edgeprune.measure.activation import Activation
+from edgeprune.measure.refit import Healed, Share, refit
 from edgeprune.measure.replay import Expert, LayerExperts, activation_of
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.statistics import InputMoments, Statistics
@@ -37,6 +37,9 @@ Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 # Of so many runs of so many tokens one judges the fit.
 _HELD_OUT_EVERY, _RUN = 8, 256
+# How much of what the residual stream has gone astray before a layer that layer is to put right. KL divergence with 28
+# of 32 experts was 0.0093 so and 0.0101 without (tests/benchmarks/healing.py).
+_LEAN = 0.5
 
 
 def write_prefix(
@@ -214,6 +217,8 @@ class _Healer:
 
     def _fitted(self, experts: Sequence[Expert], activation: Activation) -> Healed:
         target = self.teacher.y.copy()
+        if self.teacher.stream is not None and self.student.stream is not None:
+            target += np.float32(_LEAN) * (self.teacher.stream - self.student.stream)
         self.shares: list[Share] = []
         for place, expert in enumerate(experts):
             tokens, slot = np.nonzero(self.student.ids == place)

@@ -262,7 +262,7 @@ def build(source: str, **options: Any) -> None:
     settings = _settings(source, options)
     settings.check()
     with pipeline.opened(settings, Console()) as run:
-        made = run.build(run.plan())
+        made = run.build(run.best_plan())
     _print(made.to_json(), [f"{made.path}  {made.nbytes:,} bytes  sha256 {made.sha256}"], options["as_json"])
 
 

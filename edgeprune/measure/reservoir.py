@@ -13,6 +13,8 @@ from edgeprune.measure.tensorfile import Array
 Floats = npt.NDArray[np.float32]
 # Width-long rows are stored as float16 below a scale of their own: 11 bits of every value near the row's largest.
 _PACKED = ("x", "y")
+# The same, but kept only by passes that look at tokens alone.
+_EXTRA = "stream"
 _PLAIN = ("ids", "gates", "selection", "probs", "residual", "turn")
 
 
@@ -32,6 +34,7 @@ class Reservoir:
             is over the chosen experts.
         residual: Euclidean norm of the residual stream before the block, float32 [R]; 0 where it was not seen.
         turn: 1 - cos(h, h + y), at least 0, float32 [R].
+        stream: the residual stream h before the block, float32 [R, D], or None where it was not kept.
     """
 
     domain: npt.NDArray[np.int16]
@@ -43,18 +46,20 @@ class Reservoir:
     probs: Floats
     residual: Floats
     turn: Floats
+    stream: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.domain)
 
     def rows(self, which: npt.NDArray[np.intp]) -> Reservoir:
         """The tokens at the positions ``which`` alone."""
-        return Reservoir(**{name: getattr(self, name)[which] for name in ("domain", *_PACKED, *_PLAIN)})
+        stream = None if self.stream is None else self.stream[which]
+        return Reservoir(**{n: getattr(self, n)[which] for n in ("domain", *_PACKED, *_PLAIN)}, stream=stream)
 
     def arrays(self) -> dict[str, Array]:
         """As stored, without ``domain``, which all layers share."""
         stored: dict[str, Array] = {}
-        for name in _PACKED:
+        for name in _PACKED if self.stream is None else (*_PACKED, _EXTRA):
             stored[name], stored[f"{name}_scale"] = pack(getattr(self, name))
         return stored | {name: getattr(self, name) for name in _PLAIN}
 
@@ -62,7 +67,7 @@ class Reservoir:
     def from_arrays(cls, domain: Array, stored: Mapping[str, Array]) -> Reservoir:
         """What ``arrays`` stored."""
         arrays: dict[str, Array] = {name: stored[name] for name in _PLAIN}
-        for name in _PACKED:
+        for name in (*_PACKED, _EXTRA) if _EXTRA in stored else _PACKED:
             arrays[name] = stored[name].astype(np.float32) * stored[f"{name}_scale"][:, None]
         return cls(domain=domain, **arrays)
 

@@ -68,6 +68,20 @@ def rule_of(tokens: Reservoir) -> Rule | None:
     return best[1]
 
 
+def coefficients(rule: Rule, ids: npt.NDArray[np.intp], kept: npt.NDArray[np.bool_]) -> Floats:
+    """What multiplies the outputs of the chosen experts ``ids`` [R, k] when only ``kept`` bool [E] are there, float32
+    [R, k]."""
+    chosen = np.take_along_axis(rule.mass, ids, axis=1)
+    if rule.denominator == CHOSEN:
+        divisor = chosen.sum(axis=1, keepdims=True)
+    elif rule.denominator == KEPT:
+        divisor = (rule.mass @ kept.astype(np.float32))[:, None]
+    else:
+        divisor = np.ones((len(ids), 1), np.float32)
+    found: Floats = np.divide(rule.scale * chosen, divisor, out=np.zeros_like(chosen), where=divisor > 1e-12)
+    return found
+
+
 def preference(selection: Floats, groups: int, groups_used: int, kept: npt.NDArray[np.bool_]) -> Floats:
     """Selection scores float32 [R, E] with -inf for what cannot be chosen.
 

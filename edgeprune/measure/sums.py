@@ -348,6 +348,7 @@ class Sums:
             probs=window.probs[rows],
             residual=(zeros if window.residual is None else window.residual)[rows],
             turn=(zeros if turn is None else turn)[rows],
+            stream=window.h[rows] if self.tokens_only and window.h is not None and len(window.h) == len(x) else None,
         )
         arrays = tokens.arrays()
         if layer not in self._stored:

@@ -249,6 +249,15 @@ class DecideStages(HealStages):
         if output.is_file() and output.samefile(self.source):
             raise UsageError(f"the result would replace its source {output}", hint="choose another folder with -o")
         self._discard_reports()
+        made = self._adopted(plan, output) or self.construct(plan, output)
+        earlier = self._record()
+        write_text(self.folder.build, to_json({**made.to_json(), "path": output.name}))
+        if earlier is not None and Path(earlier.path) != output:
+            self._remove(earlier, output)
+        return made
+
+    def construct(self, plan: Plan, output: Path) -> Build:
+        """Write the file for ``plan`` as ``output``, healed if it says so."""
         store = self.healed(plan)
         with self.listener.progress("build") as progress:
             value = child.call(
@@ -264,12 +273,21 @@ class DecideStages(HealStages):
             )
         if store:
             shutil.rmtree(store)
-        earlier = self._record()
-        made = Build(**value)
-        write_text(self.folder.build, to_json({**made.to_json(), "path": output.name}))
-        if earlier is not None and Path(earlier.path) != output:
-            self._remove(earlier, output)
-        return made
+        return Build(**value)
+
+    def trial(self, plan: Plan) -> Path:
+        """Where the file for ``plan`` is while others are tried beside it; its record is beside it as JSON."""
+        return self.folder.scratch / f"candidate-{plan.digest[:16]}.gguf"
+
+    def _adopted(self, plan: Plan, output: Path) -> Build | None:
+        """The file that was tried for ``plan``, moved to its place as ``output``."""
+        path = self.trial(plan)
+        with contextlib.suppress(BadFile, TypeError, KeyError):
+            made = Build(**read_json(path.with_suffix(".json"))["build"])
+            if made.plan_digest == plan.digest and path.is_file() and file_digest(path) == made.sha256:
+                path.replace(output)
+                return replace(made, path=str(output))
+        return None
 
     def _remove(self, earlier: Build, output: Path) -> None:
         """Delete the file of an earlier plan, if it still is that."""

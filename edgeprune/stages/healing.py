@@ -57,10 +57,10 @@ class HealStages(MeasureStages):
 
     @property
     def _most_tokens(self) -> int:
-        """As many as were asked for, or as the disk is to hold: every layer keeps what goes in and comes out, at two
-        bytes a channel, and what the router saw, at twice four bytes an expert."""
+        """As many as were asked for, or as the disk is to hold: every layer keeps what goes in and comes out and the
+        residual stream, at two bytes a channel, and what the router saw, at twice four bytes an expert."""
         architecture = self.architecture
-        token_bytes = len(architecture.moe_layers) * (4 * architecture.width + 8 * architecture.experts)
+        token_bytes = len(architecture.moe_layers) * (6 * architecture.width + 8 * architecture.experts)
         return min(self.settings.healing_tokens, MOST_BYTES // max(token_bytes, 1))
 
     def _healing_made_from(self) -> dict[str, Any]:

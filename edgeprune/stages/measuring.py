@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from edgeprune.decide.evidence import Evidence
+from edgeprune.decide.healable import RIVALS
 from edgeprune.decide.keep import KeepSet, Order, check_method, keep_set, protecting, rankings
 from edgeprune.decide.protection import super_experts
-from edgeprune.decide.scores import METHODS, NAEE, SCORES
+from edgeprune.decide.scores import HEALABLE, METHODS, NAEE, SCORES
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
 from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
@@ -272,9 +273,52 @@ class MeasureStages(TextStages):
         if method in SCORES:
             domains = len(self.statistics.domains)
             order = rankings(self.evidence(method, seed), method, domains, mixture)
+        elif method == HEALABLE:
+            order = self._healable(stops)
         else:
             order = self._replayed(method, stops)
         return protecting(order, self.protected)
+
+    def _judged_counts(self, stops: Sequence[int]) -> list[int]:
+        """Numbers of experts at which rankings are told apart: that which is asked for, or a smaller and a larger
+        cut."""
+        experts = self.architecture.experts
+        if self.settings.keep is not None and self.settings.keep < experts:
+            return [self.settings.keep]
+        possible = sorted({*self.architecture.allowed_counts(), *stops} - {experts})
+        wanted = (3 * experts // 4, experts // 2)
+        return sorted({min(possible, key=lambda count: abs(count - one)) for one in wanted}) if possible else []
+
+    def _healable(self, stops: Sequence[int]) -> dict[int, Order]:
+        """In every layer the order of that of several methods whose sets heal best."""
+        orders = {method: self.ranked(method, stops) for method in RIVALS}
+        request: dict[str, Any] = {
+            "orders": {m: {str(layer): ids.tolist() for layer, ids in own.items()} for m, own in orders.items()},
+            "counts": self._judged_counts(stops),
+        }
+        made_from = {"statistics": digest(self.statistics.made_from), "request": digest(request)}
+        found = self._ranking(HEALABLE, made_from, "edgeprune.decide.healable:choose", request, "healing for a trial")
+        for layer, reason in found["reasons"].items():
+            self.listener.say(f"layer {layer} is ranked by {RIVALS[0]}: {reason}")
+        chosen = {int(layer): np.array(ids, np.intp) for layer, ids in found["orders"].items()}
+        return {**orders[RIVALS[0]], **chosen}
+
+    def _ranking(
+        self, method: str, made_from: dict[str, Any], task: str, request: dict[str, Any], title: str
+    ) -> dict[str, Any]:
+        """What ``task`` found, or what the folder remembers of it."""
+        path = self.folder.path / "rankings.json"
+        known: dict[str, Any] = {}
+        with contextlib.suppress(BadFile):
+            known = read_json(path)
+        found: dict[str, Any] = known.get(method, {})
+        if found.get("made_from") != made_from:
+            with self.listener.progress(title) as progress:
+                arguments = {"model": str(self.source), "statistics": self.statistics_file, **request}
+                result = child.call(task, arguments, progress)
+            found = {"made_from": made_from, **result}
+            write_text(path, to_json({**known, method: found}))
+        return found
 
     def _replayed(self, method: str, stops: Sequence[int]) -> dict[int, Order]:
         """The order of a method that replays the layers; of a score where a layer cannot be replayed."""
@@ -287,17 +331,7 @@ class MeasureStages(TextStages):
             "protected": {str(layer): list(ids) for layer, ids in self.protected.items()},
         }
         made_from = {"statistics": digest(self.statistics.made_from), **request}
-        path = self.folder.path / "rankings.json"
-        known: dict[str, Any] = {}
-        with contextlib.suppress(BadFile):
-            known = read_json(path)
-        found = known.get(method, {})
-        if found.get("made_from") != made_from:
-            with self.listener.progress("replay of every layer") as progress:
-                arguments = {"model": str(self.source), "statistics": self.statistics_file, **request}
-                result = child.call("edgeprune.decide.replaying:rank", arguments, progress)
-            found = {"made_from": made_from, **result}
-            write_text(path, to_json({**known, method: found}))
+        found = self._ranking(method, made_from, "edgeprune.decide.replaying:rank", request, "replay of every layer")
         order = {int(layer): np.array(ids, np.intp) for layer, ids in found["orders"].items()}
         if found["reasons"]:
             score = rankings(self.evidence(FALLBACK), FALLBACK, len(self.statistics.domains))

@@ -23,14 +23,14 @@ from edgeprune.prove.page import render
 from edgeprune.prove.report import KEPT, Baseline, Report, promises
 from edgeprune.share.card import model_card
 from edgeprune.stages.comparing import saved
-from edgeprune.stages.deciding import DecideStages
+from edgeprune.stages.trying import TryStages
 
 # Context of the speed measurement when the device is another machine.
 _FOREIGN_CONTEXT = 2048
 
 
 @dataclass
-class Run(DecideStages):
+class Run(TryStages):
     """All stages of one run; the last of them is the proof."""
 
     def baselines(self, plan: Plan) -> list[tuple[Baseline, dict[str, str]]]:

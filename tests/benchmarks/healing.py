@@ -35,7 +35,7 @@ def plan_of(run: Run, method: str, kept: int) -> Plan:
     """The plan that drops experts and changes no type."""
     problem = run.unmeasured({}, frozenset())
     ranked = run.ranked(method, [kept])
-    found = priced(replace(problem, ranked=ranked, method=method, heal=True), kept, {})
+    found = priced(replace(problem, ranked=ranked, drop_nats={kept: 0.0}, method=method, heal=True), kept, {})
     assert found is not None
     made_from = {**found.plan.made_from, "healing": run.healing}
     return replace(found.plan, made_from=made_from)

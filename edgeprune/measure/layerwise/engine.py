@@ -253,7 +253,8 @@ def joined(parts: list[Sums], domains: list[str], tokens: int, window: int, made
 
 
 def _numbered(tokens: Reservoir, domain: int) -> dict[str, Any]:
-    return {**vars(tokens), "domain": np.full(len(tokens), domain, np.int16)}
+    seen = {name: values for name, values in vars(tokens).items() if values is not None}
+    return {**seen, "domain": np.full(len(tokens), domain, np.int16)}
 
 
 def _concatenated(parts: list[dict[str, Any]]) -> Reservoir:

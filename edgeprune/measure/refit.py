@@ -14,18 +14,22 @@ at a time, in turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+
+from edgeprune.device.probe import cores
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 # Tried in turn; what does best on tokens that were not fitted is taken.
 RIDGES = (0.03, 0.1, 0.3, 1.0)
-SWEEPS = 4
-# To tell one ridge from another it takes fewer.
-_SEARCH_SWEEPS = 2
+# With the first ridge, with each other one, and in the end with all tokens.
+_FIRST_SWEEPS, _SEARCH_SWEEPS, _LAST_SWEEPS = 2, 1, 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Share:
     """What one expert sees of a layer's tokens.
 
     Attributes:
-        tokens: which, ascending, int [n].
+        tokens: which, each once, int [n].
         hidden: its hidden values times the router's coefficients, float32 [n, F].
     """
 
@@ -45,6 +49,10 @@ class Share:
         own = wanted[self.tokens]
         return Share(self.tokens[own], self.hidden[own])
 
+    def joined(self, other: Share) -> Share:
+        """Both parts; the tokens are no longer ascending."""
+        return Share(np.concatenate([self.tokens, other.tokens]), np.concatenate([self.hidden, other.hidden]))
+
 
 def residual(weights: Sequence[Floats], shares: Sequence[Share], target: Floats) -> Floats:
     """``target`` [N, D] minus what experts with the down projections ``weights`` [D, F] answer, float32 [N, D]."""
@@ -55,36 +63,69 @@ def residual(weights: Sequence[Floats], shares: Sequence[Share], target: Floats)
 
 
 class _Problem:
-    """The normal equations of one set of tokens."""
+    """The normal equations of one set of tokens, and the fit as far as it has gone.
 
-    def __init__(self, shares: Sequence[Share]) -> None:
-        self.shares = shares
-        self._grams = [_gram(share.hidden) for share in shares]
+    A fit with another ridge, or with more tokens, goes on where the last one ended: it has little left to do. Rows
+    of the matrices know nothing of each other, so every thread has some of them for itself.
+    """
 
-    def solve(self, start: Sequence[Floats], target: Floats, ridge: float, sweeps: int) -> list[Floats]:
-        """Fitted down projections, float32 [D, F] each."""
+    def __init__(
+        self, start: Sequence[Floats], shares: Sequence[Share], target: Floats, pool: ThreadPoolExecutor
+    ) -> None:
+        self.start, self.shares, self._pool = start, shares, pool
+        self.weights = [matrix.copy() for matrix in start]
+        self._grams = list(pool.map(lambda share: _gram(share.hidden), shares))
+        bounds = np.linspace(0, target.shape[1], cores() + 1).astype(int).tolist()
+        self._rows = [slice(a, b) for a, b in pairwise(bounds) if b > a]
+        self._look(target)
+
+    def _look(self, target: Floats) -> None:
+        """Residuals [N, rows] of today's matrices, for each run of rows."""
+
+        def own(rows: slice) -> Floats:
+            return residual([matrix[rows] for matrix in self.weights], self.shares, target[:, rows])
+
+        self._rests = list(self._pool.map(own, self._rows))
+
+    def more(self, shares: Sequence[Share], target: Floats) -> None:
+        """Add tokens that were not there before; ``target`` [N, D] is of all tokens."""
+        added = self._pool.map(lambda share: _gram(share.hidden), shares)
+        self._grams = [_sum(*pair) for pair in zip(self._grams, added, strict=True)]
+        self.shares = [share.joined(more) for share, more in zip(self.shares, shares, strict=True)]
+        self._look(target)
+
+    def sweep(self, ridge: float, count: int) -> None:
+        """Go ``count`` times over all experts."""
+        factors = list(self._pool.map(lambda gram: _factor(gram, ridge), self._grams))
+        jobs = (partial(self._sweep, rows, rest, factors) for rows, rest in zip(self._rows, self._rests, strict=True))
+        for job in [self._pool.submit(job, count) for job in jobs]:
+            job.result()
+
+    def _sweep(self, rows: slice, rest: Floats, factors: Sequence[tuple[Doubles, float] | None], count: int) -> None:
         from scipy.linalg import cho_solve
 
-        weights = [matrix.copy() for matrix in start]
-        rest = residual(weights, self.shares, target)
-        factors = [_factor(gram, ridge) for gram in self._grams]
-        for _ in range(sweeps):
-            for index, (share, factor) in enumerate(zip(self.shares, factors, strict=True)):
+        for _ in range(count):
+            for share, factor, start, weights in zip(self.shares, factors, self.start, self.weights, strict=True):
                 if factor is None:
                     continue
                 lower, pull = factor
                 right = (share.hidden.T @ rest[share.tokens]).astype(np.float64)
-                right -= pull * (weights[index] - start[index]).T
+                right -= pull * (weights[rows] - start[rows]).T
                 step = cho_solve((lower, True), right, check_finite=False).T.astype(np.float32)
-                weights[index] += step
+                weights[rows] += step
                 rest[share.tokens] -= share.hidden @ step.T
-        return weights
 
 
 def _gram(hidden: Floats) -> Doubles | None:
     """H' H, float64 [F, F], or None where the expert saw nothing that moved it."""
     gram = (hidden.T @ hidden).astype(np.float64)
     return gram if len(hidden) and np.trace(gram) > 0 else None
+
+
+def _sum(first: Doubles | None, second: Doubles | None) -> Doubles | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
 
 
 def _factor(gram: Doubles | None, ridge: float) -> tuple[Doubles, float] | None:
@@ -125,6 +166,17 @@ def refit(
         target: routed output of the original layer, float32 [N, D].
         held_out: tokens that judge the fit, bool [N]; the fit that is returned has seen them too.
     """
+    with ThreadPoolExecutor(cores()) as pool:
+        return _refit(start, shares, target, held_out, pool)
+
+
+def _refit(
+    start: Sequence[Floats],
+    shares: Sequence[Share],
+    target: Floats,
+    held_out: npt.NDArray[np.bool_],
+    pool: ThreadPoolExecutor,
+) -> Healed:
     judged = [share.of(held_out) for share in shares]
     energy = float(np.square(target[held_out], dtype=np.float64).sum()) or 1.0
 
@@ -132,16 +184,20 @@ def refit(
         rest = residual(weights, judged, target)[held_out]
         return float(np.square(rest, dtype=np.float64).sum()) / energy
 
-    before = error(start)
-    best: tuple[float, float | None] = (before, None)
-    problem = _Problem([share.of(~held_out) for share in shares])
+    before = after = error(start)
+    chosen: float | None = None
+    problem = _Problem(start, [share.of(~held_out) for share in shares], target, pool)
+    fitted = problem.weights
     for ridge in RIDGES:
-        found = error(problem.solve(start, target, ridge, _SEARCH_SWEEPS))
-        if found < best[0]:
-            best = (found, ridge)
-        elif best[1] is not None:  # the error is a valley in the ridge
+        problem.sweep(ridge, _FIRST_SWEEPS if ridge == RIDGES[0] else _SEARCH_SWEEPS)
+        found = error(problem.weights)
+        if found < after:
+            after, chosen, fitted = found, ridge, [matrix.copy() for matrix in problem.weights]
+        elif chosen is not None:  # the error is a valley in the ridge
             break
-    after, chosen = best
     if chosen is None:
         return Healed(list(start), None, before, before)
-    return Healed(_Problem(shares).solve(start, target, chosen, SWEEPS), chosen, before, after)
+    problem.weights = fitted
+    problem.more(judged, target)
+    problem.sweep(chosen, _LAST_SWEEPS)
+    return Healed(problem.weights, chosen, before, after)

@@ -1,0 +1,174 @@
+"""Choosing experts by what healing can reproduce, and numbers of experts by building."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toys
+from observed import Toy
+from runs import Ear, read
+
+from edgeprune.decide import healable
+from edgeprune.decide.healable import choose
+from edgeprune.decide.plan import Plan, Prediction
+from edgeprune.measure import tasks
+from edgeprune.measure.launch import Launch
+from edgeprune.measure.routing import CHOSEN, CONSTANT, KEPT, Rule, coefficients
+from edgeprune.model.architecture import read_architecture
+from edgeprune.model.gguf import GgufFile
+from edgeprune.pipeline import Settings, fit, opened
+from edgeprune.stages import trying
+from edgeprune.stages.trying import TryStages
+
+pytest_plugins = ("demo_fixtures", "observed_fixtures")
+
+
+@pytest.mark.parametrize(
+    ("denominator", "expected"),
+    [(CONSTANT, [[0.6, 0.2]]), (CHOSEN, [[1.5, 0.5]]), (KEPT, [[2.0, 2 / 3]])],
+)
+def test_coefficients_follow_the_rule(denominator: str, expected: list[list[float]]) -> None:
+    """Masses 0.3, 0.2, 0.1 and 0.4 twice over; expert 1 and 3 are gone where that matters."""
+    rule = Rule(denominator, 2.0, np.array([[0.3, 0.2, 0.1, 0.4]], np.float32))
+    kept = np.array([True, False, False, False]) if denominator == KEPT else np.array([True, False, True, False])
+    found = coefficients(rule, np.array([[0, 2]]), kept)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.fixture
+def twins(toy_gguf: Toy, tmp_path: Path) -> tuple[Path, Path]:
+    """A toy whose experts 6 and 7 of layer 0 have the router's rows and the inner weights of 0 and 1, and its
+    statistics: what they answer can be made up for by 0 and 1's down projections."""
+    source = toy_gguf("qwen3_moe")
+    model = tmp_path / "twins.gguf"
+    content = bytearray(source.read_bytes())
+    file = GgufFile(source)
+    for name in ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps"):
+        info = file.tensors[f"blk.0.{name}.weight"]
+        size = info.nbytes // toys.EXPERTS
+        for twin, original in ((6, 0), (7, 1)):
+            start = info.offset + original * size
+            content[info.offset + twin * size : info.offset + (twin + 1) * size] = content[start : start + size]
+    model.write_bytes(content)
+    architecture = read_architecture(GgufFile(model))
+    text, statistics = tmp_path / "text.txt", tmp_path / "statistics"
+    text.write_text("".join(toys.training_lines()[:120]), encoding="utf-8")
+    tasks.collect(
+        str(model),
+        str(statistics),
+        scratch=str(tmp_path),
+        texts=[{"domain": "a", "path": str(text), "split": "calibration"}],
+        window=64,
+        most_tokens=2_048,
+        weights=[t.name for t in architecture.tensors if t.is_expert],
+        experts=architecture.experts,
+        arch=architecture.arch,
+        made_from={"model": "twins"},
+        reservoir_tokens=2_048,
+    )
+    return model, statistics
+
+
+def test_the_set_that_heals_best_is_taken(twins: tuple[Path, Path]) -> None:
+    """Dropping the twins loses little that 0 and 1 cannot learn; dropping two others loses what nobody sees."""
+    model, statistics = twins
+    others = [0, 1, 6, 7, 2, 3, 4, 5]
+    without_twins = [0, 1, 2, 3, 4, 5, 6, 7]
+    orders = {"others": {"0": others, "1": others}, "twins": {"0": without_twins, "1": without_twins}}
+    found = choose(str(model), str(statistics), orders, [6])
+    assert found["reasons"] == {}
+    errors = found["errors"]["0"]
+    for before, after in (errors["twins"][0], errors["others"][0]):
+        assert after <= before
+    assert found["methods"]["0"] == min(errors, key=lambda name: errors[name][0][1])
+    share = {name: own[0][1] / own[0][0] for name, own in errors.items()}
+    assert share["twins"] < 0.7 * share["others"]
+
+
+def test_one_set_under_two_names_is_the_same(twins: tuple[Path, Path]) -> None:
+    model, statistics = twins
+    first, second = [0, 1, 2, 3, 4, 5, 6, 7], [5, 4, 3, 2, 1, 0, 7, 6]
+    orders = {"a": {"0": first, "1": first}, "b": {"0": second, "1": second}}
+    errors = choose(str(model), str(statistics), orders, [6])["errors"]["0"]
+    assert errors["a"] == errors["b"]
+
+
+def test_less_memory_gives_fewer_tokens_and_nearly_the_same(
+    twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, statistics = twins
+    orders = {"a": {"0": list(range(8)), "1": list(range(8))}}
+    whole = choose(str(model), str(statistics), orders, [4])["errors"]["0"]["a"][0]
+    monkeypatch.setattr(healable, "_MOST_BYTES", 2_000_000)
+    part = choose(str(model), str(statistics), orders, [4])["errors"]["0"]["a"][0]
+    assert part != whole
+    np.testing.assert_allclose(part, whole, rtol=0.5)
+
+
+# Numbers of experts.
+
+
+class _Measured(TryStages):
+    """Stages whose files have the nats they are given, by number of experts."""
+
+    nats: dict[int, float]
+
+    def __init__(self, nats: dict[int, float]) -> None:
+        self.nats = nats
+
+    def _tried(self, plan: Plan) -> float:
+        return self.nats[plan.kept]
+
+
+@pytest.mark.parametrize(
+    ("nats", "start", "tried"),
+    [
+        ({8: 3, 6: 2, 4: 1, 2: 4}, 6, [6, 4, 2]),
+        ({8: 1, 6: 2, 4: 3, 2: 4}, 6, [6, 4, 8]),
+        ({8: 3, 6: 1, 4: 2, 2: 4}, 6, [6, 4, 8]),
+        ({8: 1, 6: 2, 4: 3, 2: 4}, 8, [8, 6]),
+        ({16: 9, 12: 5, 8: 4, 6: 3, 4: 2, 2: 1}, 12, [12, 8, 6, 4]),
+    ],
+)
+def test_numbers_of_experts_are_tried_while_it_gets_better(
+    nats: dict[int, float], start: int, tried: list[int]
+) -> None:
+    plan = Plan("toy", 16, 16, {}, {}, Launch(), "test", "solver", Prediction(), {}, heal=True)
+    plans = {kept: replace(plan, kept=kept, keep={0: tuple(range(kept))} if kept < 16 else {}) for kept in nats}
+    assert list(_Measured(nats)._walk(plans, start)) == tried
+
+
+def test_the_best_of_the_files_that_were_tried_is_shipped(
+    tiny_checkpoint: Path, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trying, "_NEAR", 1e9)  # however far its prediction is, one with fewer experts is tried
+    settings = Settings(
+        source=str(tiny_checkpoint),
+        file_bytes=900_000,
+        texts=(str(small_text),),
+        output=str(tmp_path / "run"),
+        window=64,
+        calibration_tokens=512,
+        healing_tokens=1_024,
+        evaluation_tokens=256,
+        sensitivity_tokens=128,
+        baselines=False,
+    )
+    ear = Ear()
+    report, folder = fit(settings, ear)
+    tried = read(folder / "tried.json")["nats"]
+    assert len(tried) >= 2
+    best = min(tried, key=lambda kept: float(tried[kept]))
+    assert report.plan["kept"] == int(best)
+    assert report.quality["kl_mean"] == pytest.approx(tried[best], rel=1e-6)
+    assert not (folder / "scratch").exists()
+    assert [path.name for path in folder.glob("*.gguf") if path.name not in ("source.gguf", "imatrix.gguf")] == [
+        report.build["path"]
+    ]
+    again = Ear()
+    with opened(settings, again) as run:
+        assert run.best_plan().kept == int(best)
+    assert not any("trying" in line for line in again.said)
