@@ -116,10 +116,10 @@ def _prepared(wish: Wish, listener: Listener) -> _Setting:
     if not wish.model.is_file():
         raise UsageError(f"no file {wish.model}", hint="give the GGUF that `edgeprune fit` made, or any other")
     machine, file = find_machine(wish.device), GgufFile(wish.model)
-    profile = _profile(wish.profile or machine.profile)
     plan, beside = _plan(wish, file, listener)
-    launch = _launch(wish, file, profile, plan)
     baseline = SmokeReport.load(wish.baseline) if wish.baseline is not None else None
+    profile = _profile(wish.profile or machine.profile)
+    launch = _launch(wish, file, profile, plan)
     promised = _promised(wish, profile, launch, plan, beside)
     return _Setting(wish, file, machine, profile, launch, promised, baseline)
 
