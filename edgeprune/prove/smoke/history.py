@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from edgeprune.prove.smoke.checks import KEYS, verdict
 from edgeprune.prove.smoke.report import INFORMATION, Check, SmokeReport
 from edgeprune.units import format_bytes
 
-# Of the last few runs the median is what a new one is held against: single ones are disturbed by other programs.
-_LATEST = 5
-_SLOWER, _LARGER = 0.7, 1.05
+# The worst of the last few runs is what a new one is held against, because other programs disturb runs, by half at
+# times. Where there are few, more has to be allowed.
+_LATEST, _FEW = 5, 3
+_SLOWER, _SLOWER_THAN_FEW, _LARGER = 0.7, 0.5, 1.05
 
 
 def save(report: SmokeReport, folder: Path) -> Path:
@@ -63,25 +63,25 @@ def against_earlier(report: SmokeReport, before: Sequence[SmokeReport]) -> Check
     )
 
 
-def _median(reports: Sequence[SmokeReport], step: str, key: str) -> float | None:
-    values = [found[key] for report in reports if (found := report.step(step)) and found.get(key)]
-    return statistics.median(values) if values else None
+def _figures(reports: Sequence[SmokeReport], step: str, key: str) -> list[float]:
+    return [found[key] for report in reports if (found := report.step(step)) and found.get(key)]
 
 
 def _slower(report: SmokeReport, before: Sequence[SmokeReport]) -> list[str]:
     lines = []
     for what in ("decode", "prefill"):
-        old, new = (_median(reports, "speed", f"{what}_per_s") for reports in (before, [report]))
-        if old and new and new < old * _SLOWER:
-            lines.append(f"{what} {rate(new)} tokens per second, was {rate(old)}")
+        old, new = (_figures(reports, "speed", f"{what}_per_s") for reports in (before, [report]))
+        allowed = _SLOWER_THAN_FEW if len(old) < _FEW else _SLOWER
+        if old and new and new[0] < allowed * min(old):
+            lines.append(f"{what} {rate(new[0])} tokens per second, was {rate(min(old))} or more")
     return lines
 
 
 def _larger(report: SmokeReport, before: Sequence[SmokeReport]) -> list[str]:
-    old, new = (_median(reports, "memory", "peak_bytes") for reports in (before, [report]))
-    return (
-        [f"peak memory {format_bytes(new)}, was {format_bytes(old)}"] if old and new and new > old * _LARGER else []
-    )
+    old, new = (_figures(reports, "memory", "peak_bytes") for reports in (before, [report]))
+    if old and new and new[0] > _LARGER * max(old):
+        return [f"peak memory {format_bytes(new[0])}, was {format_bytes(max(old))} or less"]
+    return []
 
 
 def _forgotten(report: SmokeReport, old: SmokeReport) -> list[str]:
