@@ -241,7 +241,8 @@ def _prompts(template: Template | None, asked: list[Question], listener: Listene
 
 def _server_words(launch: Launch, path: str) -> list[str]:
     batch = str(min(launch.batch, launch.context))
-    return [*shlex.split(launch.command(path))[1:], "-ub", batch, "--host", "127.0.0.1", "--port", "{port}"]
+    words = shlex.split(replace(launch, threads=0).command(path))[1:]
+    return [*words, "-t", "{threads}", "-ub", batch, "--host", "127.0.0.1", "--port", "{port}"]
 
 
 def _measured(setting: _Setting, way: Transport, sha256: str, job: Mapping[str, Any], listener: Listener) -> Measured:

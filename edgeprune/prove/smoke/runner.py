@@ -77,6 +77,14 @@ def _once(tokens: list[int], special: bool) -> list[int]:
     return tokens[1:] if special and len(tokens) > 1 and tokens[0] == tokens[1] else tokens
 
 
+def _threads(job: dict[str, Any]) -> int:
+    """Threads that are asked for, but no more than there are cores here: they wait for each other by spinning."""
+    if job.get("status"):  # it runs on another machine than this
+        return int(job["launch"]["threads"])
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(int(job["launch"]["threads"]), usable)
+
+
 def _high_water(text: str) -> int | None:
     """Peak resident memory in bytes in the text of a ``/proc/PID/status``."""
     for line in text.splitlines():
@@ -123,7 +131,7 @@ class Library:
                 "install version 0.3.36 or newer there",
             )
         self.version = f"llama-cpp-python {llama_cpp.__version__}"
-        self._binding, self._launch = binding, job["launch"]
+        self._binding, self._launch, self._threads = binding, job["launch"], _threads(job)
         self._lines: list[str] = []
         self._callback = binding.llama_log_callback(self._hear)
         binding.llama_log_set(self._callback, ctypes.c_void_p(0))
@@ -174,8 +182,8 @@ class Library:
             "n_outputs_max": 1,
             "type_k": launch["kv_type_id"],
             "type_v": launch["kv_type_id"],
-            "n_threads": launch["threads"],
-            "n_threads_batch": launch["threads"],
+            "n_threads": self._threads,
+            "n_threads_batch": self._threads,
             "no_perf": True,
             "flash_attn_type": 1 if quantised else -1,  # on; llama.cpp decides
             "flash_attn": quantised,
@@ -283,15 +291,16 @@ def _expert_override(binding: Any, layers: int) -> ctypes.Array[_BufferOverride]
 class Server:
     """A ``llama-server`` that is started here, spoken to over HTTP.
 
-    ``job["server"]`` is its command line; ``{port}`` in it is replaced. Where it is reached through a shell on
-    another machine, ``job["port"]`` is the port here that leads to it, its first line of output is its process id,
-    and ``job["status"]`` is a command that prints its ``/proc/PID/status``.
+    ``job["server"]`` is its command line, with ``{port}`` and ``{threads}`` for what is known here only. Where it is
+    reached through a shell on another machine, ``job["port"]`` is the port here that leads to it, its first line of
+    output is its process id, and ``job["status"]`` is a command that prints its ``/proc/PID/status``.
     """
 
     def __init__(self, job: dict[str, Any], tick: Tick) -> None:
         self._timeout, self._remote = job["silent_seconds"], job.get("status")
         self._port = job.get("port") or _free_port()
-        words = [word.replace("{port}", str(self._port)) for word in job["server"]]
+        values = {"{port}": str(self._port), "{threads}": str(_threads(job))}
+        words = [values.get(word, word) for word in job["server"]]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
         try:
             self._process = subprocess.Popen(
