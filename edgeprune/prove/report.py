@@ -119,7 +119,8 @@ class Report:
         return cls(**fields)
 
 
-def _rate(per_second: float) -> str:
+def rate(per_second: float) -> str:
+    """A speed with three significant digits or so."""
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
@@ -185,12 +186,12 @@ def promises(
     lines.append(
         Promise(
             "decode (tokens per second)",
-            _rate(predicted["decode_per_s"]),
-            _rate(speed["decode_per_s"]) + here,
+            rate(predicted["decode_per_s"]),
+            rate(speed["decode_per_s"]) + here,
             INFORMATION,
         )
     )
-    lines.append(Promise("prefill (tokens per second)", "", _rate(speed["prefill_per_s"]) + here, INFORMATION))
+    lines.append(Promise("prefill (tokens per second)", "", rate(speed["prefill_per_s"]) + here, INFORMATION))
     first = f"first token after {speed['prompt_tokens']} tokens"
     lines.append(Promise(first, "", format_seconds(speed["first_token_seconds"]) + here, INFORMATION))
     return lines

@@ -1,0 +1,1 @@
+"""Smoke tests: does the file do on the device what was promised?"""

@@ -1,0 +1,176 @@
+"""The verdicts of a smoke test: what was measured, held against what was promised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.prove.report import rate
+from edgeprune.prove.smoke.conversation import Measured
+from edgeprune.prove.smoke.questions import Question, plausible
+from edgeprune.prove.smoke.report import BROKEN, INFORMATION, KEPT, NOT_REACHED, Check
+from edgeprune.units import format_bytes, format_seconds
+
+# Every check there is, in the order of the report; what tests of a team are named after.
+KEYS = {
+    "loads": "the file loads",
+    "memory": "peak memory",
+    "decode": "decode (tokens per second)",
+    "prefill": "prefill (tokens per second)",
+    "deterministic": "the same answer twice at temperature 0",
+    "finite": "logits are finite",
+    "plausible": "answers are plausible text",
+    "answers": "right answers",
+    "context": "context filled",
+    "earlier": "against earlier runs",
+    "baseline": "against the baseline",
+}
+_STEP_OF = {"memory": "memory", "decode": "speed", "prefill": "speed", "context": "context"}
+# Another interpreter or a server has other libraries than the process that the plan counted with.
+_PROCESS_BYTES, _MEMORY_TOLERANCE = 64 << 20, 0.01
+# A model asked a dozen things may once say nothing at all.
+_IMPLAUSIBLE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Promised:
+    """What the device and the plan promise.
+
+    Attributes:
+        ceiling_bytes: memory of the process on the device, or 0 when nobody says.
+        peak_bytes: what the plan predicts of that, or 0.
+        decode_per_s: what the plan predicts, or 0.
+        least_decode_per_s: what was asked for, or 0.
+    """
+
+    ceiling_bytes: int = 0
+    peak_bytes: int = 0
+    decode_per_s: float = 0.0
+    least_decode_per_s: float = 0.0
+
+
+def verdict(kept: bool) -> str:
+    return KEPT if kept else BROKEN
+
+
+def right_answers(asked: Sequence[Question], measured: Measured) -> list[str]:
+    """Names of the questions that were answered rightly."""
+    found = measured.steps.get("answers") or []
+    return [question.name for question, row in zip(asked, found, strict=False) if question.answered(row["text"])]
+
+
+def checks(promised: Promised, asked: Sequence[Question], measured: Measured) -> list[Check]:
+    """All lines but the comparisons with other runs. A step that failed breaks its check; what comes after it is not
+    reached."""
+    steps, lines = measured.steps, [_loads(measured)]
+    for key, function in _CHECKS.items():
+        line = function(promised, asked, steps)
+        if line is None:
+            lines.append(_missing(key, measured))
+        else:
+            lines.append(Check(key, KEYS[key], *line))
+    return lines
+
+
+def _loads(measured: Measured) -> Check:
+    found = measured.steps.get("load")
+    if found is None:
+        return Check("loads", KEYS["loads"], "yes", f"no: {measured.cause}", BROKEN)
+    return Check("loads", KEYS["loads"], "yes", f"in {format_seconds(found['seconds'])}", KEPT)
+
+
+def _missing(key: str, measured: Measured) -> Check:
+    """A check without a measurement: its own step failed, or one before it did."""
+    own = _STEP_OF.get(key, "answers")
+    if own == measured.failed or (key == "deterministic" and measured.failed == "repeated"):
+        return Check(key, KEYS[key], "", measured.cause, BROKEN)
+    return Check(key, KEYS[key], "", "", NOT_REACHED)
+
+
+Line = tuple[str, str, str]
+
+
+def _memory(promised: Promised, _: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
+    if "memory" not in steps:
+        return None
+    peak = steps["memory"]["peak_bytes"]
+    words = [f"{format_bytes(promised.peak_bytes)} predicted"] if promised.peak_bytes else []
+    words += [f"at most {format_bytes(promised.ceiling_bytes)}"] if promised.ceiling_bytes else []
+    if peak is None:
+        return ", ".join(words), "this system does not tell", INFORMATION
+    kept = not promised.ceiling_bytes or peak <= promised.ceiling_bytes
+    if promised.peak_bytes:
+        kept = kept and peak <= promised.peak_bytes * (1 + _MEMORY_TOLERANCE) + _PROCESS_BYTES
+    return ", ".join(words), format_bytes(peak), verdict(kept) if words else INFORMATION
+
+
+def _decode(promised: Promised, _: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
+    if "speed" not in steps:
+        return None
+    speed, least = steps["speed"]["decode_per_s"], promised.least_decode_per_s
+    words = [f"{rate(promised.decode_per_s)} predicted"] if promised.decode_per_s else []
+    words += [f"at least {rate(least)}"] if least else []
+    return ", ".join(words), rate(speed), verdict(speed >= least) if least else INFORMATION
+
+
+def _prefill(_: Promised, __: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
+    return ("", rate(steps["speed"]["prefill_per_s"]), INFORMATION) if "speed" in steps else None
+
+
+def _deterministic(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
+    if "repeated" not in steps or "answers" not in steps:
+        return None
+    pairs = zip(asked, steps["answers"], steps["repeated"], strict=False)
+    differing = [question.name for question, once, again in pairs if once["tokens"] != again["tokens"]]
+    said = f"no: {', '.join(differing)}" if differing else "yes"
+    return "yes", said, verdict(not differing)
+
+
+def _finite(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
+    """Judged by whatever was reached: one logit that is no number is enough."""
+    found = {name: steps[name]["finite"] for name in ("speed", "context") if name in steps}
+    found |= {
+        f"question {question.name}": row["finite"]
+        for question, row in zip(asked, steps.get("answers") or [], strict=False)
+    }
+    wrong = [name for name, finite in found.items() if not finite]
+    if not wrong and ("answers" not in steps or "context" not in steps):
+        return None
+    return "yes", f"no: {', '.join(wrong)}" if wrong else "yes", verdict(not wrong)
+
+
+def _plausible(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
+    if "answers" not in steps:
+        return None
+    rows = list(zip(asked, steps["answers"], strict=False))
+    wrong = [question.name for question, row in rows if not plausible(row["tokens"], row["text"])]
+    most = int(_IMPLAUSIBLE_SHARE * len(rows))
+    said = f"{len(rows) - len(wrong)} of {len(rows)}" + (f", not: {', '.join(wrong)}" if wrong else "")
+    return f"at least {len(rows) - most} of {len(rows)}", said, verdict(len(wrong) <= most)
+
+
+def _answers(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
+    if "answers" not in steps:
+        return None
+    right = right_answers(asked, Measured(dict(steps)))
+    return "", f"{len(right)} of {len(steps['answers'])}", INFORMATION
+
+
+def _context(_: Promised, __: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
+    if "context" not in steps:
+        return None
+    filled, context = steps["context"]["filled_tokens"], steps["context"]["context"]
+    return f"{context:,} tokens", f"{filled:,} tokens", verdict(filled >= context)
+
+
+_CHECKS = {
+    "memory": _memory,
+    "decode": _decode,
+    "prefill": _prefill,
+    "deterministic": _deterministic,
+    "finite": _finite,
+    "plausible": _plausible,
+    "answers": _answers,
+    "context": _context,
+}

@@ -1,0 +1,100 @@
+"""Ways to a device: bring the file there, and start the runner beside it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from edgeprune.device.machine import ADB, LOCAL, Machine
+from edgeprune.errors import EdgepruneError
+from edgeprune.prove.smoke.conversation import RUNNER
+
+Progress = Callable[[int, int], None]
+Job = Mapping[str, Any]
+
+
+class Transport(Protocol):
+    """A way to a device."""
+
+    def deliver(self, model: Path, sha256: str, progress: Progress) -> str:
+        """Bring ``model`` there, unless it is there; its path over there.
+
+        Raises:
+            EdgepruneError: the device cannot be reached, has no room, or what arrived is not what was sent.
+        """
+
+    def remove(self, model: str) -> None:
+        """Delete what ``deliver`` brought to the path ``model``; nothing where the file was used as it lay."""
+
+    def run(self, job: Job, log: IO[bytes]) -> AbstractContextManager[tuple[subprocess.Popen[bytes], Job]]:
+        """The runner as a process whose standard input and output are pipes, and the job as it is to be told there;
+        what goes wrong is written to ``log``. The process has ended when the block has."""
+
+
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Any:
+    """A block after which ``process`` is no more, and its pipes are closed."""
+    try:
+        yield process
+    finally:
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with suppress(OSError):  # what was written last never arrived
+                    stream.close()
+        try:
+            process.wait(5)  # a runner ends by itself when its input closes
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def with_server(job: Job, binary: str) -> dict[str, Any]:
+    """``job`` with the command line of ``binary`` in it, if there is one."""
+    return {**job, "server": [binary, *job["server"]]} if binary else dict(job)
+
+
+class Local:
+    """This machine; a model is used where it lies."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def deliver(self, model: Path, sha256: str, progress: Progress) -> str:
+        return str(model.resolve())
+
+    def remove(self, model: str) -> None:
+        pass
+
+    @contextmanager
+    def run(self, job: Job, log: IO[bytes]) -> Any:
+        python = self._machine.runner.python or sys.executable
+        try:
+            process = subprocess.Popen(
+                [python, str(RUNNER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            )
+        except OSError as error:
+            raise EdgepruneError(
+                f"{self._machine.name}: {python} cannot be started: {error.strerror or error}",
+                hint="mend `python` under [runner] in the device's file",
+            ) from error
+        with ended(process):
+            yield process, with_server(job, self._machine.runner.server)
+
+
+def transport_to(machine: Machine) -> Transport:
+    """The way to ``machine``.
+
+    Raises:
+        EdgepruneError: what it takes is not installed here.
+    """
+    if machine.transport == LOCAL:
+        return Local(machine)
+    if machine.transport == ADB:
+        raise EdgepruneError(f"{machine.name} is reached by adb, which is not possible yet")
+    from edgeprune.prove.smoke.ssh import Ssh
+
+    return Ssh(machine)

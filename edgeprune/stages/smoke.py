@@ -1,0 +1,278 @@
+"""A smoke test from beginning to end: what was promised, the way to the device, the run there, the verdicts."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shlex
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgeprune.decide.plan import Plan
+from edgeprune.device.budget import SYSTEM
+from edgeprune.device.machine import AUTO, LOCAL, Machine, find_machine, user_folder
+from edgeprune.device.probe import this_machine
+from edgeprune.device.profile import Profile, find_profile
+from edgeprune.errors import BadFile, EdgepruneError, UsageError
+from edgeprune.files import read_json
+from edgeprune.measure import child
+from edgeprune.measure.chat import MOST_SECONDS, Template
+from edgeprune.measure.launch import Launch
+from edgeprune.model import ggml
+from edgeprune.model.gguf import GgufFile
+from edgeprune.prove.smoke import checks, history
+from edgeprune.prove.smoke.conversation import Measured, converse
+from edgeprune.prove.smoke.questions import Question, questions
+from edgeprune.prove.smoke.report import SmokeReport
+from edgeprune.prove.smoke.transport import Transport, transport_to
+from edgeprune.settings import Listener
+
+_MOST_TOKENS = 48  # of an answer
+_REPEATED = 3  # questions that are asked twice
+_SPEED_TOKENS = {"prompt_tokens": 256, "generated_tokens": 48, "repeats": 3}
+# A device is slow: it may read 20 GB from a memory card, or work on one long batch, before it says anything.
+_SILENT_SECONDS = 1800.0
+_LEAST_CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for.
+
+    Attributes:
+        model: the GGUF file.
+        device: name of a device, or a device file.
+        profile: name of a profile, or a profile file, instead of the one that the device claims; or None.
+        plan: the plan that the file was built after; None for ``plan.json`` beside the file, if it is of this file.
+        context: in tokens; None for the plan's, else the profile's.
+        least_decode_per_s: the speed to be reached, tokens per second, or None.
+        baseline: an earlier report to hold the answers against, or None.
+        output: folder of the reports; None for the device's own.
+        remove: delete the file from the device afterwards.
+    """
+
+    model: Path
+    device: str = LOCAL
+    profile: str | None = None
+    plan: Path | None = None
+    context: int | None = None
+    least_decode_per_s: float | None = None
+    baseline: Path | None = None
+    output: Path | None = None
+    remove: bool = False
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a wish comes to, before anything is sent."""
+
+    wish: Wish
+    file: GgufFile
+    machine: Machine
+    profile: Profile
+    launch: Launch
+    promised: checks.Promised
+    baseline: SmokeReport | None
+
+    @property
+    def folder(self) -> Path:
+        return self.wish.output if self.wish.output is not None else user_folder() / self.machine.name
+
+
+def smoke(wish: Wish, listener: Listener) -> tuple[SmokeReport, Path]:
+    """Run the file on the device; the report, and where it was saved.
+
+    Raises:
+        UsageError, BadFile: the file, the device, the profile, the plan or the baseline is not what it should be.
+        EdgepruneError: the device cannot be reached, or can run nothing. What goes wrong with the file there is a
+            line of the report.
+    """
+    setting = _prepared(wish, listener)
+    asked = questions()
+    when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    with listener.progress("SHA-256"):
+        sha256 = setting.file.fingerprint()
+    job = _job(setting, asked, listener)
+    measured = _measured(setting, transport_to(setting.machine), sha256, job, listener)
+    try:
+        report = _report(setting, when, sha256, asked, measured)
+        before = history.earlier(report, setting.folder, listener.say)
+        lines = [history.against_earlier(report, before)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EdgepruneError(
+            f"what {setting.machine.name} sent is no measurement: {type(error).__name__} {error}",
+            hint="another program may print into the connection; try a login shell that prints nothing",
+        ) from error
+    if setting.baseline is not None:
+        lines.append(history.against_baseline(report, setting.baseline))
+    report = replace(report, checks=[*report.checks, *lines])
+    return report, history.save(report, setting.folder)
+
+
+def _prepared(wish: Wish, listener: Listener) -> _Setting:
+    if not wish.model.is_file():
+        raise UsageError(f"no file {wish.model}", hint="give the GGUF that `edgeprune fit` made, or any other")
+    machine, file = find_machine(wish.device), GgufFile(wish.model)
+    plan, beside = _plan(wish, file, listener)
+    baseline = SmokeReport.load(wish.baseline) if wish.baseline is not None else None
+    profile = _profile(wish.profile or machine.profile)
+    launch = _launch(wish, file, profile, plan)
+    promised = _promised(wish, profile, launch, plan, beside)
+    return _Setting(wish, file, machine, profile, launch, promised, baseline)
+
+
+def _profile(name: str) -> Profile:
+    return (
+        this_machine(child.call("edgeprune.measure.llama:backend_devices", {}))
+        if name == AUTO
+        else find_profile(name)
+    )
+
+
+def _plan(wish: Wish, file: GgufFile, listener: Listener) -> tuple[Plan | None, Path | None]:
+    """The plan of the file, and the folder that it lies in."""
+    path = wish.plan if wish.plan is not None else wish.model.parent / "plan.json"
+    if wish.plan is not None and not path.is_file():
+        raise UsageError(f"no plan {path}")
+    if not path.is_file():
+        return None, None
+    if wish.plan is not None:
+        plan = Plan.load(path)
+        if not _is_of(plan, file):
+            raise UsageError(f"{path} is the plan of another file than {wish.model}")
+        return plan, path.parent
+    with contextlib.suppress(BadFile):
+        plan = Plan.load(path)
+        if _is_of(plan, file):
+            return plan, path.parent
+    listener.say(f"{path} is not the plan of {wish.model.name} and is left out")
+    return None, None
+
+
+def _is_of(plan: Plan, file: GgufFile) -> bool:
+    """Whether ``file`` was built after ``plan``: it says so itself, unless it is a stock preset."""
+    recorded = file.get("edgeprune.plan_digest")
+    return recorded == plan.digest if recorded else plan.predicted.file_bytes == file.path.stat().st_size
+
+
+def _launch(wish: Wish, file: GgufFile, profile: Profile, plan: Plan | None) -> Launch:
+    """The plan's settings; else the profile's, with no more context than the model was trained for."""
+    longest = file.get(f"{file.get('general.architecture')}.context_length")
+    longest = longest if isinstance(longest, int) and longest > 0 else profile.context
+    if plan is not None:
+        launch = plan.launch
+    else:
+        context = min(profile.context, longest)
+        launch = Launch(context, profile.kv_type.upper(), gpu_layers=-1 if profile.on_gpu else 0)
+    if wish.context is not None:
+        if wish.context > longest:
+            raise UsageError(
+                f"a context of {wish.context} tokens is longer than the model's {longest}",
+                hint=f"`--context {longest}` is the longest",
+            )
+        launch = replace(launch, context=wish.context)
+    if launch.context < _LEAST_CONTEXT:
+        raise UsageError(f"a context of {launch.context} tokens has no room for a test", hint="at least 128")
+    return replace(launch, threads=launch.threads or profile.threads)
+
+
+def _promised(
+    wish: Wish, profile: Profile, launch: Launch, plan: Plan | None, beside: Path | None
+) -> checks.Promised:
+    least = wish.least_decode_per_s or 0.0
+    if plan is None or beside is None:
+        return checks.Promised(profile.usable_ram_bytes, 0, 0.0, least)
+    peak = 0
+    # Resident memory is the whole of it only where everything is in one pool that the CPU computes in, and the plan
+    # counted with the context that is filled.
+    pools = plan.predicted.pool_bytes
+    if set(pools) == {"ram"} and not launch.gpu_layers and launch.context == plan.launch.context:
+        held = _held(plan, profile, beside)
+        peak = max(0, pools["ram"] - held) if held is not None else 0
+    return checks.Promised(profile.usable_ram_bytes, peak, plan.predicted.decode_per_s, least)
+
+
+def _held(plan: Plan, profile: Profile, beside: Path) -> int | None:
+    """What the plan's figure counts for the system and other programs; None when nobody knows any more."""
+    if plan.made_from.get("memory") is not None or plan.made_from.get("file_size") is not None:
+        return 0
+    with contextlib.suppress(BadFile, KeyError, TypeError, StopIteration):
+        pools = read_json(beside / "report.json")["budget"]["pools"]
+        lines = next(pool for pool in pools if pool["pool"] == "ram")["lines"]
+        return sum(int(line["nbytes"]) for line in lines if line["name"] == SYSTEM)
+    return None if profile.name == AUTO else profile.ram.total_bytes - profile.usable_ram_bytes
+
+
+def _job(setting: _Setting, asked: list[Question], listener: Listener) -> dict[str, Any]:
+    """What the runner is told, but for where the file is."""
+    launch, server = setting.launch, bool(setting.machine.runner.server)
+    template = Template.of(setting.file, setting.wish.model.name)
+    prompts = _prompts(template, asked, listener)
+    room = launch.context // 2
+    speed = {**_SPEED_TOKENS, "prompt_tokens": min(256, room), "generated_tokens": min(48, room // 2)}
+    return {
+        "engine": "server" if server else "library",
+        "launch": {**launch.to_json(), "kv_type_id": ggml.type_named(launch.kv_type).id},
+        "speed": speed,
+        "prompts": prompts,
+        "most_tokens": _MOST_TOKENS,
+        "repeated": _REPEATED,
+        "silent_seconds": _SILENT_SECONDS,
+    }
+
+
+def _prompts(template: Template | None, asked: list[Question], listener: Listener) -> list[dict[str, Any]]:
+    """The questions as the model reads them: as a chat if it knows chats, else as a text to be carried on."""
+    if template is not None:
+        try:
+            texts = child.call(
+                "edgeprune.measure.chat:render_prompts",
+                {"prompts": [question.ask for question in asked], "template": template.to_json()},
+                silent_seconds=MOST_SECONDS,
+            )
+            return [{"text": text, "special": True} for text in texts]
+        except EdgepruneError as error:
+            listener.say(f"the questions are asked as plain text: {error.cause}")
+    return [{"text": question.plain, "special": False} for question in asked]
+
+
+def _server_words(launch: Launch, path: str) -> list[str]:
+    batch = str(min(launch.batch, launch.context))
+    words = shlex.split(replace(launch, threads=0).command(path))[1:]
+    return [*words, "-t", "{threads}", "-ub", batch, "--host", "127.0.0.1", "--port", "{port}"]
+
+
+def _measured(setting: _Setting, way: Transport, sha256: str, job: Mapping[str, Any], listener: Listener) -> Measured:
+    with listener.progress(f"send to {setting.machine.name}") as progress:
+        path = way.deliver(setting.wish.model, sha256, progress)
+    try:
+        whole = {**job, "model": path, "server": _server_words(setting.launch, path)}
+        title = f"smoke test on {setting.machine.name}"
+        with (
+            tempfile.TemporaryFile() as log,
+            listener.progress(title) as progress,
+            way.run(whole, log) as (process, told),
+        ):
+            return converse(process, told, log, progress)
+    finally:
+        if setting.wish.remove:
+            way.remove(path)
+
+
+def _report(setting: _Setting, when: str, sha256: str, asked: list[Question], measured: Measured) -> SmokeReport:
+    load = measured.steps.get("load") or {}
+    return SmokeReport(
+        device=setting.machine.name,
+        profile=setting.profile.name,
+        when=when,
+        file={"name": setting.wish.model.name, "nbytes": setting.wish.model.stat().st_size, "sha256": sha256},
+        launch=setting.launch.to_json(),
+        engine=str(load.get("version", "llama-server" if setting.machine.runner.server else "llama-cpp-python")),
+        machine=dict(measured.steps.get("machine") or {}),
+        measured=measured.to_json(),
+        right=checks.right_answers(asked, measured),
+        checks=checks.checks(setting.promised, asked, measured),
+    )

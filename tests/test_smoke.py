@@ -1,0 +1,438 @@
+"""Smoke tests on this machine: real runs through the real command, every promise broken once, the runner alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import toys
+from runs import Ear, Fit, gone, read, run_edgeprune
+
+from edgeprune.device.machine import user_folder
+from edgeprune.errors import BadFile, EdgepruneError
+from edgeprune.files import to_json
+from edgeprune.model.gguf import GgufFile
+from edgeprune.prove.smoke.checks import KEYS, Promised, checks
+from edgeprune.prove.smoke.conversation import RUNNER, Measured
+from edgeprune.prove.smoke.history import against_baseline, against_earlier, earlier, save
+from edgeprune.prove.smoke.questions import Question, plausible, questions
+from edgeprune.prove.smoke.report import SmokeReport
+from edgeprune.stages.smoke import Wish, smoke
+
+pytest_plugins = ("demo_fixtures",)
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and shell scripts")
+SHORT = ("--context", "256")
+
+
+def file_of(fit: Fit) -> Path:
+    (path,) = fit.folder.glob("*bpw.gguf")
+    return path
+
+
+def verdicts(report: SmokeReport) -> dict[str, str]:
+    return {check.key: check.verdict for check in report.checks}
+
+
+def test_a_file_that_was_fitted_keeps_what_its_plan_promised(tiny_fit: Fit) -> None:
+    done = run_edgeprune("smoke", file_of(tiny_fit), "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    found = {check["key"]: check for check in report["checks"]}
+    assert list(found) == [key for key in KEYS if key != "baseline"]
+    kept = ("loads", "memory", "deterministic", "finite", "context")
+    assert [found[key]["verdict"] for key in kept] == ["kept"] * 5
+    assert "predicted, at most" in found["memory"]["promised"] and "predicted" in found["decode"]["promised"]
+    assert found["context"]["measured"] == found["context"]["promised"] == "2,048 tokens"
+    assert report["file"]["sha256"] == read(tiny_fit.folder / "build.json")["sha256"]
+    saved = sorted((user_folder() / "local").glob(f"*-{report['file']['sha256'][:12]}.json"))
+    assert read(saved[-1]) == report
+    text = run_edgeprune("smoke", file_of(tiny_fit), *SHORT)
+    assert text.returncode == 0, text.stderr
+    assert "the file loads" in text.stdout and "256 tokens" in text.stdout
+
+
+@pytest.fixture(scope="module")
+def good(tiny_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> tuple[SmokeReport, Path]:
+    """A report of a run with a short context, and the folder it is in. Do not change it."""
+    folder = tmp_path_factory.mktemp("reports")
+    report, path = smoke(Wish(file_of(tiny_fit), context=256, output=folder), Ear())
+    assert path.parent == folder and SmokeReport.load(path) == report
+    return report, folder
+
+
+def test_a_speed_that_is_not_reached_exits_3_with_one_line(tiny_fit: Fit, tmp_path: Path) -> None:
+    done = run_edgeprune("smoke", file_of(tiny_fit), *SHORT, "--min-decode", "1e7", "--json", "-o", tmp_path / "own")
+    assert done.returncode == 3
+    first, line, *_ = done.stderr.splitlines()
+    assert first == "error: a promise was broken on local"
+    assert line.startswith("  broken   decode (tokens per second): ") and "at least 10,000,000" in line
+    (saved,) = (tmp_path / "own").iterdir()
+    assert json.loads(done.stdout) == read(saved)
+
+
+def test_memory_above_the_profiles_is_a_broken_promise(tiny_fit: Fit, tmp_path: Path) -> None:
+    profile = tmp_path / "watch.toml"
+    profile.write_text(
+        'name = "watch"\nsummary = "a watch"\nbackend = "cpu"\nthreads = 1\n'
+        '[pools.ram]\ntotal = "20 MiB"\nreserve = "4 MiB"\nbandwidth = "2 GB/s"\n'
+        '[defaults]\ncontext = 256\nkv_type = "f16"\n[types]\navoid = []\n'
+    )
+    done = run_edgeprune("smoke", file_of(tiny_fit), "--profile", profile, *SHORT, "-o", tmp_path / "own")
+    assert done.returncode == 3
+    assert "peak memory: " in done.stderr and "at most 16.0 MiB" in done.stderr
+    assert "(watch)" in done.stdout
+
+
+def changed(report: SmokeReport, **fields: Any) -> SmokeReport:
+    """``report`` as an earlier one, with other figures: dotted names reach into what was measured."""
+    value = json.loads(to_json(report.to_json()))
+    value.pop("format")
+    for name, figure in fields.items():
+        step, _, key = name.partition("__")
+        if key:
+            value["measured"]["steps"][step][key] = figure
+        else:
+            value[name] = figure
+    return SmokeReport(**{**value, "checks": report.checks})
+
+
+def test_what_got_worse_since_earlier_runs_is_named(
+    tiny_fit: Fit, good: tuple[SmokeReport, Path], tmp_path: Path
+) -> None:
+    report, _ = good
+    decode, peak = report.step("speed")["decode_per_s"], report.step("memory")["peak_bytes"]
+    better = changed(
+        report, speed__decode_per_s=1000 * decode, memory__peak_bytes=peak // 2, right=["capital", *report.right]
+    )
+    save(better, tmp_path)
+    save(changed(better, launch={"context": 64}), tmp_path)  # of other settings: it does not count
+    (tmp_path / f"20200101-{report.file['sha256'][:12]}.json").write_text("{}")
+    done = run_edgeprune("smoke", file_of(tiny_fit), *SHORT, "-o", tmp_path)
+    assert done.returncode == 3
+    assert "an earlier report is left out" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "against earlier runs" in line]
+    assert "decode " in line and "peak memory " in line and "lost: capital" in line and "the run before" in line
+    again = run_edgeprune("smoke", file_of(tiny_fit), *SHORT, "-o", tmp_path / "new")
+    assert again.returncode == 0 and "this is the first run" in again.stdout
+
+
+def test_the_worst_of_the_latest_runs_counts_and_few_runs_prove_little(
+    good: tuple[SmokeReport, Path], tmp_path: Path
+) -> None:
+    report, _ = good
+    for number, speed in enumerate((1, 1, 1, 110, 120, 100, 4000, 130)):
+        save(changed(report, speed__decode_per_s=speed, when=f"2020-01-0{number + 1}T00:00:00Z"), tmp_path)
+    before = earlier(report, tmp_path, print)
+    assert [old.when[:10] for old in before] == [f"2020-01-0{day}" for day in range(4, 9)]
+
+    def verdict(speed: float, runs: list[SmokeReport]) -> str:
+        return against_earlier(changed(report, speed__decode_per_s=speed), runs).verdict
+
+    assert (verdict(71, before), verdict(69, before)) == ("kept", "broken")
+    assert (verdict(51, before[2:3]), verdict(49, before[2:3])) == ("kept", "broken")
+    assert verdict(1, []) == "information"
+
+
+def test_a_baseline_of_another_file_is_held_against_the_answers(
+    tiny_fit: Fit, good: tuple[SmokeReport, Path], tmp_path: Path
+) -> None:
+    report, _ = good
+    source = changed(
+        report, right=["capital", "week"], file={**report.file, "sha256": "0" * 64, "name": "source.gguf"}
+    )
+    path = save(source, tmp_path)
+    done = run_edgeprune("smoke", file_of(tiny_fit), *SHORT, "--baseline", path, "-o", tmp_path / "own")
+    assert done.returncode == 3
+    (line,) = [line for line in done.stderr.splitlines() if "against the baseline" in line]
+    assert "lost: capital, week" in line and "2 right answers of source.gguf" in line
+    assert against_baseline(report, changed(source, right=[])).verdict == "kept"
+
+
+def test_a_value_that_is_not_finite_is_found(toy_gguf: toys.Maker, tmp_path: Path) -> None:
+    source = toy_gguf("qwen3_moe")
+    offset, data = GgufFile(source).tensors["output_norm.weight"].offset, bytearray(source.read_bytes())
+    data[offset : offset + 4] = b"\x00\x00\xc0\x7f"
+    bad = tmp_path / "nan.gguf"
+    bad.write_bytes(data)
+    report, _ = smoke(Wish(bad, context=128, output=tmp_path / "own"), Ear())
+    assert verdicts(report)["finite"] == "broken" and verdicts(report)["loads"] == "kept"
+    (line,) = [check.measured for check in report.checks if check.key == "finite"]
+    assert line.startswith("no: speed, context, question capital")
+
+
+@posix
+def test_a_crash_on_the_device_is_a_line_of_the_report(tmp_path: Path) -> None:
+    small = {"experts": 4, "width": 64, "expert_width": 64}
+    model = toys.synthetic_gguf(tmp_path / "bad.gguf", extra=[("expert_used_count", "u32", 5)], **small)
+    done = run_edgeprune("smoke", model, "--context", "128", "--json", "-o", tmp_path / "own")
+    assert done.returncode == 3
+    assert "llama.cpp aborted on a failed check" in done.stderr and "GGML_ASSERT" in done.stderr
+    found = {check["key"]: check["verdict"] for check in json.loads(done.stdout)["checks"]}
+    assert (found.pop("loads"), found.pop("earlier")) == ("broken", "information")
+    assert set(found.values()) == {"not reached"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("nowhere.gguf",), 2, "no file nowhere.gguf"),
+        (("text.gguf",), 1, "text.gguf"),
+        (("good.gguf", "--device", "locl"), 2, "did you mean local?"),
+        (("good.gguf", "--profile", "watch"), 2, "no device profile 'watch'"),
+        (("good.gguf", "--context", "4096"), 2, "longer than the model's 2048"),
+        (("good.gguf", "--plan", "plan.json"), 2, "no plan plan.json"),
+        (("good.gguf", "--plan", "other/plan.json"), 2, "is the plan of another file"),
+        (("good.gguf", "--plan", "x", "--run", "y"), 2, "--plan and --run"),
+        (("good.gguf", "--baseline", "text.gguf"), 1, "cannot read text.gguf"),
+        (("good.gguf", "--baseline", "other/plan.json"), 1, "the report"),
+    ],
+)
+def test_what_cannot_be_tested_is_explained(
+    words: tuple[str, ...], code: int, said: str, synthetic: toys.Maker, tiny_fit: Fit, tmp_path: Path
+) -> None:
+    shutil.copyfile(synthetic("qwen3moe"), tmp_path / "good.gguf")
+    (tmp_path / "text.gguf").write_text("no model")
+    (tmp_path / "other").mkdir()
+    shutil.copyfile(tiny_fit.folder / "plan.json", tmp_path / "other" / "plan.json")
+    done = run_edgeprune("smoke", *words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in done.stderr and done.stderr.startswith("error: ")
+
+
+def test_a_plan_beside_the_file_that_is_of_another_is_left_out(
+    synthetic: toys.Maker, tiny_fit: Fit, tmp_path: Path
+) -> None:
+    model = Path(shutil.copyfile(synthetic("qwen3moe"), tmp_path / "good.gguf"))
+    shutil.copyfile(tiny_fit.folder / "plan.json", tmp_path / "plan.json")
+    ear = Ear()
+    report, _ = smoke(Wish(model, context=128, output=tmp_path / "own"), ear)
+    assert ear.said == [f"{tmp_path / 'plan.json'} is not the plan of good.gguf and is left out"]
+    assert "predicted" not in report.checks[1].promised
+    assert {"send to local", "smoke test on local"} <= set(ear.stages)
+
+
+def test_a_python_without_llama_cpp_is_named_with_a_way_out(
+    synthetic: toys.Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = tmp_path / "bare.toml"
+    device.write_text(
+        'name = "bare"\ntransport = "local"\nprofile = "cpu-8gb"\n[runner]\npython = "nowhere/python"\n'
+    )
+    wish = Wish(synthetic("qwen3moe"), device=str(device), context=128, output=tmp_path / "own")
+    with pytest.raises(EdgepruneError, match="bare: nowhere/python cannot be started"):
+        smoke(wish, Ear())
+    device.write_text(device.read_text().replace("nowhere/python", sys.executable))
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").write_text("raise FileNotFoundError('libllama.so:\\n not found')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(EdgepruneError) as caught:
+        smoke(wish, Ear())
+    assert caught.value.cause == f"llama-cpp-python cannot be loaded by {sys.executable}: libllama.so: not found"
+    assert "[runner]" in caught.value.hint
+    assert not (tmp_path / "own").exists()
+
+
+def job(model: Path, **changes: Any) -> dict[str, Any]:
+    """A small job for the runner."""
+    launch = {"context": 128, "batch": 32, "threads": 1, "kv_type": "F16", "kv_type_id": 1, "gpu_layers": 0}
+    launch |= {"cpu_experts": 1, "mmap": False, "repack": False}
+    speed = {"prompt_tokens": 16, "generated_tokens": 4, "repeats": 1}
+    prompts = [{"text": question.plain, "special": False} for question in questions()]
+    wanted = {"engine": "library", "model": str(model), "launch": launch, "speed": speed, "prompts": prompts}
+    return {**wanted, "most_tokens": 8, "repeated": 2, "silent_seconds": 60, **changes}
+
+
+@contextmanager
+def runner(wanted: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """The runner as a device starts it: alone, in a folder where no edgeprune is."""
+    command = [sys.executable, "-P", str(RUNNER)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/")
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(wanted).encode() + b"\n")
+    process.stdin.flush()
+    with process.stdin, process.stdout:
+        yield process
+    process.wait(20)
+
+
+def worker_of(process: subprocess.Popen[bytes]) -> psutil.Process:
+    """The child that llama.cpp runs in, once it is there."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if found := psutil.Process(process.pid).children():
+            return found[0]
+        time.sleep(0.01)
+    raise AssertionError("no child was started")
+
+
+def test_the_runner_needs_no_edgeprune(synthetic: toys.Maker) -> None:
+    text = RUNNER.read_text(encoding="utf-8")
+    assert "import edgeprune" not in text and "from edgeprune" not in text
+    with runner(job(synthetic("qwen3moe"))) as process:
+        assert process.stdout is not None
+        said = [json.loads(line) for line in process.stdout]
+    steps = {message["result"]["step"]: message["result"]["value"] for message in said if "result" in message}
+    assert list(steps) == ["machine", "load", "speed", "answers", "repeated", "context", "memory"]
+    assert said[-1] == {"end": True}
+    assert steps["repeated"] == steps["answers"][:2] and len(steps["answers"]) == len(questions())
+    assert steps["context"] == {"filled_tokens": 128, "context": 128, "finite": True}
+    assert 1e6 < steps["memory"]["peak_bytes"] < 1e9
+    assert steps["machine"]["cores"] == os.cpu_count()
+
+
+@posix
+@pytest.mark.parametrize(
+    ("wound", "silent", "cause"),
+    [
+        ("kill", 60, "it was killed, most likely for using too much memory"),
+        ("suspend", 1, "it said nothing for 1 s and was ended"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_is_reported(
+    wound: str, silent: float, cause: str, synthetic: toys.Maker
+) -> None:
+    endless = {"prompt_tokens": 16, "generated_tokens": 64, "repeats": 10**6}
+    with runner(job(synthetic("qwen3moe"), speed=endless, silent_seconds=silent)) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if json.loads(line).get("step") == "speed":
+                break
+        getattr(worker_of(process), wound)()
+        said = [json.loads(line) for line in process.stdout]
+    assert [message["failed"]["cause"] for message in said if "failed" in message] == [cause]
+    assert [message["failed"]["step"] for message in said if "failed" in message] == ["speed"]
+    assert said[-1] == {"end": True}
+
+
+def test_everything_ends_when_the_connection_is_gone(synthetic: toys.Maker) -> None:
+    endless = {"prompt_tokens": 16, "generated_tokens": 64, "repeats": 10**6}
+    with runner(job(synthetic("qwen3moe"), speed=endless)) as process:
+        worker = worker_of(process)
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(20) == 1
+        assert gone(worker)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "right"),
+    [
+        ("capital", " Paris, of course", True),
+        ("capital", "PARIS", True),
+        ("capital", "comparison", False),
+        ("sum", "= 12.", True),
+        ("sum", "112", False),
+        ("sum", "It is twelve", True),
+        ("alphabet", " E, F, G", True),
+        ("alphabet", "the letter e", False),
+        ("water", "H₂O", True),
+        ("echo", "", False),
+    ],
+)
+def test_an_answer_counts_as_a_word_of_its_own(name: str, text: str, right: bool) -> None:
+    (question,) = [question for question in questions() if question.name == name]
+    assert question.answered(text) is right
+
+
+def test_there_are_a_dozen_questions_whose_own_words_do_not_answer_them() -> None:
+    asked = questions()
+    assert len({question.name for question in asked}) == len(asked) == 12
+    own = [question.name for question in asked if question.answered(question.plain)]
+    assert own == ["echo"]
+
+
+def test_a_loop_of_one_or_two_tokens_is_no_answer() -> None:
+    assert not plausible([], "") and not plausible([5], " \n")
+    assert not plausible([5] * 8, "ha" * 8) and not plausible([5, 6] * 8, "ab" * 8)
+    assert plausible([5], "Paris") and plausible([1, 2, 3, 1, 2, 3, 1, 2], "some words")
+
+
+ASKED = [Question(name, "", "", (name,)) for name in ("one", "two", "three", "four")]
+
+
+def answer(text: str, *tokens: int, finite: bool = True) -> dict[str, Any]:
+    return {"tokens": list(tokens) or [1, 2, 3], "text": text, "finite": finite}
+
+
+def found(key: str, steps: dict[str, Any], **fields: Any) -> tuple[str, str]:
+    lines = checks(Promised(**fields.pop("promised", {})), ASKED, Measured(steps, **fields))
+    (line,) = [line for line in lines if line.key == key]
+    return line.verdict, line.measured
+
+
+def test_answers_that_differ_the_second_time_are_named() -> None:
+    rows = [answer("one", 1), answer("one and two", 2), answer("", 7), answer("four")]
+    steps = {"answers": rows, "repeated": [answer("one", 1), answer("two", 3)]}
+    assert found("deterministic", steps) == ("broken", "no: two")
+    assert found("answers", steps) == ("information", "3 of 4")
+    assert found("plausible", steps) == ("kept", "3 of 4, not: three")
+    rows[0] = answer("looping", *[9] * 20)
+    assert found("plausible", steps) == ("broken", "2 of 4, not: one, three")
+
+
+def test_one_logit_that_is_no_number_is_enough_but_none_is_no_proof() -> None:
+    rows = [answer("one"), answer("two", finite=False)]
+    assert found("finite", {"answers": rows}) == ("broken", "no: question two")
+    assert found("finite", {"answers": rows[:1]}, failed="context") == ("not reached", "")
+    assert found("finite", {"answers": rows[:1], "context": {"finite": True, "filled_tokens": 8, "context": 8}}) == (
+        "kept",
+        "yes",
+    )
+
+
+@pytest.mark.parametrize(
+    ("promised", "peak", "verdict"),
+    [
+        ({"ceiling_bytes": 100 << 20}, 100 << 20, "kept"),
+        ({"ceiling_bytes": 100 << 20}, (100 << 20) + 1, "broken"),
+        ({"ceiling_bytes": 1 << 40, "peak_bytes": 1000 << 20}, 1070 << 20, "kept"),
+        ({"ceiling_bytes": 1 << 40, "peak_bytes": 1000 << 20}, 1080 << 20, "broken"),
+        ({"ceiling_bytes": 100 << 20}, None, "information"),
+        ({}, 1 << 40, "information"),
+    ],
+)
+def test_memory_is_held_against_the_device_and_the_plan(
+    promised: dict[str, Any], peak: int | None, verdict: str
+) -> None:
+    assert found("memory", {"memory": {"peak_bytes": peak}}, promised=promised)[0] == verdict
+
+
+def test_a_context_that_ends_early_is_a_broken_promise() -> None:
+    assert found("context", {"context": {"filled_tokens": 90, "context": 128, "finite": True}})[0] == "broken"
+    assert found("context", {}, failed="context", cause="it was killed") == ("broken", "it was killed")
+    assert found("context", {}, failed="speed", cause="it was killed") == ("not reached", "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value.pop("right"),
+        lambda value: value.update(format=99),
+        lambda value: value.update(checks=[{"key": "x"}]),
+        lambda value: value.update(right=[1]),
+        lambda value: value.update(file={}),
+        lambda value: value["measured"].update(steps=[]),
+        lambda value: value["measured"]["steps"]["speed"].update(decode_per_s="fast"),
+    ],
+    ids=["missing", "other form", "checks", "right", "file", "steps", "figure"],
+)
+def test_a_damaged_report_is_refused(
+    change: Callable[[dict[str, Any]], Any], good: tuple[SmokeReport, Path], tmp_path: Path
+) -> None:
+    value = json.loads(to_json(good[0].to_json()))
+    change(value)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(BadFile):
+        SmokeReport.load(path)
