@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toys
 from runs import Fit, edgeprune_command, environment, read, run_edgeprune
 
 from edgeprune import __version__
@@ -101,6 +102,17 @@ def test_convert_writes_where_it_was_told(tiny_checkpoint: Path, tmp_path: Path)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "below/model.gguf\n")
     file = GgufFile(tmp_path / "below" / "model.gguf")
     assert file.tensors["blk.0.attn_q.weight"].type == "F16"
+
+
+def test_convert_tells_what_llama_cpp_cuts_otherwise(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "tiny"))
+    definition = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["added_tokens"][0]["rstrip"] = True
+    toys.change_json(checkpoint / "tokenizer.json", added_tokens=definition["added_tokens"])
+    done = run_edgeprune("convert", checkpoint, "model.gguf", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "model.gguf\n")
+    assert done.stderr.startswith("tokenizer: the tokenizer drops white space beside ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_convert_replaces_an_earlier_gguf_and_may_write_one_beside_the_weights(

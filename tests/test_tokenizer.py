@@ -11,38 +11,13 @@ from typing import Any
 import pytest
 import toys
 from tokenizers import Tokenizer
+from toy_tokenizers import HARD_TEXTS, MARKS
 
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.measure import child
 from edgeprune.model.gguf import GgufFile, make_entry
-from edgeprune.model.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, tokenizer_entries
-
-HARD_TEXTS = {
-    "code": 'def f(x: int) -> str:\n\t"""Doc."""\n    return f"{x!r:>10}" if x != 0 else \'\'\n\n\n#  so\r\n\r\n@a\n',
-    "alphabets": "Größe, façade — Ελληνικά, Русский, עברית, العربية, ქართული, አማርኛ",
-    "scripts without spaces": "हिन्दी, বাংলা, ไทย, 中文字符, 日本語テキスト, 한국어",
-    "combining marks": "e\u0301 a\u0308 n\u0303 Z\u0351\u036b\u0343 \u0928\u093f \u0e01\u0e33",
-    # Families and flags are several characters, joined by U+200D or by nothing.
-    "emoji": "\U0001f44d \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 "
-    "\U0001f469\U0001f3fd\u200d\U0001f680 \U0001f1e9\U0001f1ea \u270c\ufe0f 1\ufe0f\u20e3",
-    "kinds of space": " a  b   c    d     e\t\tf\t g \n\n\n h \n \n  i\u00a0j\u2003k\u200bl\u3000m   \n",
-    "spaces first": "    indented",
-    "spaces last": "trailing    ",
-    "nothing but spaces": "   ",
-    "nothing but tabs": "\t\t\t",
-    "nothing but line ends": "\n\n\r\n\r\r\n",
-    "digits": "0 1 12 123 1234 12345 3.14159 1,000,000 ½ ² ٣ Ⅷ १२३ 1e-5 0xFF",
-    "contractions": "I'm you're he'll WE'VE they'd it's can't I'M ’s 's",
-    "punctuation": "!!! ... ??? --- === ***  (a)[b]{c}<d> @#$%^&*~`|\\/ “q” ‘q’ …—–",
-    "special tokens": "<|im_start|>user\nhi<|im_end|>\n<|endoftext|> <s> </s> <unk> a<s>b <|padding|>",
-    "private and unassigned": "\ue000\uf8ff \U0010ffff \u0378",
-    "control characters": "a\x00b\x01c\x7fd\x1b[0m",
-    "beyond the basic plane": "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𓀀",
-    "the look of byte tokens": "<0x41> <0x0A>",
-    "the look of spaces": "a\u2581b _c_ \u2581\u2581",
-    "long words": "internationalisation antidisestablishmentarianism hello world the The THE",
-    "one letter": "a",
-}
+from edgeprune.model.tokenizer import DIFFERENCES_KEY, tokenizer_entries
+from edgeprune.model.tokenizer.tokens import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED
 
 BEGIN = ["<|begin|>", "<|im_start|>", "<|im_end|>"]
 TOKENIZERS: dict[str, Callable[[Path], None]] = {
@@ -53,7 +28,6 @@ TOKENIZERS: dict[str, Callable[[Path], None]] = {
     "llama-bpe": lambda folder: toys.byte_level_tokenizer(
         folder, BEGIN, toys.LLAMA3_PATTERN, words_first=True, first="<|begin|>"
     ),
-    "qwen35": lambda folder: toys.byte_level_tokenizer(folder, BEGIN, toys.QWEN35_PATTERN),
     "sentencepiece": toys.sentencepiece_tokenizer,
 }
 
@@ -92,15 +66,10 @@ def own_tokenizer(file: GgufFile) -> Tokenizer:
 
 
 def assert_same_ids(tokenizer: Tokenizer, path: Path) -> None:
-    texts = dict(HARD_TEXTS) | {f"shipped line {n}": line for n, line in enumerate(toys.training_lines()[::40])}
+    texts = HARD_TEXTS | MARKS | {f"shipped line {n}": line for n, line in enumerate(toys.training_lines()[::40])}
     for (what, text), ids in zip(texts.items(), native_ids(path, list(texts.values()), special=True), strict=True):
         expected = tokenizer.encode(text)
         assert ids == expected.ids, (what, expected.tokens, [tokenizer.id_to_token(index) for index in ids])
-
-
-@pytest.mark.parametrize("name", ["llama-bpe", "qwen35"])  # the other kinds: with their models, below
-def test_llama_cpp_cuts_hard_text_like_the_original(name: str, vocabulary: Callable[[str], GgufFile]) -> None:
-    assert_same_ids(own_tokenizer(vocabulary(name)), vocabulary(name).path)
 
 
 @pytest.mark.parametrize("family", toys.CHECKPOINTS)
@@ -209,6 +178,94 @@ def test_special_ids_come_from_the_model_when_the_tokenizer_has_none(folder: Pat
     assert file.get("tokenizer.ggml.padding_token_id") is None
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_settings_rule_over_the_post_processor_as_in_transformers(flag: bool, folder: Path) -> None:
+    toys.change_json(folder / "tokenizer_config.json", bos_token="<|im_start|>", add_bos_token=flag)
+    change_definition(folder, framed("<|endoftext|>"))
+    file = write_vocabulary(folder)
+    assert file.get("tokenizer.ggml.add_bos_token") is flag
+    assert file.get("tokenizer.ggml.bos_token_id") == own_tokenizer(file).token_to_id("<|im_start|>")
+
+
+def framed(*first: str, last: str = "") -> Change:
+    """A post-processor that puts tokens around every text."""
+
+    def change(definition: dict[str, Any]) -> None:
+        ids = {token["content"]: token["id"] for token in definition["added_tokens"]}
+        special = [{"SpecialToken": {"id": text, "type_id": 0}} for text in (*first, last) if text]
+        definition["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [*special[: len(first)], {"Sequence": {"id": "A", "type_id": 0}}, *special[len(first) :]],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {
+                text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in (*first, last) if text
+            },
+        }
+
+    return change
+
+
+def test_token_behind_every_text_is_the_one_that_ends_it(folder: Path) -> None:
+    change_definition(folder, framed("<|im_start|>", last="<|endoftext|>"))
+    file = write_vocabulary(folder)
+    assert native_ids(file.path, ["hello"], special=True) == [own_tokenizer(file).encode("hello").ids]
+    assert file.get("tokenizer.ggml.add_eos_token") and file.get("tokenizer.ggml.add_bos_token")
+    assert file.get(DIFFERENCES_KEY) is None
+
+
+def test_two_tokens_before_every_text_are_left_to_the_template_and_told(folder: Path) -> None:
+    change_definition(folder, framed("<|im_start|>", "<|im_end|>"))
+    file = write_vocabulary(folder)
+    assert not file.get("tokenizer.ggml.add_bos_token")
+    (told,) = file.get(DIFFERENCES_KEY)
+    assert "'<|im_start|>', '<|im_end|>' before every text" in told
+
+
+def test_tokens_that_end_an_answer_and_have_no_place_are_told(folder: Path) -> None:
+    toys.change_json(folder / "tokenizer_config.json", eos_token=...)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6, 7, 8], "suppress_tokens": [9, 99999]}')
+    file = write_vocabulary(folder)
+    texts = file.get("tokenizer.ggml.tokens")
+    ids = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    assert ids == [5, 6, 7]
+    assert file.get("tokenizer.ggml.suppress_tokens").tolist() == [9]
+    assert file.get(DIFFERENCES_KEY) == [f"llama.cpp does not end an answer at {texts[8]!r}"]
+
+
+def test_no_end_of_text_is_told(folder: Path) -> None:
+    toys.change_json(folder / "tokenizer_config.json", eos_token=...)
+    assert "no token is known to end a text" in write_vocabulary(folder).get(DIFFERENCES_KEY)[0]
+
+
+def test_added_tokens_without_an_embedding_are_left_out_and_told(folder: Path) -> None:
+    token = {"id": toys.VOCABULARY, "content": "<extra>", "special": True}
+    change_definition(folder, lambda definition: definition["added_tokens"].append({**NO_FLAGS, **token}))
+    file = write_vocabulary(folder)
+    assert "<extra>" not in file.get("tokenizer.ggml.tokens")
+    assert file.get(DIFFERENCES_KEY) == [
+        f"added tokens beyond the {toys.VOCABULARY} embeddings are left out: '<extra>'"
+    ]
+
+
+NO_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def test_white_space_that_tokens_swallow_is_told(folder: Path) -> None:
+    change_definition(folder, set_path("added_tokens", 2, "rstrip", value=True))
+    (told,) = write_vocabulary(folder).get(DIFFERENCES_KEY)
+    assert "drops white space beside '<|im_end|>'" in told
+
+
+def test_holes_get_a_text_that_no_token_has(folder: Path) -> None:
+    """llama.cpp aborts when two ids have one text."""
+    last = toys.VOCABULARY - 1
+    change_definition(folder, set_path("model", "vocab", f"[UNUSED{last}]", value=last - 3))
+    file = write_vocabulary(folder)
+    texts = file.get("tokenizer.ggml.tokens")
+    assert texts[last] == f"[[UNUSED{last}]]" and texts[last - 3] == f"[UNUSED{last}]"
+    assert native_ids(file.path, ["a"], special=True) == [own_tokenizer(file).encode("a").ids]
+
+
 def test_merges_may_be_texts_or_pairs(folder: Path) -> None:
     pairs = write_vocabulary(folder).get("tokenizer.ggml.merges")
 
@@ -236,7 +293,7 @@ UNSUPPORTED: dict[str, tuple[Change, str]] = {
     "a split at a text": (set_path(*SPLIT, "pattern", value={"String": " "}), "unknown pre-tokenizer rules"),
     "splits that are removed": (set_path(*SPLIT, "behavior", value="Removed"), "splits that are Removed"),
     "the pattern turned round": (set_path(*SPLIT, "invert", value=True), "splits that are Isolated"),
-    "a step of digits": (set_path(*SPLIT, value={"type": "Digits", "individual_digits": True}), "step Digits"),
+    "a step of digits": (set_path(*SPLIT, value={"type": "Digits", "individual_digits": True}), "unknown pre-token"),
     "no step at all": (set_path("pre_tokenizer", value=None), "step None"),
     "both patterns": (set_path("pre_tokenizer", "pretokenizers", 1, "use_regex", value=True), "unknown pre-token"),
     "a space in front": (
@@ -244,7 +301,11 @@ UNSUPPORTED: dict[str, tuple[Change, str]] = {
         "adds a space",
     ),
     "lower case": (set_path("normalizer", value={"type": "Lowercase"}), "no normalizer Lowercase"),
-    "words before merges": (set_path("model", "ignore_merges", value=True), "words before merges"),
+    "nothing but letters": (set_path("pre_tokenizer", "pretokenizers", value=[]), "not end in bytes"),
+    "compatible characters": (
+        set_path("normalizer", value={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}),
+        "no normalizer NFKC",
+    ),
     "dropout": (set_path("model", "dropout", value=0.1), "no BPE with dropout"),
     "suffixes of words": (set_path("model", "end_of_word_suffix", value="</w>"), "no BPE with end_of_word_suffix"),
     "another algorithm": (set_path("model", "type", value="Unigram"), "Unigram tokenizers are not supported"),
@@ -267,6 +328,26 @@ def test_unknown_pattern_says_where_patterns_live(folder: Path) -> None:
     assert "PRE_TOKENIZERS" in refusal.value.hint
 
 
+# A token that merges do not make: its letters are merged into other tokens first.
+def without_merge(definition: dict[str, Any]) -> None:
+    model = definition["model"]
+    text = max(model["vocab"], key=len)
+    model["merges"] = [merge for merge in model["merges"] if "".join(merge) != text]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_words_taken_before_merges_matter_only_where_merges_do_not_make_them(whole: bool, folder: Path) -> None:
+    change_definition(folder, set_path("model", "ignore_merges", value=True))
+    if not whole:
+        change_definition(folder, without_merge)
+    file = write_vocabulary(folder)
+    told = file.get(DIFFERENCES_KEY, [])
+    assert told == [] if whole else "1 tokens are not what merges make" in told[0]
+    word = max(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"], key=len)
+    text = word.replace("\u0120", " ")
+    assert (native_ids(file.path, [text], special=False)[0] == own_tokenizer(file).encode(text).ids) == whole
+
+
 def test_composed_accents_are_what_qwen_asks_for(folder: Path) -> None:
     change_definition(folder, set_path("normalizer", value={"type": "NFC"}))
     file = write_vocabulary(folder)
@@ -285,6 +366,15 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "merges that are numbers": (set_path("model", "merges", value=[1, 2]), "not a tokenizer definition"),
     "merges of unknown tokens": (set_path("model", "merges", 0, value=["日", "本"]), "not a tokenizer definition"),
     "added tokens without an id": (set_path("added_tokens", 0, value={"content": "x"}), "not a tokenizer definition"),
+    "a special token under two ids": (
+        set_path("added_tokens", 1, "content", value="<|im_end|>"),
+        "not a tokenizer definition|one added token under two ids",
+    ),
+    "an added token with the text of another": (
+        set_path("added_tokens", 1, "content", value="e"),
+        "the token 'e' as id|not a tokenizer definition",
+    ),
+    "a negative id": (set_path("model", "vocab", "zzz", value=-1), "token id -1|not a tokenizer definition"),
     "half a character": (set_path("model", "vocab", "\ud83d", value=5), "not a tokenizer definition"),
     "an unknown post-processor": (set_path("post_processor", value={"type": "X"}), "not a tokenizer definition"),
 }

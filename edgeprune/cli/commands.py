@@ -185,6 +185,8 @@ def convert(checkpoint: Path, output: Path, base: str) -> None:
     from edgeprune.cli.console import Console
     from edgeprune.measure import child
     from edgeprune.model.convert import check_output
+    from edgeprune.model.gguf import GgufFile
+    from edgeprune.model.tokenizer import DIFFERENCES_KEY
     from edgeprune.stages.source import DEMO
 
     if str(checkpoint) == "demo":
@@ -192,12 +194,15 @@ def convert(checkpoint: Path, output: Path, base: str) -> None:
     if not checkpoint.is_dir():
         raise UsageError(f"no checkpoint folder {checkpoint}", hint="give a folder, or `demo`")
     check_output(checkpoint, output)
-    with Console().progress("convert") as progress:
+    console = Console()
+    with console.progress("convert") as progress:
         child.call(
             "edgeprune.model.convert:convert_task",
             {"folder": str(checkpoint.resolve()), "output": str(output.resolve()), "base": base},
             progress,
         )
+    for line in GgufFile(output).get(DIFFERENCES_KEY, []):
+        console.say(f"tokenizer: {line}")
     click.echo(str(output))
 
 

@@ -20,6 +20,7 @@ from edgeprune.model.checkpoint import open_checkpoint
 from edgeprune.model.convert import SOURCE_KEY
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
+from edgeprune.model.tokenizer import DIFFERENCES_KEY
 from edgeprune.rundir import RunFolder, changed_fields
 from edgeprune.settings import Listener, Settings
 
@@ -69,6 +70,8 @@ class SourceStages:
                 {"folder": str(checkpoint.resolve()), "output": str(output), "name": self._name(checkpoint)},
                 progress,
             )
+        for line in GgufFile(output).get(DIFFERENCES_KEY, []):
+            self.listener.say(f"tokenizer: {line}")
         return output
 
     def _name(self, checkpoint: Path) -> str:
