@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.device.profile import find_profile, known_profiles
-from edgeprune.errors import Unsupported, UsageError
-from edgeprune.model import ggml
+from edgeprune.errors import Unsupported
+from edgeprune.model import ggml, hub
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Tensor, read_architecture
 from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint
 from edgeprune.model.convert import OUTPUT, lookup
 from edgeprune.model.converter import Converter, converter_for
+from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
+from edgeprune.model.headers import Header
+from edgeprune.model.location import HubName, located
+from edgeprune.model.remote import Budget, remote_checkpoint, remote_header
+from edgeprune.model.selection import chosen_gguf, has_checkpoint
 from edgeprune.units import format_bytes
 
 _NAMED_ROLES = {
@@ -95,18 +100,45 @@ def _fits(architecture: Architecture) -> list[Fit]:
 
 
 def inspect_model(model: str) -> Inspection:
-    """What the GGUF file or checkpoint folder ``model`` is.
+    """What ``model`` is: ``demo``, a GGUF file, a checkpoint folder, or one of these on the Hub, of which only the
+    headers are fetched.
 
     Raises:
         UsageError: nothing there.
         Unsupported: a dense model, or a checkpoint without converter.
+        EdgepruneError: the Hub cannot be read from.
     """
-    path = Path(__file__).resolve().parent / "demo" if model == "demo" else Path(model)
-    if path.is_dir():
-        return _inspect_checkpoint(path)
-    if not path.is_file():
-        raise UsageError(f"no model at {model}", hint="give `demo`, a checkpoint folder or a GGUF file")
-    architecture = read_architecture(GgufFile(path))
+    place = Path(__file__).resolve().parent / "demo" if model == "demo" else located(model)
+    if isinstance(place, HubName):
+        if not hub.is_offline():
+            return _inspect_remote(place)
+        place = fetch(place, lambda done, total: None, lambda text: None)
+    if place.is_dir():
+        checkpoint = open_checkpoint(place)
+        total = sum((place / shard).stat().st_size for shard in set(checkpoint.shard_of.values()))
+        return _inspect_checkpoint(checkpoint, total)
+    return _inspect_gguf(GgufFile(place))
+
+
+def _inspect_remote(name: HubName) -> Inspection:
+    listing, budget = hub.list_files(name), Budget()
+    if name.wanted or not has_checkpoint(listing):
+        model = chosen_gguf(listing)
+        header = remote_header(listing, model, budget)
+        found, whole = _inspect_gguf(header), model.size
+        if len(model.files) > 1:
+            found.facts.append(("files", f"{len(model.files)} parts"))
+    else:
+        checkpoint, whole = remote_checkpoint(listing, budget)
+        found = _inspect_checkpoint(checkpoint, whole)
+    fetched = f"{format_bytes(budget.fetched)} of {format_bytes(whole)} in {budget.requests} requests"
+    found.facts.append(("fetched", fetched))
+    return found
+
+
+def _inspect_gguf(header: Header) -> Inspection:
+    """A GGUF's facts."""
+    architecture = read_architecture(header)
     roles: dict[str, int] = {}
     for tensor in architecture.tensors:
         role = _NAMED_ROLES[tensor.role]
@@ -136,19 +168,17 @@ def inspect_model(model: str) -> Inspection:
     )
 
 
-def _inspect_checkpoint(path: Path) -> Inspection:
-    """A checkpoint's facts, from the headers of its files."""
-    checkpoint = open_checkpoint(path)
+def _inspect_checkpoint(checkpoint: Checkpoint, total: int) -> Inspection:
+    """A checkpoint's facts, from the headers of its files, which have ``total`` bytes."""
     checkpoint.require_experts()
     model_type = str(checkpoint.config.get("model_type", ""))
     converter = converter_for(model_type)
     architecture = _sketch(checkpoint, converter)
-    total = sum((path / shard).stat().st_size for shard in set(checkpoint.shard_of.values()))
     experts = sum(tensor.nbytes for tensor in architecture.tensors if tensor.is_expert)
     if not experts:
-        raise Unsupported(f"{path} is a dense {model_type} model: it has no experts to choose from")
+        raise Unsupported(f"{checkpoint.folder} is a dense {model_type} model: it has no experts to choose from")
     facts = [
-        ("checkpoint", str(path)),
+        ("checkpoint", str(checkpoint.folder)),
         ("model type", f"{model_type}, becomes {converter.arch}"),
         ("experts", f"{architecture.experts} per layer, {architecture.used} per token"),
         ("parameters", f"{architecture.parameters:,}"),

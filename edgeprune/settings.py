@@ -10,6 +10,8 @@ from typing import Protocol
 
 from edgeprune.device.profile import find_profile
 from edgeprune.errors import UsageError
+from edgeprune.model.location import HubName, located
+from edgeprune.model.parts import first_part, stem
 from edgeprune.units import compact_bytes
 
 Progress = Callable[[int, int], None]
@@ -33,7 +35,8 @@ class Settings:
     """What the user asked for.
 
     Attributes:
-        source: ``demo``, a checkpoint folder or a GGUF file.
+        source: ``demo``, a checkpoint folder, a GGUF file (any part of a split one), or a model on the Hub as
+            ``ORG/NAME[:FILE-or-QUANT][@REVISION]``.
         device: profile name, profile file or ``auto``; None with ``memory_bytes`` or ``file_bytes``.
         memory_bytes: usable memory instead of a device's.
         file_bytes: most bytes of the file.
@@ -111,13 +114,27 @@ class Settings:
     @property
     def owner(self) -> str:
         """The model that the run directory belongs to."""
-        return "demo" if self.source == "demo" else str(Path(self.source).resolve())
+        place = self._place
+        return str(place) if isinstance(place, HubName) else "demo" if place is None else str(place.resolve())
 
     @property
     def folder(self) -> Path:
         """The run directory."""
         if self.output is not None:
             return Path(self.output)
-        path = Path(self.source).resolve()
-        name = "demo" if self.source == "demo" else path.stem if path.is_file() else path.name
+        place = self._place
+        if place is None:
+            name = "demo"
+        elif isinstance(place, HubName):
+            name = place.short
+        else:
+            name = stem(place) if place.is_file() else place.resolve().name
         return Path("runs") / f"{name}-{self.target}"
+
+    @property
+    def _place(self) -> Path | HubName | None:
+        """Where the source is; None for the demo model."""
+        if self.source == "demo":
+            return None
+        found = located(self.source)
+        return found if isinstance(found, HubName) else first_part(found)

@@ -201,7 +201,7 @@ MODELS: dict[str, tuple[Callable[[Workshop], Path], str, str]] = {
     "a missing path": (
         lambda shop: shop.folder / "nowhere.gguf",
         "no model at {path}",
-        "give `demo`, a checkpoint folder or a GGUF file",
+        "give `demo`, a checkpoint folder, a GGUF file, or a model on the Hub: ORG/NAME, ORG/NAME:Q4_K_M",
     ),
     "a folder without a model": (
         lambda shop: shop.folder,

@@ -16,13 +16,6 @@ from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.measure import child
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import (
-    ARRAY,
-    F32,
-    I8,
-    STRING,
-    U8,
-    U16,
-    U32,
     Entry,
     GgufFile,
     TensorShape,
@@ -32,6 +25,7 @@ from edgeprune.model.gguf import (
     make_entry,
     replaced,
 )
+from edgeprune.model.headers import ARRAY, F32, I8, STRING, U8, U16, U32
 
 MIB = 1 << 20
 
@@ -128,7 +122,7 @@ HOSTILE: dict[str, tuple[bytes, type[EdgepruneError], str]] = {
     "an unaligned tensor": (gguf([], [tensor(b"t", [9]), tensor(b"u", [8], 0, 36)]), BadFile, "64 is due"),
     "data beyond the end": (gguf([], [tensor(b"t", [1 << 20])]), BadFile, "is truncated"),
     "one byte too few": (gguf([], [tensor(b"t", [8])], 31), BadFile, "is truncated"),
-    "one part of several": (gguf([entry(b"split.count", U16, b"\2\0")]), Unsupported, "one part of a split model"),
+    "one part of several": (gguf([entry(b"split.count", U16, b"\2\0")]), BadFile, "which its name does not say"),
 }
 
 
@@ -149,14 +143,6 @@ def test_files_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.gguf", tmp_path):
         with pytest.raises(BadFile, match="cannot read"):
             GgufFile(path)
-
-
-def test_split_model_refusal_says_how_to_join_it(tmp_path: Path) -> None:
-    path = tmp_path / "model-00001-of-00002.gguf"
-    path.write_bytes(HOSTILE["one part of several"][0])
-    with pytest.raises(Unsupported) as refusal:
-        GgufFile(path)
-    assert "llama-gguf-split --merge" in refusal.value.hint
 
 
 @pytest.mark.parametrize(

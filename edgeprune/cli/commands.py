@@ -128,7 +128,8 @@ def _print(value: Any, lines: list[str], as_json: bool) -> None:
 def fit(source: str, **options: Any) -> None:
     """Do everything: measure SOURCE, decide, build the GGUF, prove it, write the report.
 
-    SOURCE is 'demo', a folder with a Hugging Face checkpoint, or a GGUF file of any MoE model.
+    SOURCE is 'demo', a folder with a Hugging Face checkpoint, a GGUF file of any MoE model (any part of a split
+    one), or one of these on the Hub: ORG/NAME, ORG/NAME:FILE, ORG/NAME:Q4_K_M, with @REVISION if need be.
 
     \b
     edgeprune fit demo --device auto
@@ -146,10 +147,11 @@ def fit(source: str, **options: Any) -> None:
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def inspect(model: str, as_json: bool) -> None:
-    """What MODEL is, what its parts weigh, and which profiles it fits. Reads headers only.
+    """What MODEL is, what its parts weigh, and which profiles it fits. Reads headers only, also over the network.
 
     \b
     edgeprune inspect model.gguf
+    edgeprune inspect ORG/NAME:Q4_K_M
     """
     from edgeprune.cli import show
     from edgeprune.inspection import inspect_model
@@ -177,29 +179,27 @@ def profiles(name: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--type", "base", type=click.Choice(["auto", "f32", "f16", "bf16"]), default="auto", show_default=True)
-def convert(checkpoint: Path, output: Path, base: str) -> None:
-    """Convert a Hugging Face CHECKPOINT folder, or 'demo', to the GGUF file OUTPUT."""
+def convert(checkpoint: str, output: Path, base: str) -> None:
+    """Convert a Hugging Face CHECKPOINT, a folder, ORG/NAME on the Hub, or 'demo', to the GGUF file OUTPUT."""
     from edgeprune.cli.console import Console
     from edgeprune.measure import child
     from edgeprune.model.convert import check_output
     from edgeprune.model.gguf import GgufFile
     from edgeprune.model.tokenizer import DIFFERENCES_KEY
-    from edgeprune.stages.source import DEMO
+    from edgeprune.stages.source import found_at, hub_short_name
 
-    if str(checkpoint) == "demo":
-        checkpoint = DEMO
-    if not checkpoint.is_dir():
-        raise UsageError(f"no checkpoint folder {checkpoint}", hint="give a folder, or `demo`")
-    check_output(checkpoint, output)
     console = Console()
+    folder = found_at(checkpoint, console)
+    if not folder.is_dir():
+        raise UsageError(f"no checkpoint folder {checkpoint}", hint="give a folder, ORG/NAME on the Hub, or `demo`")
+    check_output(folder, output)
+    arguments = {"folder": str(folder.resolve()), "output": str(output.resolve()), "base": base}
     with console.progress("convert") as progress:
         child.call(
-            "edgeprune.model.convert:convert_task",
-            {"folder": str(checkpoint.resolve()), "output": str(output.resolve()), "base": base},
-            progress,
+            "edgeprune.model.convert:convert_task", {**arguments, "name": hub_short_name(checkpoint)}, progress
         )
     for line in GgufFile(output).get(DIFFERENCES_KEY, []):
         console.say(f"tokenizer: {line}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgeprune.errors import BadFile, Unsupported
-from edgeprune.model.gguf import GgufFile, TensorInfo
+from edgeprune.model.headers import Header, TensorInfo
+from edgeprune.model.parts import stem
 
 # Weights that every llama.cpp backend multiplies with in any type. Everything else (norms, routers,
 # convolutions, state-space vectors, lookup tables) keeps the type it has.
@@ -203,7 +203,7 @@ def _printable(name: Any) -> str:
     return "".join(c for c in name if c.isprintable())[:120].strip() if isinstance(name, str) else ""
 
 
-def _scalar(file: GgufFile, key: str, default: int) -> int:
+def _scalar(file: Header, key: str, default: int) -> int:
     """A metadata number that may be a per-layer array; the first layer counts (facts of llama.cpp)."""
     value = file.get(key, default)
     try:
@@ -212,7 +212,7 @@ def _scalar(file: GgufFile, key: str, default: int) -> int:
         raise BadFile(f"{file.path}: metadata {key} is not a number") from None
 
 
-def _obstacle(file: GgufFile, arch: str, tensors: tuple[Tensor, ...]) -> str:
+def _obstacle(file: Header, arch: str, tensors: tuple[Tensor, ...]) -> str:
     """Why dropping experts would be unsafe for this file, or ""."""
     names = {tensor.name for tensor in tensors}
     if any("chexps" in name for name in names):
@@ -226,7 +226,7 @@ def _obstacle(file: GgufFile, arch: str, tensors: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def read_architecture(file: GgufFile) -> Architecture:
+def read_architecture(file: Header) -> Architecture:
     """The architecture that the header of ``file`` describes.
 
     Raises:
@@ -242,7 +242,7 @@ def read_architecture(file: GgufFile) -> Architecture:
     expert_tensors = [tensor for tensor in tensors if tensor.is_expert]
     if experts == 0 or not expert_tensors:
         raise Unsupported(
-            f"{Path(file.path).name} is a dense {arch} model: it has no experts to choose from",
+            f"{file.path.name} is a dense {arch} model: it has no experts to choose from",
             hint="use llama-quantize for dense models",
         )
     used = _scalar(file, f"{arch}.expert_used_count", 0)
@@ -260,7 +260,7 @@ def read_architecture(file: GgufFile) -> Architecture:
     down = next((t for t in expert_tensors if t.role == "expert_down"), expert_tensors[0])
     embedding = next((t for t in tensors if t.role == "embedding"), None)
     return Architecture(
-        name=_printable(file.get("general.name")) or Path(file.path).stem,
+        name=_printable(file.get("general.name")) or stem(file.path),
         arch=arch,
         layers=layers,
         experts=experts,

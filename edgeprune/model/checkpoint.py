@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import re
 import struct
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.files import read_json
 from edgeprune.model.content import content_digest
+from edgeprune.model.headers import Readable
 
 if TYPE_CHECKING:
     import torch
@@ -130,27 +132,41 @@ def _open_shard(path: Path) -> Any:
 
 def _shard_tensors(path: Path) -> dict[str, Stored]:
     """The tensors in one safetensors file, after checking that the file is as long as it says."""
-    size = path.stat().st_size
     with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 0 < length <= min(LARGEST_HEADER, size - 8):
-            raise BadFile(
-                f"{path} is not a safetensors file, or is truncated ({size:,} bytes)",
-                hint="download this file again",
-            )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            described = {name: _described(entry) for name, entry in header.items()}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise BadFile(
-                f"{path} has a corrupt header: {str(error)[:100]!r}", hint="download this file again"
-            ) from error
+        if path.stat().st_size == 0:  # which cannot be mapped
+            return shard_header(b"", str(path))
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return shard_header(data, str(path))
+
+
+def shard_header(data: Readable, where: str) -> dict[str, Stored]:
+    """The tensors that the safetensors file ``data`` describes, after checking that it is as long as it says.
+
+    Args:
+        where: what it is called in messages.
+
+    Raises:
+        BadFile: no safetensors file, truncated, or corrupt.
+    """
+    size, prefix = len(data), data[:8]
+    length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+    if not 0 < length <= min(LARGEST_HEADER, size - 8):
+        raise BadFile(
+            f"{where} is not a safetensors file, or is truncated ({size:,} bytes)",
+            hint="download this file again",
+        )
+    try:
+        header = json.loads(data[8 : 8 + length])
+        header.pop("__metadata__", None)
+        described = {name: _described(entry) for name, entry in header.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BadFile(
+            f"{where} has a corrupt header: {str(error)[:100]!r}", hint="download this file again"
+        ) from error
     needed = 8 + length + max((end for _, end in described.values()), default=0)
     if needed > size:
         raise BadFile(
-            f"{path} is truncated: its header describes {needed:,} bytes, the file has {size:,}",
+            f"{where} is truncated: its header describes {needed:,} bytes, the file has {size:,}",
             hint="the download was cut off; get this file again",
         )
     return {name: stored for name, (stored, _) in described.items()}
@@ -188,9 +204,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds no config.json; it is no Hugging Face checkpoint",
             hint="give a folder as save_pretrained writes it, or a GGUF file",
         )
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise BadFile(f"{folder / 'config.json'} is not a table")
+    config = parsed_config((folder / "config.json").read_bytes(), str(folder / "config.json"))
     shards = _shards(folder)
     shard_of: dict[str, str] = {}
     stored: dict[str, Stored] = {}
@@ -205,6 +219,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         stored |= found
         shard_of |= dict.fromkeys(found, shard)
     return Checkpoint(folder, config, shard_of, stored)
+
+
+def parsed_config(content: bytes, where: str) -> dict[str, Any]:
+    """The configuration of a checkpoint.
+
+    Raises:
+        BadFile: it is no JSON, or no table.
+    """
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"cannot read {where}: {str(error)[:100]}") from error
+    if not isinstance(config, dict):
+        raise BadFile(f"{where} is not a table")
+    return config
 
 
 def _require_inside(folder: Path, shard: str) -> None:
@@ -224,20 +253,28 @@ def _require_inside(folder: Path, shard: str) -> None:
         )
 
 
+def weight_files(index: Any, where: str) -> list[str]:
+    """The files that the index of a checkpoint names, all of them in its own folder.
+
+    Raises:
+        BadFile: it is no index, or points outside.
+    """
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadFile(f"{where} has no weight_map")
+    names = sorted(set(map(str, weight_map.values())))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise BadFile(
+            f"{where} points outside its folder: {outside[0]!r}",
+            hint="no honest checkpoint does that; get it from another place",
+        )
+    return names
+
+
 def _shards(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise BadFile(f"{folder / INDEX} has no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise BadFile(
-                f"{folder / INDEX} points outside its folder: {outside[0]!r}",
-                hint="no honest checkpoint does that; get it from another place",
-            )
-        return names
+        return weight_files(read_json(folder / INDEX), str(folder / INDEX))
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from edgeprune.model.architecture import Architecture
 from edgeprune.model.gguf import Entry, GgufFile, TensorShape, file_bytes, header, make_entry, replaced
+from edgeprune.model.parts import PREFIX
 
 # llama.cpp's "file type" (llama.h, enum llama_ftype) for a file that is mostly of one tensor type.
 _FILE_TYPES = {
@@ -62,7 +63,7 @@ def layout(
         make_entry("general.quantization_version", "u32", 2),
         *records,
     ]
-    entries = dict(file.entries)
+    entries = {key: entry for key, entry in file.entries.items() if not key.startswith(PREFIX)}
     if kept != architecture.experts:
         changes.append(make_entry(f"{architecture.arch}.expert_count", "u32", kept))
         # "30B-A3B" and the like would no longer be true.

@@ -12,19 +12,44 @@ from typing import Any
 from edgeprune.device.budget import Budget, make_budget
 from edgeprune.device.probe import this_machine
 from edgeprune.device.profile import Profile, find_profile
-from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.errors import EdgepruneError
 from edgeprune.measure import child, memory
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.checkpoint import open_checkpoint
 from edgeprune.model.convert import SOURCE_KEY
+from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
+from edgeprune.model.location import HubName, located
+from edgeprune.model.parts import first_part
 from edgeprune.model.tokenizer import DIFFERENCES_KEY
 from edgeprune.rundir import RunFolder, changed_fields
 from edgeprune.settings import Listener, Settings
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
+
+
+def found_at(source: str, listener: Listener) -> Path:
+    """The checkpoint folder or the GGUF file (its first part) that ``source`` names, downloaded if need be.
+
+    Raises:
+        UsageError: there is none.
+        EdgepruneError: it cannot be downloaded.
+    """
+    if source == "demo":
+        return DEMO
+    found = located(source)
+    if not isinstance(found, HubName):
+        return first_part(found)
+    with listener.progress(f"download {found}") as progress:
+        return fetch(found, progress, listener.say)
+
+
+def hub_short_name(source: str) -> str:
+    """What to call a model of the Hub, whose folder in the cache is called like its commit; "" for others."""
+    found = DEMO if source == "demo" else located(source)
+    return found.short if isinstance(found, HubName) else ""
 
 
 @dataclass
@@ -38,21 +63,20 @@ class SourceStages:
     def __post_init__(self) -> None:
         self.folder = RunFolder(self.settings.folder)
 
+    @cached_property
+    def place(self) -> Path:
+        """The checkpoint folder or the GGUF file (its first part) that was named, downloaded if need be."""
+        return found_at(self.settings.source, self.listener)
+
     @property
     def checkpoint(self) -> Path | None:
         """The Hugging Face checkpoint that the source is, or None."""
-        path = DEMO if self.settings.source == "demo" else Path(self.settings.source)
-        return path if path.is_dir() else None
+        return self.place if self.place.is_dir() else None
 
     @cached_property
     def source(self) -> Path:
         """The source as a GGUF: the file itself, or the converted checkpoint."""
-        if self.checkpoint is not None:
-            return self._converted(self.checkpoint)
-        path = Path(self.settings.source)
-        if not path.is_file():
-            raise UsageError(f"no model at {path}", hint="give `demo`, a checkpoint folder or a GGUF file")
-        return path
+        return self.place if self.checkpoint is None else self._converted(self.checkpoint)
 
     def _converted(self, checkpoint: Path) -> Path:
         output = self.folder.source
@@ -75,7 +99,9 @@ class SourceStages:
         return output
 
     def _name(self, checkpoint: Path) -> str:
-        return "edgeprune-demo" if checkpoint == DEMO else checkpoint.resolve().name
+        if checkpoint == DEMO:
+            return "edgeprune-demo"
+        return hub_short_name(self.settings.source) or checkpoint.resolve().name
 
     def _changed(self, what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         for line in changed_fields(old, new):

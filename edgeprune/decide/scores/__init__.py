@@ -84,7 +84,7 @@ SCORES: dict[str, Method] = {
     "gemq": Method(gemq.score, differentiates=True),
     "random": Method(random.score, draws=True),
 }
-# Methods that replay a layer from kept tokens instead of scoring its sums (``decide.replaying``); the last is for sets
-# that are healed afterwards (``decide.healable``).
+# Methods that replay a layer from kept tokens instead of scoring its sums, see ``decide.replaying``; the last is for
+# sets that are healed afterwards, see ``decide.healable``.
 REPLAY, NAEE, HEALABLE = "replay", "naee", "healable"
 METHODS = (REPLAY, NAEE, HEALABLE, *SCORES)

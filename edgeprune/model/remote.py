@@ -1,0 +1,179 @@
+"""Headers of files on the Hub: a few hundred kilobytes of a model of any size, fetched by range requests.
+
+The data of tensors is never asked for. A hostile header, which may claim anything, costs at most ``Budget``.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from edgeprune.errors import BadFile
+from edgeprune.model import hub
+from edgeprune.model.checkpoint import INDEX, Checkpoint, Stored, parsed_config, shard_header
+from edgeprune.model.headers import Header, read_header
+from edgeprune.model.hub import HubFile, Listing, Unreachable
+from edgeprune.model.parts import joined, names_of_parts
+from edgeprune.model.selection import CONFIG, Gguf, weights_of
+from edgeprune.units import format_bytes
+
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+# Of one request; a header that goes on is fetched in ever larger steps.
+_FIRST_STEP, _LARGEST_STEP = 1 << 16, 4 << 20
+# Of all headers of a model. The largest that are known, vocabularies of 260,000 tokens, take 16 MiB.
+MOST_BYTES = 96 << 20
+
+
+@dataclass
+class Budget:
+    """What has been fetched of a model, and the most that may be.
+
+    Attributes:
+        fetched: bytes of bodies.
+        requests: how many it took.
+        most: bytes.
+    """
+
+    most: int = field(default_factory=lambda: MOST_BYTES)
+    fetched: int = 0
+    requests: int = 0
+
+    def take(self, count: int, what: str) -> None:
+        """Ask for ``count`` bytes more.
+
+        Raises:
+            BadFile: too many.
+        """
+        if self.fetched + count > self.most:
+            raise BadFile(
+                f"{what}: its header goes on beyond {format_bytes(self.most)}, which no honest one does",
+                hint="download it and look at it here, if you trust it",
+            )
+        self.fetched += count
+        self.requests += 1
+
+
+@dataclass
+class RemoteBytes:
+    """The bytes of a file on the Hub, fetched when they are looked at and then kept.
+
+    Sequential reads are fetched ahead, in steps that double; a jump starts small again.
+    """
+
+    listing: Listing
+    file: HubFile
+    budget: Budget
+    _starts: list[int] = field(default_factory=list)
+    _pieces: list[bytes] = field(default_factory=list)
+    _step: int = _FIRST_STEP
+
+    def __len__(self) -> int:
+        return self.file.size
+
+    def __getitem__(self, key: slice, /) -> bytes:
+        start, stop, _ = key.indices(self.file.size)
+        found = bytearray()
+        while start < stop:
+            own = self._piece(start, stop)
+            found += own
+            start += len(own)
+        return bytes(found)
+
+    def _piece(self, start: int, stop: int) -> bytes:
+        """Some of the bytes from ``start``, at most up to ``stop``."""
+        index = bisect_right(self._starts, start) - 1
+        if index >= 0 and start < self._starts[index] + len(self._pieces[index]):
+            begin = self._starts[index]
+            return self._pieces[index][start - begin : stop - begin]
+        follows = index >= 0 and start == self._starts[index] + len(self._pieces[index])
+        self._step = min(2 * self._step, _LARGEST_STEP) if follows else _FIRST_STEP
+        end = min(max(stop, start + self._step), self.file.size)
+        if index + 1 < len(self._starts):
+            end = min(end, self._starts[index + 1])
+        self._starts.insert(index + 1, start)
+        self._pieces.insert(index + 1, self._fetch(start, end))
+        return self._piece(start, stop)
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        """The bytes from ``start`` to before ``end``, and not one more, whatever the server wants to send."""
+        from huggingface_hub import get_session, hf_raise_for_status
+
+        what = f"{self.listing.name.repo}/{self.file.path}"
+        self.budget.take(end - start, what)
+        url = hub.address(self.listing, self.file.path)
+        headers = hub.request_headers(Range=f"bytes={start}-{end - 1}")
+        body = bytearray()
+        with (
+            hub.explained(self.listing.name, self.file.path),
+            get_session().stream("GET", url, headers=headers, timeout=hub.SECONDS_TO_ANSWER) as answer,
+        ):
+            hf_raise_for_status(answer)
+            if answer.status_code != 206 and (start, end) != (0, self.file.size):
+                raise BadFile(
+                    f"the server of {what} sends files only as a whole (HTTP {answer.status_code} to a request for "
+                    f"bytes from {start:,})",
+                    hint="try another HF_ENDPOINT, or download it",
+                )
+            for chunk in answer.iter_bytes():
+                body += chunk
+                if len(body) >= end - start:
+                    break
+        if len(body) < end - start:
+            raise Unreachable(f"the server sent {len(body):,} of {end - start:,} bytes of {what}")
+        return bytes(body[: end - start])
+
+
+def remote_header(listing: Listing, model: Gguf, budget: Budget) -> Header:
+    """The header of a GGUF model on the Hub, of all its parts.
+
+    Raises:
+        BadFile: not a GGUF, hostile, or parts that are not of one model.
+        Unsupported: GGUF version 1.
+        EdgepruneError: the Hub cannot be read from.
+    """
+    headers = [_header(listing, file, budget) for file in model.files]
+    names = [PurePosixPath(file.path).name for file in model.files]
+    if names_of_parts(names[0], headers[0]) != names:
+        raise BadFile(f"{headers[0].path}: its metadata speak of other parts than there are ({len(names)})")
+    return joined(headers)
+
+
+def _header(listing: Listing, file: HubFile, budget: Budget) -> Header:
+    data = RemoteBytes(listing, file, budget)
+    return read_header(data, Path(f"{listing.name.repo}/{file.path}"), skim=True)
+
+
+def _weights(listing: Listing, budget: Budget) -> list[HubFile]:
+    """The files of weights, from their names alone where these are numbered as save_pretrained does: the index of a
+    large model is larger than all its headers."""
+    if INDEX not in listing.files:
+        return weights_of(listing, None)
+    shards = {path: match for path in listing.files if (match := _SHARD.fullmatch(path))}
+    counts = {int(match[2]) for match in shards.values()}
+    if len(counts) == 1 and len(shards) == counts.pop():
+        return [listing.files[path] for path in sorted(shards)]
+    return weights_of(listing, RemoteBytes(listing, listing.files[INDEX], budget)[:])
+
+
+def remote_checkpoint(listing: Listing, budget: Budget) -> tuple[Checkpoint, int]:
+    """A checkpoint on the Hub as far as its configuration and the headers of its weights tell, and the bytes of its
+    weights.
+
+    Raises:
+        BadFile: something is corrupt or missing.
+        Unsupported: weights only as pickles.
+        EdgepruneError: the Hub cannot be read from.
+    """
+    repo = listing.name.repo
+    whole = RemoteBytes(listing, listing.files[CONFIG], budget)
+    config = parsed_config(whole[:], f"{repo}/{CONFIG}")
+    shard_of: dict[str, str] = {}
+    stored: dict[str, Stored] = {}
+    files = _weights(listing, budget)
+    for file in files:
+        found = shard_header(RemoteBytes(listing, file, budget), f"{repo}/{file.path}")
+        stored |= found
+        shard_of |= dict.fromkeys(found, file.path)
+    return Checkpoint(Path(repo), config, shard_of, stored), sum(file.size for file in files)

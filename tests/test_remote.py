@@ -1,0 +1,173 @@
+"""Models on the Hub looked at through their headers alone: the same answers, and few bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import hub_files
+import pytest
+import toys
+from runs import run_edgeprune
+
+from edgeprune.errors import BadFile, EdgepruneError, Unsupported
+from edgeprune.inspection import Inspection, inspect_model
+from edgeprune.model import remote
+from edgeprune.model.gguf import GgufFile, TensorShape, header, make_entry
+
+pytest_plugins = ("hub_fixtures",)
+
+REPO = "maker/toy"
+KIB, GIB = 1 << 10, 1 << 30
+
+
+def without_fetched(found: Inspection) -> list[tuple[str, str]]:
+    return [fact for fact in found.facts if fact[0] not in ("fetched", "checkpoint")]
+
+
+def test_gguf_on_the_hub_gets_the_answers_of_a_local_one(hub: hub_files.Hub, synthetic: toys.Maker) -> None:
+    for arch in ("qwen3moe", "deepseek2", "gpt-oss"):
+        hub.add(REPO, {f"{arch}.gguf": synthetic(arch)})
+        here, there = inspect_model(str(synthetic(arch))), inspect_model(REPO)
+        assert without_fetched(there) == here.facts
+        assert (there.roles, there.fits, there.nbytes) == (here.roles, here.fits, here.nbytes)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_checkpoint_on_the_hub_gets_the_answers_of_a_local_one(
+    family: str, hub: hub_files.Hub, toy_checkpoint: toys.Maker
+) -> None:
+    hub.add_folder(REPO, toy_checkpoint(family))
+    here, there = inspect_model(str(toy_checkpoint(family))), inspect_model(REPO)
+    assert without_fetched(there) == [fact for fact in here.facts if fact[0] != "checkpoint"]
+    assert (there.roles, there.fits, there.nbytes) == (here.roles, here.fits, here.nbytes)
+    assert not any(request.path.endswith("tokenizer.json") for request in hub.requests)
+
+
+def sparse_gguf(path: Path, *, layers: int = 48, experts: int = 128) -> Path:
+    """The header of a model of Qwen3-30B-A3B's shape in BF16, and a hole instead of 57 GiB of weights."""
+    shapes = {"token_embd.weight": (2048, 151_936)}
+    for layer in range(layers):
+        own = {"attn_q": (2048, 4096), "attn_k": (2048, 512), "attn_v": (2048, 512), "attn_output": (4096, 2048)}
+        own |= {f"ffn_{part}_exps": (2048, 768, experts) for part in ("gate", "up")}
+        own |= {"ffn_down_exps": (768, 2048, experts), "ffn_gate_inp": (2048, experts)}
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in own.items()}
+    numbers = {"block_count": layers, "expert_count": experts, "expert_used_count": 8, "embedding_length": 2048}
+    entries = [make_entry("general.architecture", "str", "qwen3moe")]
+    entries += [make_entry(f"qwen3moe.{key}", "u32", value) for key, value in numbers.items()]
+    tensors = [TensorShape(name, shape, "BF16") for name, shape in shapes.items()]
+    with path.open("wb") as stream:
+        stream.write(header(entries, tensors, 32))
+        stream.truncate(stream.tell() + sum(tensor.nbytes for tensor in tensors))
+    return path
+
+
+def test_model_of_57_gib_costs_a_few_hundred_kilobytes(hub: hub_files.Hub, tmp_path: Path) -> None:
+    path = sparse_gguf(tmp_path / "large.gguf")
+    assert path.stat().st_size > 56 * GIB
+    hub.add(REPO, {"large.gguf": hub_files.stored(path, "d" * 64)})
+    found = inspect_model(REPO)
+    assert hub.sent < 300 * KIB
+    assert dict(found.facts)["experts"] == "128 per layer, 8 per token"
+    assert dict(found.facts)["fetched"].endswith("requests")
+    assert found.nbytes == sum(info.nbytes for info in GgufFile(path).tensors.values())
+
+
+HOSTILE = {
+    "2^60 tensors": (struct.pack("<IQQ", 3, 1 << 60, 0), "claims"),
+    "10^9 tensors": (struct.pack("<IQQ", 3, 10**9, 0), "empty or overlong tensor name"),
+    "a key of 1 GiB": (struct.pack("<IQQQ", 3, 0, 1, 1 << 30), "goes on beyond"),
+    "2^30 texts in an array": (
+        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 30),
+        "goes on beyond",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_header_does_not_make_us_download_without_limit(
+    case: str, hub: hub_files.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "MOST_BYTES", 2 << 20)
+    content, cause = HOSTILE[case]
+    path = tmp_path / "hostile.gguf"
+    with path.open("wb") as stream:
+        stream.write(b"GGUF" + content)
+        stream.truncate(60 * GIB)
+    hub.add(REPO, {"hostile.gguf": hub_files.stored(path, "d" * 64)})
+    with pytest.raises(BadFile, match=cause) as refusal:
+        inspect_model(REPO)
+    assert hub.sent < (2 << 20) + 64 * KIB
+    assert "\n" not in refusal.value.cause
+
+
+def test_hostile_safetensors_header_does_not_make_us_download_without_limit(
+    hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "MOST_BYTES", 2 << 20)
+    repository = hub.add_folder(REPO, toy_checkpoint("qwen3_moe"))
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", 90_000_000))
+        stream.truncate(60 * GIB)
+    repository.files["model.safetensors"] = hub_files.stored(path, "d" * 64)
+    with pytest.raises(BadFile, match="goes on beyond"):
+        inspect_model(REPO)
+    assert hub.sent < (2 << 20) + 64 * KIB
+
+
+def test_server_that_ignores_ranges_is_not_read_to_the_end(hub: hub_files.Hub, tmp_path: Path) -> None:
+    hub.add(REPO, {"large.gguf": hub_files.stored(sparse_gguf(tmp_path / "large.gguf"), "d" * 64)})
+    hub.ignores_ranges = True
+    with pytest.raises(BadFile, match="sends files only as a whole"):
+        inspect_model(REPO)
+    assert hub.sent < 32 << 20  # what the sockets hold
+
+
+def test_cut_connection_while_looking_is_told(hub: hub_files.Hub, synthetic: toys.Maker) -> None:
+    hub.add(REPO, {"a.gguf": synthetic("qwen3moe")})
+    hub.cut_after, hub.cuts = 1000, 1
+    with pytest.raises(EdgepruneError, match="cannot reach the Hub"):
+        inspect_model(REPO)
+
+
+def test_dense_models_are_refused(hub: hub_files.Hub, synthetic: toys.Maker, tmp_path: Path) -> None:
+    hub.add(REPO, {"dense.gguf": synthetic("llama")})
+    with pytest.raises(Unsupported, match="dense llama model"):
+        inspect_model(REPO)
+    hub.add(REPO, {"config.json": json.dumps({"model_type": "llama"}).encode(), "model.safetensors": empty_shard()})
+    with pytest.raises(Unsupported, match="dense llama model"):
+        inspect_model(REPO)
+
+
+def empty_shard() -> bytes:
+    return struct.pack("<Q", 2) + b"{}"
+
+
+def test_many_shards_are_found_without_their_index(
+    hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    folder = toys.qwen3_moe(tmp_path / "sharded", save={"max_shard_size": "2MB"})
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    hub.add_folder(REPO, folder)
+    assert inspect_model(REPO).roles == inspect_model(str(folder)).roles
+    asked = {request.path.split("/")[-1] for request in hub.requests if "/resolve/" in request.path}
+    assert asked == {"config.json", *shards}
+    for number, name in enumerate(shards):  # other names: the index is needed
+        shutil.move(folder / name, folder / f"part{number}.safetensors")
+    index = (folder / "model.safetensors.index.json").read_text()
+    for number, name in enumerate(shards):
+        index = index.replace(name, f"part{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    hub.add_folder(REPO, folder)
+    assert inspect_model(REPO).roles == inspect_model(str(folder)).roles
+
+
+def test_command_inspects_over_the_network(hub: hub_files.Hub, synthetic: toys.Maker) -> None:
+    hub.add(REPO, {"toy-F32.gguf": synthetic("qwen3moe")})
+    done = run_edgeprune("inspect", f"{REPO}:F32", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sum(json.loads(done.stdout)["roles"].values()) == json.loads(done.stdout)["nbytes"]
