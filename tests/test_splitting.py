@@ -16,7 +16,7 @@ from observed import LAUNCH, token_windows
 from edgeprune.errors import EdgepruneError
 from edgeprune.measure.llama import session
 from edgeprune.model.gguf import GgufFile, TensorShape, align, header, make_entry
-from edgeprune.model.splitting import part_name, split
+from edgeprune.model.splitting import part_name, split, split_sizes
 
 LIMIT = 2_300_000
 
@@ -53,6 +53,7 @@ def test_every_part_is_a_sound_file_with_its_number(toy_gguf: toys.Maker, tmp_pa
         assert part.nbytes == part.path.stat().st_size <= LIMIT
         assert part.sha256 == hashlib.sha256(part.path.read_bytes()).hexdigest()
     assert names == list(whole.tensors)
+    assert split_sizes(model, LIMIT) == [part.nbytes for part in parts]
     assert told[-1] == (sum(part.nbytes for part in parts),) * 2
 
 

@@ -14,7 +14,17 @@ from pathlib import Path
 
 from edgeprune.errors import EdgepruneError
 from edgeprune.files import atomic_writer, require_space
-from edgeprune.model.gguf import Entry, GgufFile, TensorInfo, TensorShape, align, file_bytes, header, make_entry, replaced
+from edgeprune.model.gguf import (
+    Entry,
+    GgufFile,
+    TensorInfo,
+    TensorShape,
+    align,
+    file_bytes,
+    header,
+    make_entry,
+    replaced,
+)
 from edgeprune.units import format_bytes
 
 # Parts are numbered with five digits, and llama.cpp keeps the count in 16 bits.
@@ -78,6 +88,30 @@ def _distributed(file: GgufFile, most_bytes: int) -> list[list[TensorInfo]]:
     return parts
 
 
+def _laid_out(file: GgufFile, most_bytes: int) -> list[tuple[bytes, list[TensorInfo], int]]:
+    """Header, tensors and exact size of every part."""
+    distributed = _distributed(file, most_bytes)
+    count = len(distributed)
+    if count > MOST_PARTS:
+        raise EdgepruneError(
+            f"{file.path} would be {count:,} parts; {MOST_PARTS:,} are the most", hint="allow larger parts"
+        )
+    tops = [_header(file, tensors, number, count) for number, tensors in enumerate(distributed)]
+    return [
+        (top, tensors, file_bytes(len(top), _shapes(tensors), file.alignment))
+        for top, tensors in zip(tops, distributed, strict=True)
+    ]
+
+
+def split_sizes(source: Path, most_bytes: int) -> list[int]:
+    """Exact sizes of the files that ``split`` would write.
+
+    Raises:
+        BadFile, EdgepruneError: as ``split``.
+    """
+    return [nbytes for _, _, nbytes in _laid_out(GgufFile(source), most_bytes)]
+
+
 def split(
     source: Path,
     folder: Path,
@@ -96,20 +130,13 @@ def split(
         EdgepruneError: a tensor is larger than a part, there would be too many parts, or the disk has no room.
     """
     file = GgufFile(source)
-    distributed = _distributed(file, most_bytes)
-    count = len(distributed)
-    if count > MOST_PARTS:
-        raise EdgepruneError(f"{source} would be {count:,} parts; {MOST_PARTS:,} are the most", hint="allow larger parts")
-    headers = [_header(file, tensors, number, count) for number, tensors in enumerate(distributed)]
-    sizes = [
-        file_bytes(len(top), _shapes(tensors), file.alignment)
-        for top, tensors in zip(headers, distributed, strict=True)
-    ]
+    laid_out = _laid_out(file, most_bytes)
+    sizes = [nbytes for _, _, nbytes in laid_out]
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, sum(sizes))
     parts, done, total = [], 0, sum(sizes)
-    for number, (top, tensors) in enumerate(zip(headers, distributed, strict=True)):
-        path = folder / part_name(stem, number + 1, count)
+    for number, (top, tensors, nbytes) in enumerate(laid_out):
+        path = folder / part_name(stem, number + 1, len(laid_out))
         hasher = hashlib.sha256()
         with atomic_writer(path) as stream:
             for piece in chain((top,), _data(file, tensors)):
@@ -118,7 +145,7 @@ def split(
                 done += len(piece)
                 if progress is not None:
                     progress(done, total)
-        parts.append(Part(path, sizes[number], hasher.hexdigest()))
+        parts.append(Part(path, nbytes, hasher.hexdigest()))
     return parts
 
 
