@@ -92,6 +92,17 @@ class RunFolder:
     def scratch(self) -> Path:
         return self.path / "scratch"
 
+    def owner(self) -> str:
+        """The model whose run directory it is.
+
+        Raises:
+            UsageError: it is none.
+        """
+        marker = self.path / ".edgeprune"
+        if not marker.is_file():
+            raise UsageError(f"{self.path} is not a run directory", hint="`edgeprune fit` makes one")
+        return marker.read_text(encoding="utf-8").strip()
+
     def claim(self, owner: str) -> None:
         """Mark the folder as the run directory of the model ``owner``, so that nothing of anybody else's is
         overwritten or deleted in it.

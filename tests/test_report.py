@@ -22,7 +22,8 @@ from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.prove.page import render
 from edgeprune.prove.report import Promise, Report, promises
-from edgeprune.share.card import model_card
+from edgeprune.share.card import Sheet, model_card, plain
+from edgeprune.share.origin import Origin
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -115,7 +116,7 @@ def test_the_report_survives_json_and_renders_the_same_page_and_card(case: Case)
     again = Report.from_json(value)
     assert json.loads(to_json(again.to_json())) == value
     assert render(again) == (case.folder / "report.html").read_text(encoding="utf-8")
-    assert model_card(again) == (case.folder / "README.md").read_text(encoding="utf-8")
+    assert model_card([Sheet(again)], Origin()) == (case.folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_report_speaks_of_the_file_beside_it(case: Case) -> None:
@@ -260,7 +261,13 @@ def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
     assert metadata["base_model_relation"] == "quantized"
     assert {"gguf", "mixture-of-experts"} <= set(metadata["tags"])
     report = case.report
-    for wanted in (f"# {report.title}", report.verdict, report.launch_line, report.build["sha256"], *report.folded):
+    for wanted in (
+        f"# {report.title}",
+        plain(report.verdict),
+        report.launch_line,
+        report.build["sha256"],
+        *report.folded,
+    ):
         assert wanted in body
     assert body.count("\n| stock ") == len(report.baselines)
     experts = "6 of 8 experts per layer, chosen by replay" if report.plan["keep"] else "all 8 experts per layer"

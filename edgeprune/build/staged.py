@@ -37,8 +37,8 @@ Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 # Of so many runs of so many tokens one judges the fit.
 _HELD_OUT_EVERY, _RUN = 8, 256
-# How much of what the residual stream has gone astray before a layer that layer is to put right. With 28 of 32 experts
-# KL divergence was 0.0093 so and 0.0101 without (tests/benchmarks/healing.py).
+# How much of what the residual stream has gone astray before a layer that layer is to put right. With 28 of 32
+# experts KL divergence was 0.0093 so and 0.0101 without (tests/benchmarks/healing.py).
 _LEAN = 0.5
 
 

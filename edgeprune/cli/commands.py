@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Size(click.ParamType[int]):
+class Size(click.ParamType[int]):
     """A number of bytes with a unit."""
 
     name = "size"
@@ -29,8 +29,8 @@ class _Size(click.ParamType[int]):
 
 _TARGET = (
     click.option("--device", metavar="PROFILE", help="Device profile, a profile file, or 'auto' for this machine."),
-    click.option("--memory", type=_Size(), help="Usable memory instead of a device, for example 9.5GiB."),
-    click.option("--file-size", type=_Size(), help="Most bytes of the GGUF instead of a device, for example 12MB."),
+    click.option("--memory", type=Size(), help="Usable memory instead of a device, for example 9.5GiB."),
+    click.option("--file-size", type=Size(), help="Most bytes of the GGUF instead of a device, for example 12MB."),
     click.option("--context", type=click.IntRange(16), help="Context in tokens; the profile's by default."),
     click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), help="Type of the KV cache."),
 )

@@ -9,6 +9,7 @@ from edgeprune.device.profile import Profile
 from edgeprune.units import format_bytes
 
 CACHE, COMPUTE = "KV cache", "compute buffers"
+RUNTIME, HOST_COMPUTE = "runtime (process, libraries)", "compute buffers of the host"
 SYSTEM, DESKTOP = "system and applications", "desktop and driver"  # what others hold of RAM and of VRAM
 
 
@@ -115,9 +116,9 @@ def make_budget(
     else:
         total, reserve = profile.ram.total_bytes, profile.ram.total_bytes - profile.usable_ram_bytes
     ram_lines = [Line(SYSTEM, reserve)] if reserve else []
-    ram_lines.append(Line("runtime (process, libraries)", runtime_bytes))
+    ram_lines.append(Line(RUNTIME, runtime_bytes))
     if host_compute_bytes:
-        ram_lines.append(Line("compute buffers of the host", host_compute_bytes))
+        ram_lines.append(Line(HOST_COMPUTE, host_compute_bytes))
     buffers = [Line(CACHE, kv_bytes), Line(COMPUTE, compute_bytes)]
     if profile.vram is None or memory_bytes is not None:
         return Budget((PoolBudget("ram", total, (*ram_lines, *buffers)),), file_limit_bytes, basis)

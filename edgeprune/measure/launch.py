@@ -72,9 +72,10 @@ class Launch:
             )
         return cls(**{**value, "kv_type": kv_type})
 
-    def command(self, path: str) -> str:
-        """The ``llama-server`` line with these settings."""
-        words = ["llama-server", "-m", shlex.quote(path), "-c", str(self.context)]
+    def command(self, path: str, repository: str = "") -> str:
+        """The ``llama-server`` line with these settings for the file ``path``, or that of a ``repository`` on the Hub."""
+        file = ["-hf", shlex.quote(repository), "-hff"] if repository else ["-m"]
+        words = ["llama-server", *file, shlex.quote(path), "-c", str(self.context)]
         if self.kv_type != "F16":
             words += ["-ctk", self.kv_type.lower(), "-ctv", self.kv_type.lower(), "-fa", "on"]
         # Printed for 0 too: llama-server moves layers to a GPU by itself when nothing is said.

@@ -63,12 +63,16 @@ def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int]) -> str:
 def curve(
     points: Sequence[Mapping[str, Any]],
     presets: Sequence[Mapping[str, Any]],
-    chosen: Mapping[str, Any],
+    shipped: Mapping[str, tuple[int, float]],
 ) -> str:
-    """File size against KL divergence: candidates (predicted), presets and the shipped file (measured)."""
+    """File size against KL divergence: candidates (predicted), presets and shipped files (measured).
+
+    Args:
+        shipped: bytes and nats per token by label.
+    """
     marks = [(p["file_bytes"], p["nats"], f"K={p['kept']}", "c1") for p in points]
     marks += [(p["nbytes"], p["quality"]["kl_mean"], p["preset"], "c3") for p in presets]
-    marks.append((chosen["file_bytes"], chosen["kl_mean"], "shipped", "c4"))
+    marks += [(nbytes, nats, label, "c4") for label, (nbytes, nats) in shipped.items()]
     marks = [mark for mark in marks if math.isfinite(mark[1])]
     if not marks:
         return ""
@@ -99,15 +103,15 @@ def curve(
     labels = _labels(places, [label for _, _, label, _ in marks], (left, upper, WIDTH, lower))
     for (size, nats, label, css), (x, y), spot in zip(marks, places, labels, strict=True):
         tip = f"{label}: {format_bytes(size)}, {nats:.4g} nats per token"
-        radius = 7 if label == "shipped" else 5
+        radius = 7 if css == "c4" else 5
         body.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"><title>{escape(tip)}</title></circle>'
         )
         if spot is not None:
             body.append(text(*spot, label, "middle", "small"))
-    for index, (css, label) in enumerate(
-        (("c1", "candidates, predicted"), ("c3", "stock presets, measured"), ("c4", "shipped, measured"))
-    ):
+    legend = [("c1", "candidates, predicted"), ("c3", "stock presets, measured"), ("c4", "shipped, measured")]
+    drawn = {css for _, _, _, css in marks}
+    for index, (css, label) in enumerate(pair for pair in legend if pair[0] in drawn):
         body.append(f'<circle cx="{left + 6 + index * 210}" cy="{lower + 56}" r="5" class="{css}"/>')
         body.append(text(left + 17 + index * 210, lower + 60, label))
     return svg(lower + 70, "File size against KL divergence", body)

@@ -40,6 +40,15 @@ def _template(name: str) -> Template:
     return environment.get_template(name)
 
 
+def standalone(picture: str) -> str:
+    """One of the pictures as an SVG file of its own, which brings its colours along."""
+    opened = '<svg xmlns="http://www.w3.org/2000/svg" '
+    style = _template("style.html.j2").render()
+    paper = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
+    start, end = picture.removeprefix("<svg ").split(">", 1)
+    return f"{opened}{start}>{style}{paper}{end}\n"
+
+
 def render_comparison(comparison: Comparison) -> str:
     """The page of a comparison as HTML text."""
     domains = comparison.text["domains"]
@@ -61,7 +70,7 @@ def _by_method(comparison: Comparison) -> tuple[list[int], list[tuple[str, list[
 def render(report: Report) -> str:
     """The page as HTML text."""
     template = _template("report.html.j2")
-    chosen = {"file_bytes": report.build["nbytes"], "kl_mean": report.quality["kl_mean"]}
+    shipped = {"shipped": (report.build["nbytes"], report.quality["kl_mean"])}
     rivals: list[dict[str, Any]] = report.to_json()["baselines"]
     rows = [
         {"name": "shipped", "nbytes": report.build["nbytes"], **report.quality},
@@ -72,7 +81,7 @@ def render(report: Report) -> str:
         report=report,
         rows=rows,
         budget_bars=figures.budget_bars(report.budget, _weights(report)),
-        curve=figures.curve(report.curve, rivals, chosen),
+        curve=figures.curve(report.curve, rivals, shipped),
         keep_map=figures.keep_map(report.importance, report.plan["keep"]) if report.importance else "",
         type_map=figures.type_map(report.types),
         methods=_by_method(compared) if compared else None,

@@ -21,7 +21,8 @@ from edgeprune.prove import baseline
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.page import render
 from edgeprune.prove.report import KEPT, Baseline, Report, promises
-from edgeprune.share.card import model_card
+from edgeprune.share.card import Sheet, model_card
+from edgeprune.share.origin import Origin
 from edgeprune.stages.comparing import saved
 from edgeprune.stages.trying import TryStages
 
@@ -215,7 +216,7 @@ class Run(TryStages):
         """Write report.json, report.html and the model card."""
         write_text(self.folder.report, to_json(report.to_json()))
         write_text(self.folder.page, render(report))
-        write_text(self.folder.card, model_card(report))
+        write_text(self.folder.card, model_card([Sheet(report)], Origin()))
 
     def show(self, comparison: Comparison) -> None:
         """Put ``comparison`` into the report in the folder, if there is one of the same model and text."""

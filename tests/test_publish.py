@@ -1,0 +1,446 @@
+"""Publishing to a Hub on loopback: what arrives, what is not sent twice, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from hub_server import READ_ONLY, Blob, Command, Cut, HubServer, Refusal, Repository, value
+from runs import Ear, Fit, edgeprune_command, read, settings
+
+from edgeprune import pipeline
+from edgeprune.errors import BadFile, BrokenPromise, EdgepruneError, UsageError
+from edgeprune.files import file_digest, to_json
+from edgeprune.model.splitting import part_name
+from edgeprune.prove.report import Promise, Report
+from edgeprune.share.index import read_index
+
+pytest_plugins = ("demo_fixtures", "publish_fixtures")
+# huggingface_hub gives a file to its HTTP library in a way that the library no longer likes.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+REPO = "me/tiny-GGUF"
+LICENCE = ("--license", "apache-2.0")
+SMALL = "400kB"  # every file of the tiny model is larger
+
+
+@pytest.fixture(scope="module")
+def larger_fit(tiny_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model fitted to 700 kB. Do not change it."""
+    folder = tiny_fit.copy(tmp_path_factory.mktemp("larger") / "run")
+    pipeline.fit(settings(tiny_fit, folder, file_bytes=700_000), Ear())
+    return folder
+
+
+@pytest.fixture
+def run_folder(tiny_fit: Fit, tmp_path: Path) -> Path:
+    return tiny_fit.copy(tmp_path / "run")
+
+
+def gguf_of(folder: Path) -> Path:
+    return folder / str(read(folder / "build.json")["path"])
+
+
+def published(hub: HubServer, name: str = REPO, branch: str = "main") -> dict[str, Blob]:
+    return hub.repositories[name].branches[branch][-1][1]
+
+
+def front_matter(card: bytes) -> dict[str, Any]:
+    _, front, _ = card.decode().split("---\n", 2)
+    metadata: dict[str, Any] = yaml.safe_load(front)
+    return metadata
+
+
+def test_help(command: Command) -> None:
+    text = command("publish", "--help").stdout
+    assert all(option in text for option in ("DIR... ORG/NAME", "--dry-run", "--create-pr", "--force"))
+    assert "publish" in command("--help").stdout and all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_a_run_arrives_whole(hub: HubServer, command: Command, run_folder: Path) -> None:
+    done = value(command("publish", run_folder, REPO, *LICENCE, "--yes", "--json"))
+    files = published(hub)
+    assert {row["path"] for row in done["files"]} == files.keys()
+    assert {row["path"]: row["nbytes"] for row in done["files"]} == {p: len(b.content) for p, b in files.items()}
+    assert done["address"].startswith(f"{hub.address}/{REPO}/commit/")
+    (name,) = (path for path in files if path.endswith(".gguf") and "/" not in path)
+    assert re.fullmatch(r"tiny-K6-\d\.\d\dbpw-IQ4_NL\.gguf", name)
+    assert files[name].large and files[name].content == gguf_of(run_folder).read_bytes()
+    folder = name.removesuffix(".gguf")
+    inside = {path.removeprefix(f"{folder}/") for path in files if path.startswith(f"{folder}/")}
+    assert inside == {"plan.json", "report.json", "report.html", "imatrix.gguf", "keep-map.svg"}
+    assert files[f"{folder}/imatrix.gguf"].content == (run_folder / "imatrix.gguf").read_bytes()
+    assert Report.from_json(json.loads(files[f"{folder}/report.json"].content)).build["path"] == name
+    for picture in ("curve.svg", f"{folder}/keep-map.svg"):
+        assert ElementTree.fromstring(files[picture].content).tag == "{http://www.w3.org/2000/svg}svg"
+    assert str(run_folder) not in "".join(blob.content.decode(errors="ignore") for blob in files.values())
+
+
+def test_the_card_says_what_the_hub_and_its_readers_want(hub: HubServer, command: Command, run_folder: Path) -> None:
+    hub.repositories["org/base"] = Repository(card={"license": "mit", "language": ["en", "de"]})
+    done = command("publish", run_folder, REPO, "--base-model", "org/base", "--yes")
+    assert done.exception is None
+    card = published(hub)["README.md"].content
+    assert front_matter(card) == {
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "base_model": ["org/base"],
+        "base_model_relation": "quantized",
+        "quantized_by": "me",
+        "license": "mit",  # of the base model's card, as the source says nothing
+        "language": ["en", "de"],
+        "tags": ["gguf", "mixture-of-experts", "edgeprune", "pruned"],
+    }
+    text = card.decode()
+    report = Report.from_json(read(run_folder / "report.json"))
+    name = next(path for path in published(hub) if path.endswith(".gguf"))
+    dropped = sorted(set(range(8)) - set(report.plan["keep"]["0"]))
+    for wanted in (
+        f"llama-server -hf {REPO} -hff {name} -c ",
+        f"edgeprune pull {REPO} --device auto",
+        "6 of 8 experts per layer, chosen by replay",
+        f"layer 0: {', '.join(map(str, dropped))}",
+        f"SHA-256 `{report.build['sha256']}`",
+        f"{report.quality['kl_mean']:.5f}",
+        *report.folded,
+    ):
+        assert wanted in text, wanted
+    for target in re.findall(r"\]\((?!https://)([^)]+)\)", text):
+        assert target in published(hub)
+
+
+def test_what_is_there_is_not_sent_again(hub: HubServer, command: Command, run_folder: Path) -> None:
+    words = ("publish", run_folder, REPO, *LICENCE, "--yes")
+    first = command(*words)
+    sent, commits = list(hub.received), len(hub.repositories[REPO].branches["main"])
+    again = command(*words)
+    assert (first.exception, again.exception) == (None, None)
+    assert again.stdout == f"{REPO} holds all of it already\n"
+    assert hub.received == sent and len(hub.repositories[REPO].branches["main"]) == commits
+    (run_folder / "imatrix.gguf").write_bytes(b"GGUF" + bytes(100))
+    changed = value(command(*words, "--json"))
+    assert [row["path"].rpartition("/")[2] for row in changed["files"] if not row["there"]] == ["imatrix.gguf"]
+    assert len(hub.received) == len(sent) + 1
+
+
+def test_a_large_file_is_sent_in_parts_that_belong_together(
+    hub: HubServer, command: Command, run_folder: Path, tmp_path: Path
+) -> None:
+    done = command("publish", run_folder, REPO, *LICENCE, "--yes", "--max-file-size", SMALL)
+    assert done.exception is None
+    files = published(hub)
+    parts = sorted(path for path in files if re.search(r"-\d{5}-of-\d{5}\.gguf$", path))
+    assert len(parts) == 2 and all(len(files[path].content) <= 400_000 for path in parts)
+    (tmp_path / "edgeprune.json").write_bytes(files["edgeprune.json"].content)
+    ((entry,), _) = read_index(tmp_path / "edgeprune.json", "index")
+    assert [(part.path, part.sha256) for part in entry.parts] == [(path, files[path].sha256) for path in parts]
+    assert parts == [part_name(entry.name, number, 2) for number in (1, 2)]
+    assert not (run_folder / "scratch").exists()
+    # Whole again: the parts of before go.
+    assert command("publish", run_folder, REPO, *LICENCE, "--yes").exception is None
+    assert [path for path in published(hub) if path.endswith(".gguf") and "/" not in path] == [f"{entry.name}.gguf"]
+
+
+def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(
+    hub: HubServer, command: Command, run_folder: Path
+) -> None:
+    words = ("publish", run_folder, REPO, *LICENCE, "--max-file-size", SMALL)
+    shown = value(command(*words, "--dry-run", "--json"))
+    text = command(*words, "--dry-run").stdout
+    assert hub.repositories == {} and hub.asked("POST", "") == hub.asked("PUT", "") == []
+    assert value(command(*words, "--yes", "--json"))["files"] == shown["files"]
+    assert all(row["path"] in text for row in shown["files"])
+    assert "to be made" in text and "library_name" in text
+    assert {row["path"]: row["nbytes"] for row in shown["files"]} == {
+        path: len(blob.content) for path, blob in published(hub).items()
+    }
+
+
+def test_a_dry_run_needs_neither_token_nor_network(
+    real_command: Callable[..., subprocess.CompletedProcess[str]], run_folder: Path
+) -> None:
+    done = real_command("publish", run_folder, REPO, *LICENCE, "--dry-run", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and "HF_HUB_OFFLINE" in done.stderr and REPO in done.stdout
+
+
+def test_a_family_is_one_repository_and_grows(
+    hub: HubServer, command: Command, run_folder: Path, larger_fit: Path
+) -> None:
+    assert command("publish", run_folder, REPO, *LICENCE, "--yes").exception is None
+    alone = published(hub)["README.md"].content
+    assert command("publish", larger_fit, REPO, *LICENCE, "--yes").exception is None
+    grown = published(hub)
+    names = sorted(path for path in grown if path.endswith(".gguf") and "/" not in path)
+    assert len(names) == 2
+    table = grown["README.md"].content.decode().split("## Files")[1].split("## Run")[0]
+    assert all(f"`{name}`" in table for name in names) and alone != grown["README.md"].content
+    assert [entry["parts"][0]["path"] for entry in json.loads(grown["edgeprune.json"].content)["files"]] == sorted(
+        names, key=lambda name: -len(grown[name].content)
+    )
+    both = command("publish", run_folder, larger_fit, "me/other", *LICENCE, "--yes")
+    assert both.exception is None
+    assert {p: b.sha256 for p, b in published(hub, "me/other").items() if p.endswith(".gguf")} == {
+        p: b.sha256 for p, b in grown.items() if p.endswith(".gguf")
+    }
+
+
+def test_the_same_run_twice_is_one_file(hub: HubServer, command: Command, run_folder: Path, tiny_fit: Fit) -> None:
+    twin = tiny_fit.copy(run_folder.with_name("twin"))
+    done = value(command("publish", run_folder, twin, run_folder, REPO, *LICENCE, "--yes", "--json"))
+    assert sum(row["path"].endswith(".gguf") and "/" not in row["path"] for row in done["files"]) == 1
+
+
+# Private repositories, branches, pull requests, cards of others.
+
+
+def test_a_private_repository_a_branch_and_a_pull_request(hub: HubServer, command: Command, run_folder: Path) -> None:
+    words = ("publish", run_folder, REPO, *LICENCE, "--yes")
+    assert command(*words, "--private", "--revision", "next").exception is None
+    repository = hub.repositories[REPO]
+    assert repository.private and repository.files == {} and "README.md" in published(hub, branch="next")
+    done = command(*words, "--create-pr")
+    assert done.exception is None and done.stdout == f"{hub.address}/{REPO}/discussions/1\n"
+    assert repository.files == {}
+    assert published(hub, branch="refs/pr/1") == published(hub, branch="next")
+    assert len(hub.received) == len(set(hub.received))
+
+
+def test_a_card_that_somebody_wrote_stays(hub: HubServer, command: Command, run_folder: Path) -> None:
+    theirs = Blob(b"---\nlicense: mit\n---\nMine.\n", large=False)
+    hub.repositories[REPO] = Repository()
+    hub.repositories[REPO].commit("main", {"README.md": theirs})
+    words = ("publish", run_folder, REPO, *LICENCE, "--yes")
+    done = command(*words)
+    assert done.exception is None and "README.md there was written" in done.stderr
+    assert published(hub)["README.md"] == theirs and "edgeprune.json" in published(hub)
+    assert command(*words, "--force").exception is None
+    assert b"Mine." not in published(hub)["README.md"].content
+
+
+# Refusals. Nothing may have been sent after any of them.
+
+
+def refused(done: Any, kind: type[EdgepruneError]) -> str:
+    assert isinstance(done.exception, kind), (done.exception, done.output)
+    return str(done.exception)
+
+
+def test_nobody_is_asked_where_nobody_is(
+    hub: HubServer, real_command: Callable[..., subprocess.CompletedProcess[str]], run_folder: Path
+) -> None:
+    done = real_command("publish", run_folder, REPO, *LICENCE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "README.md" in done.stderr and "nothing was sent" in done.stderr and "--yes" in done.stderr
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("hf_wrong", "the Hub refuses the token"),
+        (READ_ONLY, f"the token may not do this to {REPO}"),
+        ("", "no token"),
+    ],
+    ids=["bad", "may only read", "none"],
+)
+def test_a_token_that_will_not_do(
+    token: str, said: str, hub: HubServer, command: Command, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    message = refused(command("publish", run_folder, REPO, *LICENCE, "--yes"), EdgepruneError)
+    assert said in message.splitlines()[0] and "hint: " in message
+    assert hub.repositories == {}
+
+
+def change_report(folder: Path, **changes: Any) -> None:
+    report = Report.from_json(read(folder / "report.json"))
+    (folder / "report.json").write_text(to_json(replace(report, **changes).to_json()), encoding="utf-8")
+
+
+def test_broken_promises_are_published_by_force_alone_and_told(
+    hub: HubServer, command: Command, run_folder: Path
+) -> None:
+    change_report(run_folder, promises=[Promise("peak memory", "10 MiB", "11 MiB", "broken")])
+    words = ("publish", run_folder, REPO, *LICENCE, "--yes")
+    assert "peak memory" in refused(command(*words), BrokenPromise)
+    assert hub.repositories == {}
+    assert command(*words, "--force").exception is None
+    card = published(hub)["README.md"].content.decode()
+    assert "**Broken promises:**" in card and "| peak memory | 10 MiB | 11 MiB |" in card
+
+
+def test_a_run_that_was_not_verified_is_refused(hub: HubServer, command: Command, run_folder: Path) -> None:
+    (run_folder / "report.json").unlink()
+    assert "has no report.json" in refused(command("publish", run_folder, REPO, "--yes", "--force"), UsageError)
+    assert "not a run directory" in refused(command("publish", run_folder.parent, REPO, "--yes"), UsageError)
+    assert hub.repositories == {}
+
+
+def test_a_report_of_another_file_is_refused(hub: HubServer, command: Command, run_folder: Path) -> None:
+    build = read(run_folder / "build.json")
+    (run_folder / "build.json").write_text(to_json({**build, "sha256": "0" * 64}), encoding="utf-8")
+    message = refused(command("publish", run_folder, REPO, *LICENCE, "--yes", "--force"), BadFile)
+    assert "about another file" in message and build["sha256"][:12] in message
+    assert hub.repositories == {}
+
+
+def test_a_file_that_changed_since_it_was_measured_is_refused(
+    hub: HubServer, command: Command, run_folder: Path
+) -> None:
+    path = gguf_of(run_folder)
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    message = refused(command("publish", run_folder, REPO, *LICENCE, "--yes", "--force"), BadFile)
+    assert "not the file that was measured" in message and file_digest(path)[:12] in message
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "card", "gated", "said"),
+    [
+        ((), {}, False, "names no licence"),
+        ((), {"license": "cc-by-nc-nd-4.0"}, False, "forbids to pass on changed copies"),
+        (("--license", "cc-by-nd-4.0"), {}, False, "forbids to pass on changed copies"),
+        ((), {"license": "other", "license_name": "model-terms"}, False, "other (model-terms)"),
+        ((), {"license": "mit"}, "manual", "org/base is gated"),
+    ],
+    ids=["none", "no derivatives", "no derivatives, by option", "terms of its own", "gated"],
+)
+def test_licences_that_ask_for_a_person(
+    words: tuple[str, ...],
+    card: dict[str, str],
+    gated: str | bool,
+    said: str,
+    hub: HubServer,
+    command: Command,
+    run_folder: Path,
+) -> None:
+    hub.repositories["org/base"] = Repository(card=card, gated=gated)
+    every = ("publish", run_folder, REPO, "--base-model", "org/base", "--yes", *words)
+    assert said in refused(command(*every), EdgepruneError)
+    assert REPO not in hub.repositories
+    forced = command(*every, "--force")
+    assert forced.exception is None and said in forced.stderr
+
+
+def test_a_licence_that_was_read_is_enough(hub: HubServer, command: Command, run_folder: Path) -> None:
+    hub.repositories["org/base"] = Repository(card={"license": "other"}, gated="auto")
+    words = ("--license", "other", "--license-name", "model-terms", "--license-link", "https://example.org/terms")
+    done = command("publish", run_folder, REPO, "--base-model", "org/base", "--yes", *words)
+    assert done.exception is None
+    metadata = front_matter(published(hub)["README.md"].content)
+    assert metadata["license"] == "other"
+    assert (metadata["license_name"], metadata["license_link"]) == ("model-terms", "https://example.org/terms")
+
+
+def test_a_base_model_that_is_not_there_is_a_slip_of_the_pen(
+    hub: HubServer, command: Command, run_folder: Path
+) -> None:
+    words = ("publish", run_folder, REPO, *LICENCE, "--yes", "--base-model")
+    assert "the Hub has no org/bass" in refused(command(*words, "org/bass"), EdgepruneError)
+    assert "'bass' is not a repository" in refused(command(*words, "bass"), UsageError)
+    assert hub.repositories == {}
+
+
+def test_runs_of_two_models_are_no_family(command: Command, run_folder: Path, larger_fit: Path) -> None:
+    plan = read(run_folder / "plan.json")
+    plan["made_from"]["source"] = "0" * 64
+    change_report(run_folder, plan=plan)
+    message = refused(command("publish", run_folder, larger_fit, REPO, *LICENCE, "--yes"), UsageError)
+    assert "different models" in message
+
+
+# Accidents on the way.
+
+
+def test_a_change_by_somebody_else_meanwhile_loses_nothing(
+    hub: HubServer, command: Command, run_folder: Path
+) -> None:
+    hub.repositories[REPO] = Repository()
+    theirs = Blob(b"theirs", large=False)
+
+    def interfere(method: str, path: str) -> None:
+        if "/objects/" in path and method == "PUT" and "notes.txt" not in published(hub):
+            hub.repositories[REPO].commit("main", {"notes.txt": theirs})
+
+    hub.before = interfere
+    words = ("publish", run_folder, REPO, *LICENCE, "--yes")
+    message = refused(command(*words), EdgepruneError)
+    assert "changed by somebody else" in message and "run the same command again" in message
+    assert published(hub) == {"notes.txt": theirs}
+    sent = list(hub.received)
+    assert command(*words).exception is None
+    assert published(hub)["notes.txt"] == theirs and "README.md" in published(hub)
+    assert hub.received == sent
+
+
+def test_a_connection_that_is_cut_is_taken_up_again(hub: HubServer, command: Command, run_folder: Path) -> None:
+    cuts = []
+
+    def cut(method: str, path: str) -> None:
+        if method == "PUT" and not cuts:
+            cuts.append(path)
+            raise Cut
+
+    hub.before = cut
+    assert command("publish", run_folder, REPO, *LICENCE, "--yes").exception is None
+    assert len(cuts) == 1 and f"/objects/{hub.received[0]}" in hub.asked("PUT", "")[0]
+    assert len(hub.asked("PUT", "")) == len(hub.received) + 1
+
+
+def test_a_refused_file_is_explained_and_what_arrived_is_not_sent_again(
+    hub: HubServer, command: Command, run_folder: Path
+) -> None:
+    def refuse(method: str, path: str) -> None:
+        if method == "PUT" and hub.received:
+            raise Refusal(413, "Your storage is full")
+
+    hub.before = refuse
+    words = ("publish", run_folder, REPO, *LICENCE, "--yes", "--max-file-size", SMALL)
+    message = refused(command(*words), EdgepruneError)
+    assert "413" in message and "Your storage is full" in message and len(message.splitlines()) == 2
+    (first,) = hub.received
+    assert published(hub) == {}
+    hub.before = lambda method, path: None
+    assert command(*words).exception is None
+    assert hub.received.count(first) == 1 and len(hub.received) == 3
+
+
+def test_a_publication_that_was_killed_goes_on(
+    hub: HubServer, hub_environment: dict[str, str], command: Command, run_folder: Path
+) -> None:
+    words = ("publish", run_folder, REPO, *LICENCE, "--yes", "--max-file-size", SMALL)
+    process = subprocess.Popen(edgeprune_command(*words), env=hub_environment, stderr=subprocess.DEVNULL)
+
+    def kill(method: str, path: str) -> None:
+        if method == "PUT" and hub.received:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            raise Cut
+
+    hub.before = kill
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    (first,) = hub.received
+    assert published(hub) == {}
+    hub.before = lambda method, path: None
+    assert command(*words).exception is None
+    assert hub.received.count(first) == 1 and "README.md" in published(hub)
+
+
+def test_no_hub_at_all(hub: HubServer, command: Command, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    message = refused(command("publish", run_folder, REPO, *LICENCE, "--yes"), EdgepruneError)
+    assert message.startswith("the Hub cannot be reached: ")
