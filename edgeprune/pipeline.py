@@ -14,10 +14,22 @@ from edgeprune.errors import BrokenPromise
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.report import Report
 from edgeprune.settings import Listener, Progress, Settings
-from edgeprune.stages import comparing
+from edgeprune.stages import comparing, deepening
+from edgeprune.stages.deepening import Wishes
 from edgeprune.stages.proving import Run
 
-__all__ = ["Listener", "Progress", "Run", "Settings", "compare", "fit", "opened", "raise_if_broken"]
+__all__ = [
+    "Listener",
+    "Progress",
+    "Run",
+    "Settings",
+    "Wishes",
+    "compare",
+    "fit",
+    "opened",
+    "raise_if_broken",
+    "verify",
+]
 
 
 @contextlib.contextmanager
@@ -41,6 +53,23 @@ def fit(settings: Settings, listener: Listener) -> tuple[Report, Path]:
         plan = run.best_plan()
         build = run.build(plan)
         report = run.verify(plan, build)
+        run.clear_scratch()
+        raise_if_broken(report, run.folder.page)
+        return report, run.folder.path
+
+
+def verify(settings: Settings, listener: Listener, wishes: Wishes) -> tuple[Report, Path]:
+    """The last stage of ``fit``, and what it leaves out because of its cost; the report and the folder.
+
+    Raises:
+        UsageError: something is wished for that cannot be done.
+        BrokenPromise: as ``fit``, after everything was measured.
+    """
+    settings.check()
+    with opened(settings, listener) as run:
+        plan = run.plan()
+        wishes.check(run.launch_here(plan.launch).context)
+        report = deepening.deepen(run, run.verify(plan, run.build(plan)), wishes)
         run.clear_scratch()
         raise_if_broken(report, run.folder.page)
         return report, run.folder.path

@@ -162,6 +162,8 @@ def test_summary_is_over_all_tokens_of_all_windows() -> None:
     # The 99 % quantile of 102 values lies a hundredth of the way from the 100th to the 101st.
     assert found.kl_99 == pytest.approx(0.99 + 0.01 * 0.99, abs=1e-2)
     assert found.kl_99 == pytest.approx(float(np.quantile([*many, 9.5], 0.99)))
+    assert found.kl_999 == pytest.approx(float(np.quantile([*many, 9.5], 0.999)))
+    assert found.kl_99 < found.kl_999 < found.kl_max
     assert found.same_top == pytest.approx(101 / 102)
     assert found.perplexity == pytest.approx(np.exp(1.5))
     assert found.reference_perplexity == pytest.approx(np.exp(0.5))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgeprune.cli.wishes import DEEPER, wishes
 from edgeprune.errors import UsageError
 from edgeprune.units import parse_bytes
 
@@ -273,22 +274,21 @@ def build(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _MIX, _TEXT, DEEPER, _COMMON)
 def verify(source: str, **options: Any) -> None:
-    """Measure the built file against the plan's predictions and the stock presets; write the report."""
+    """Measure the built file against the plan's predictions and the stock presets; write the report.
+
+    What is measured on request stays in the report as long as the file is the same.
+
+    \b
+    edgeprune verify demo --file-size 5MB -o small --loops 20
+    """
     from edgeprune import pipeline
-    from edgeprune.cli import show
+    from edgeprune.cli import deeper, show
     from edgeprune.cli.console import Console
 
-    settings = _settings(source, options)
-    settings.check()
-    with pipeline.opened(settings, Console()) as run:
-        chosen = run.plan()
-        report = run.verify(chosen, run.build(chosen))
-        run.clear_scratch()
-        pipeline.raise_if_broken(report, run.folder.page)
-        lines = show.report(report, run.folder.path)
-    _print(report.to_json(), lines, options["as_json"])
+    report, folder = pipeline.verify(_settings(source, options), Console(), wishes(options))
+    _print(report.to_json(), [*show.report(report, folder), *deeper.lines(report.deeper)], options["as_json"])
 
 
 class _Fractions(click.ParamType[tuple[float, ...]]):

@@ -53,7 +53,7 @@ class Quality:
     """Summary over tokens.
 
     Attributes:
-        kl_mean, kl_99, kl_max: KL divergence, nats per token.
+        kl_mean, kl_99, kl_999, kl_max: KL divergence, nats per token; mean, quantiles at 99 and 99.9 %, largest.
         same_top: fraction of tokens whose most likely successor is unchanged.
         perplexity: of the text under the candidate.
         reference_perplexity: of the text under the reference.
@@ -62,6 +62,7 @@ class Quality:
 
     kl_mean: float
     kl_99: float
+    kl_999: float
     kl_max: float
     same_top: float
     perplexity: float
@@ -149,6 +150,7 @@ def summarise(scores: list[TokenScores]) -> Quality:
     return Quality(
         kl_mean=float(divergence.mean()),
         kl_99=float(np.quantile(divergence, 0.99)),
+        kl_999=float(np.quantile(divergence, 0.999)),
         kl_max=float(divergence.max()),
         same_top=float(same.mean()),
         perplexity=float(np.exp(nll.mean(dtype=np.float64))),

@@ -218,6 +218,7 @@ class Session:
         single_output: only the last token of a batch has logits, as in a server with one slot; the buffers
             are smaller then.
         vocab_only: load the tokenizer alone, without weights or context.
+        sequences: how many sequences the context can hold at a time, in ``launch.context`` tokens all together.
     """
 
     def __init__(
@@ -229,6 +230,7 @@ class Session:
         no_alloc: bool = False,
         vocab_only: bool = False,
         single_output: bool = False,
+        sequences: int = 1,
     ) -> None:
         self.log = Log()
         self._failure: BaseException | None = None
@@ -240,7 +242,7 @@ class Session:
         self.vocabulary_size = int(binding.llama_vocab_n_tokens(self.vocabulary))
         self.launch = launch
         if not vocab_only:
-            self.context = self._start(path, launch, single_output)
+            self.context = self._start(path, launch, single_output, sequences)
 
     def _load(self, path: Path, launch: Launch, no_alloc: bool, vocab_only: bool) -> Any:
         params = binding.llama_model_default_params()
@@ -258,11 +260,12 @@ class Session:
             raise BadFile(f"llama.cpp cannot load {path}", rows=[("llama.cpp", line) for line in self.log.errors()])
         return model
 
-    def _start(self, path: Path, launch: Launch, single_output: bool) -> Any:
+    def _start(self, path: Path, launch: Launch, single_output: bool, sequences: int) -> Any:
         params = binding.llama_context_default_params()
         params.n_ctx = launch.context
         params.n_batch = params.n_ubatch = min(launch.batch, launch.context)
-        params.n_seq_max = 1
+        params.n_seq_max = sequences
+        params.kv_unified = sequences > 1  # one pool of cells, so that what sequences share is kept once
         params.n_outputs_max = 1 if single_output else 0
         params.type_k = params.type_v = ggml.type_named(launch.kv_type).id
         params.flash_attn_type = FLASH_ATTENTION_AUTO if launch.kv_type == "F16" else FLASH_ATTENTION_ON
@@ -310,16 +313,45 @@ class Session:
 
     def extend(self, tokens: Sequence[int], start: int, *, all_logits: bool = True) -> npt.NDArray[np.float32]:
         """Decode ``tokens`` at positions from ``start`` on; logits of all of them, or of the last."""
-        count = len(tokens)
+        last = len(tokens) - 1
+        return self._decode([(token, start + i, 0, all_logits or i == last) for i, token in enumerate(tokens)])
+
+    def branch(self, continuations: Sequence[Sequence[int]], start: int) -> npt.NDArray[np.float32]:
+        """Let one sequence for each of ``continuations`` go on from the ``start`` tokens that are decoded, which are
+        shared and not decoded again, and forget them after.
+
+        Returns:
+            logits float32 [sum of their lengths, vocabulary], one continuation after the other, in llama.cpp's own
+            buffer, valid until the next call.
+        """
+        memory = binding.llama_get_memory(self.context)
+        numbered = list(enumerate(continuations, 1))
+        for sequence, _ in numbered:
+            binding.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+        rows = [(token, start + i, sequence, True) for sequence, own in numbered for i, token in enumerate(own)]
+        try:
+            return self._decode(rows)
+        finally:
+            for sequence, _ in numbered:
+                binding.llama_memory_seq_rm(memory, sequence, -1, -1)
+
+    def forget(self, start: int) -> bool:
+        """Forget what was decoded at ``start`` and behind it; False where the model's memory cannot go back."""
+        return bool(binding.llama_memory_seq_rm(binding.llama_get_memory(self.context), 0, start, -1))
+
+    def _decode(self, rows: Sequence[tuple[int, int, int, bool]]) -> npt.NDArray[np.float32]:
+        """Decode one batch of ``rows``: token, position, sequence, and whether its logits are wanted, which come
+        back in the same order."""
+        count = len(rows)
         batch = binding.llama_batch_init(count, 0, 1)
         try:
             batch.n_tokens = count
-            for index, token in enumerate(tokens):
+            for index, (token, position, sequence, output) in enumerate(rows):
                 batch.token[index] = token
-                batch.pos[index] = start + index
+                batch.pos[index] = position
                 batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = 0
-                batch.logits[index] = all_logits or index == count - 1
+                batch.seq_id[index][0] = sequence
+                batch.logits[index] = output
             status = binding.llama_decode(self.context, batch)
         finally:
             binding.llama_batch_free(batch)
@@ -330,9 +362,8 @@ class Session:
                 f"llama.cpp could not decode {count} tokens (status {status})",
                 rows=[("llama.cpp", line) for line in self.log.errors()],
             )
-        rows = count if all_logits else 1
         pointer = binding.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary_size))
+        return np.ctypeslib.as_array(pointer, shape=(sum(row[3] for row in rows), self.vocabulary_size))
 
     def tokenize(self, text: str, *, framed: bool = True, special: bool = False) -> list[int]:
         """Token ids of ``text``.
@@ -397,9 +428,10 @@ def session(
     *,
     no_alloc: bool = False,
     single_output: bool = False,
+    sequences: int = 1,
 ) -> Iterator[Session]:
     """A ``Session`` that is closed at the end of the block."""
-    opened = Session(path, launch, observer, no_alloc=no_alloc, single_output=single_output)
+    opened = Session(path, launch, observer, no_alloc=no_alloc, single_output=single_output, sequences=sequences)
     try:
         yield opened
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 from edgeprune.device.budget import DESKTOP, SYSTEM
 from edgeprune.measure.launch import Launch
 from edgeprune.prove.comparison import Comparison
+from edgeprune.prove.deeper import NOTHING, Deeper
 from edgeprune.units import format_bytes, format_seconds
 
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
@@ -66,6 +67,7 @@ class Report:
         conditions: machine, versions and commands of the measurement.
         made_from: digests.
         comparison: methods of choosing experts on the same model and text, or None when nobody compared them.
+        deeper: what `verify` measured on request.
     """
 
     title: str
@@ -87,6 +89,7 @@ class Report:
     conditions: dict[str, str]
     made_from: dict[str, Any]
     comparison: Comparison | None = None
+    deeper: Deeper = NOTHING
 
     @property
     def launch(self) -> Launch:
@@ -113,6 +116,7 @@ class Report:
         fields = dict(value)
         if fields.get("comparison") is not None:
             fields["comparison"] = Comparison.from_json(fields["comparison"])
+        fields["deeper"] = Deeper.from_json(fields["deeper"]) if fields.get("deeper") else NOTHING
         fields["promises"] = [Promise(**row) for row in fields["promises"]]
         fields["types"] = [(name, kind) for name, kind in fields["types"]]
         fields["baselines"] = [Baseline(**row) for row in fields["baselines"]]

@@ -17,8 +17,10 @@ from edgeprune.decide.plan import PRESET, SOLVER, Plan, folded
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import read_json, to_json, write_text
 from edgeprune.measure import child
+from edgeprune.measure.launch import Launch
 from edgeprune.prove import baseline
 from edgeprune.prove.comparison import Comparison
+from edgeprune.prove.deeper import NOTHING, Deeper
 from edgeprune.prove.page import render
 from edgeprune.prove.report import KEPT, Baseline, Report, promises
 from edgeprune.share.card import Sheet, model_card
@@ -115,11 +117,16 @@ class Run(TryStages):
             return self.repriced(flat, placed=False)
         return None
 
+    def launch_here(self, launch: Launch) -> Launch:
+        """The plan's settings for a measurement on this machine, which may not have the memory of the device."""
+        foreign = self.settings.device not in (None, "auto")
+        context = min(launch.context, _FOREIGN_CONTEXT) if foreign else launch.context
+        return replace(launch, threads=0, context=context)
+
     def speed(self, plan: Plan, build: Build) -> dict[str, Any]:
         """Prefill and decode speed and peak memory with the plan's launch settings, on this machine."""
-        context = plan.launch.context
-        if self.settings.device not in (None, "auto"):  # this machine may not have the memory of that device
-            context = min(context, _FOREIGN_CONTEXT)
+        launch = self.launch_here(plan.launch)
+        context = launch.context
         generated = min(48, max(1, context // 8))
         prompt = max(1, min(512, context - generated - 1))
         with self.listener.progress("speed and memory"):
@@ -127,7 +134,7 @@ class Run(TryStages):
                 "edgeprune.measure.tasks:benchmark",
                 {
                     "model": build.path,
-                    "launch": replace(plan.launch, threads=0, context=context).to_json(),
+                    "launch": launch.to_json(),
                     "prompt_tokens": prompt,
                     "generated_tokens": generated,
                 },
@@ -181,8 +188,17 @@ class Run(TryStages):
             launch_line=plan.launch.command(Path(build.path).name),
             conditions=self._conditions(plan, on_device, speed),
             made_from={"plan": plan.digest, "build": build.sha256, "text": self.text_digest},
+            deeper=self._known_of(build),
         )
         return replace(report, verdict=_verdict(report)).beside(saved(self))
+
+    def _known_of(self, build: Build) -> Deeper:
+        """What was measured on request earlier, of the same file."""
+        with contextlib.suppress(BadFile, AttributeError, TypeError, KeyError):
+            known = Report.from_json(read_json(self.folder.report))
+            if known.made_from["build"] == build.sha256:
+                return known.deeper
+        return NOTHING
 
     def _healing(self, plan: Plan) -> str:
         """What healing did to the layers' outputs, in a line; "" where there was none."""

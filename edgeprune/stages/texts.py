@@ -116,6 +116,15 @@ class TextStages(SourceStages):
             self._render(f"chats of {text.domain}", "render_file", {"path": text.path, "output": str(path)})
         return replace(text, path=str(path.resolve()), form=PREPARED)
 
+    def asked(self, questions: Sequence[str], title: str) -> list[str]:
+        """Each of ``questions`` as the beginning of a chat, by the model's template, which there has to be.
+
+        Raises:
+            BadFile: the template fails, or does not come to an end.
+        """
+        rendered: list[str] = self._render(title, "render_prompts", {"prompts": list(questions)})
+        return rendered
+
     def _render(self, title: str, task: str, arguments: dict[str, Any]) -> Any:
         """What ``task`` of ``measure.chat`` makes with the model's template.
 
@@ -155,7 +164,7 @@ class TextStages(SourceStages):
         if len(found) != count or answers.fitting(found, made_from) != count:
             prompts = [f"{question}\n" for question in questions]
             if self.template is not None:
-                prompts = self._render(f"chats of {SELF}", "render_prompts", {"prompts": questions})
+                prompts = self.asked(questions, f"chats of {SELF}")
             with self.listener.progress(f"{count} answers of the model") as progress:
                 child.call(
                     "edgeprune.measure.generation:generate",

@@ -1,0 +1,49 @@
+"""Options of `verify` for what a fit does not measure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from edgeprune.stages.deepening import Wishes
+
+
+class _Depths(click.ParamType[tuple[int, ...]]):
+    """Numbers of tokens separated by commas, or ``none``."""
+
+    name = "depths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [] if value == "none" else value.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            self.fail(f"'{value}' is not of the form 0,2048,8192", param, ctx)
+        return tuple(map(int, parts))
+
+
+DEEPER = (
+    click.option(
+        "--depths",
+        type=_Depths(),
+        metavar="N,N",
+        help="Measure speed with N tokens in the context; 'none' for nowhere.  [default: quarters of the context; "
+        "a minute at most to fill it]",
+    ),
+    click.option(
+        "--loops",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Let original and built file answer N questions at length and count who repeats himself. "
+        "Costs 2,048 decoded tokens a question.",
+    ),
+)
+
+
+def wishes(options: dict[str, Any]) -> Wishes:
+    """What the options ask for."""
+    from edgeprune.stages.deepening import Wishes
+
+    return Wishes(depths=options["depths"], loops=options["loops"] or 0)

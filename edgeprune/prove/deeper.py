@@ -1,0 +1,140 @@
+"""What `verify` measures beyond a fit: speed at several depths, loops, questions, slices, other people's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeprune.errors import BadFile
+from edgeprune.files import check_keys, checked_int, checked_number
+from edgeprune.prove.paired import Paired
+
+_RESAMPLES = 2_000
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed with ``depth`` tokens in the context already.
+
+    Attributes:
+        prefill, decode: median, least and most of the repeats, tokens per second.
+        first_token_seconds: from an empty context, with a prompt of ``depth`` tokens; None at depth 0.
+    """
+
+    depth: int
+    prefill: tuple[float, float, float]
+    decode: tuple[float, float, float]
+    first_token_seconds: float | None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Speed:
+        check_keys("a speed", value, set(cls.__dataclass_fields__), set())
+        first = value["first_token_seconds"]
+        return cls(
+            checked_int("depth", value["depth"], 0, 1 << 27),
+            _three("prefill", value["prefill"]),
+            _three("decode", value["decode"]),
+            None if first is None else checked_number("first_token_seconds", first),
+        )
+
+
+@dataclass(frozen=True)
+class Loops:
+    """Long generations of original and candidate on the same prompts, in one mode.
+
+    Attributes:
+        mode: ``greedy`` or ``sampled``.
+        length: most tokens of a generation.
+        looping: which of them loop.
+        repeated: mean repeated share of the original and of the candidate.
+        change: candidate less original, and its 95 % confidence interval.
+        example: last words of the candidate where it loops and the original does not, or "".
+    """
+
+    mode: str
+    length: int
+    looping: Paired
+    repeated: tuple[float, float]
+    change: tuple[float, float, float]
+    example: str
+
+    @classmethod
+    def of(
+        cls, mode: str, length: int, original: Sequence[Mapping[str, Any]], candidate: Sequence[Mapping[str, Any]]
+    ) -> Loops:
+        """From what ``measure.loops`` says of each generation."""
+        shares = [[float(one["repeated_share"]) for one in own] for own in (original, candidate)]
+        lost = (b["end"] for a, b in zip(original, candidate, strict=True) if b["loops"] and not a["loops"])
+        return cls(
+            mode,
+            length,
+            Paired.of([one["loops"] for one in original], [one["loops"] for one in candidate]),
+            (float(np.mean(shares[0])), float(np.mean(shares[1]))),
+            _mean_change(*shares),
+            next(lost, ""),
+        )
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Loops:
+        check_keys("a loop probe", value, set(cls.__dataclass_fields__), set())
+        original, candidate = (checked_number("repeated", share) for share in value["repeated"])
+        return cls(
+            str(value["mode"]),
+            checked_int("length", value["length"], 1, 1 << 27),
+            Paired.from_json(value["looping"]),
+            (original, candidate),
+            _three("change", value["change"]),
+            str(value["example"]),
+        )
+
+
+@dataclass(frozen=True)
+class Deeper:
+    """Everything of this kind that was measured of one file; what nobody asked for is empty.
+
+    Attributes:
+        speeds: by depth.
+        loops: by mode.
+    """
+
+    speeds: tuple[Speed, ...] = ()
+    loops: tuple[Loops, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Deeper:
+        """What ``value`` says.
+
+        Raises:
+            BadFile: something is missing, or of another kind than ``to_json`` writes.
+        """
+        check_keys("the deeper verification", value, set(cls.__dataclass_fields__), set())
+        try:
+            return cls(
+                speeds=tuple(Speed.from_json(one) for one in value["speeds"]),
+                loops=tuple(Loops.from_json(one) for one in value["loops"]),
+            )
+        except (TypeError, ValueError, KeyError) as error:
+            raise BadFile(f"the deeper verification is damaged: {error}") from error
+
+
+NOTHING = Deeper()
+
+
+def _three(where: str, value: Sequence[Any]) -> tuple[float, float, float]:
+    first, second, third = (checked_number(where, one) for one in value)
+    return first, second, third
+
+
+def _mean_change(original: Sequence[float], candidate: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of the differences and its 95 % confidence interval, by resampling them."""
+    changes = np.subtract(candidate, original)
+    random = np.random.default_rng(0)
+    means = random.choice(changes, (_RESAMPLES, len(changes))).mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(changes.mean()), float(low), float(high)

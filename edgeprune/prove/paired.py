@@ -1,0 +1,100 @@
+"""Two models answering the same questions: shares, their difference, and how many questions it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgeprune.files import check_keys, checked_int
+
+# Of the normal distribution: two-sided 95 %, and one-sided 80 %, the usual power of a test.
+_Z_95, _Z_80 = 1.959964, 0.841621
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95 % confidence interval of the share ``hits / count``, by Wilson's score (JASA 22, 1927, 209-212)."""
+    if not count:
+        return 0.0, 1.0
+    share, square = hits / count, _Z_95**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How often something was seen of the original and of the candidate, on the same items.
+
+    Attributes:
+        both, original_only, candidate_only, neither: number of items.
+    """
+
+    both: int
+    original_only: int
+    candidate_only: int
+    neither: int
+
+    @classmethod
+    def of(cls, original: list[bool], candidate: list[bool]) -> Paired:
+        """The counts over items in the same order."""
+        pairs = list(zip(original, candidate, strict=True))
+        return cls(*(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))))
+
+    @property
+    def count(self) -> int:
+        return self.both + self.original_only + self.candidate_only + self.neither
+
+    @property
+    def original(self) -> int:
+        return self.both + self.original_only
+
+    @property
+    def candidate(self) -> int:
+        return self.both + self.candidate_only
+
+    @property
+    def difference(self) -> tuple[float, float, float]:
+        """Share of the candidate less that of the original, and its 95 % confidence interval.
+
+        The interval is Bonett and Price's for paired shares (J. Educ. Behav. Stat. 37, 2012, 479-488).
+        """
+        if not self.count:
+            return 0.0, -1.0, 1.0
+        up, down = ((one + 1) / (self.count + 2) for one in (self.candidate_only, self.original_only))
+        half = _Z_95 * math.sqrt((up + down - (up - down) ** 2) / (self.count + 2))
+        difference = (self.candidate - self.original) / self.count
+        return difference, max(-1.0, up - down - half), min(1.0, up - down + half)
+
+    @property
+    def p_value(self) -> float:
+        """Probability of so uneven a split of the items that differ, or a more uneven one, if both were as good:
+        McNemar's test (Psychometrika 12, 1947, 153-157), exact and two-sided."""
+        changed, fewer = self.original_only + self.candidate_only, min(self.original_only, self.candidate_only)
+        tail: float = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed
+        return min(1.0, 2 * tail)
+
+    def needed(self, drop: float = 0.01) -> int:
+        """How many items it takes to see a difference of ``drop`` at 5 %, two-sided, four times out of five.
+
+        Connor's formula for McNemar's test (Biometrics 43, 1987, 207-211), with the share of items that differ as
+        it was seen here, one more on either side.
+        """
+        changed = max(drop, (self.original_only + self.candidate_only + 2) / (self.count + 2))
+        root = _Z_95 * math.sqrt(changed) + _Z_80 * math.sqrt(changed - drop**2)
+        return math.ceil((root / drop) ** 2)
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Paired:
+        """The counts in ``value``.
+
+        Raises:
+            BadFile: something is missing, or no count.
+        """
+        names = tuple(cls.__dataclass_fields__)
+        check_keys("a comparison of answers", value, set(names), set())
+        return cls(*(checked_int(name, value[name], 0, 1 << 40) for name in names))

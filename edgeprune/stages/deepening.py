@@ -1,0 +1,119 @@
+"""What `verify` measures on request, of the file that a fit has built and against its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.errors import UsageError
+from edgeprune.measure import child
+from edgeprune.measure.answers import shipped_prompts
+from edgeprune.measure.repetition import LENGTH, MODES
+from edgeprune.prove.deeper import Deeper, Loops, Speed
+
+if TYPE_CHECKING:
+    from edgeprune.prove.report import Report
+    from edgeprune.stages.proving import Run
+
+# Tokens that are prefilled and decoded at each depth.
+_BLOCK, _GENERATED = 128, 16
+# Filling the context for the speeds at depths takes this long at most, in seconds.
+_FILL_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is measured beyond a fit.
+
+    Attributes:
+        depths: where in the context speeds are measured, in tokens; None for quarters of it.
+        loops: how many of the shipped questions are answered at length.
+    """
+
+    depths: tuple[int, ...] | None = None
+    loops: int = 0
+
+    def check(self, context: int) -> None:
+        """Refuse what cannot be done, before anything is measured.
+
+        Args:
+            context: tokens that the built file is run with here.
+
+        Raises:
+            UsageError: says what.
+        """
+        if self.depths and max(self.depths) > context - _BLOCK - _GENERATED:
+            raise UsageError(
+                f"--depths: {max(self.depths):,} tokens and the {_BLOCK + _GENERATED} that are measured behind them"
+                f" are more than the context of {context:,}"
+            )
+        if self.loops > (most := len(shipped_prompts())):
+            raise UsageError(f"--loops {self.loops}: there are {most} questions to ask")
+
+
+def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
+    """Measure what ``wishes`` name, write it into the report as it comes, and return that."""
+    built = run.folder.path / str(report.build["path"])
+
+    def keep(deeper: Deeper) -> None:
+        nonlocal report
+        report = replace(report, deeper=deeper)
+        run.save_report(report)
+
+    keep(replace(report.deeper, speeds=_speeds(run, report, built, wishes.depths)))
+    if wishes.loops:
+        keep(replace(report.deeper, loops=_loops(run, built, wishes.loops)))
+    return report
+
+
+def _speeds(run: Run, report: Report, built: Path, depths: tuple[int, ...] | None) -> tuple[Speed, ...]:
+    launch = run.launch_here(report.launch)
+    wanted = _spread_depths(launch.context) if depths is None else sorted(set(depths))
+    if not wanted:
+        return ()
+    with run.listener.progress("speed at depths") as progress:
+        rows: list[dict[str, Any]] = child.call(
+            "edgeprune.measure.depths:at_depths",
+            {
+                "model": str(built),
+                "launch": launch.to_json(),
+                "depths": wanted,
+                "block": _BLOCK,
+                "generated": _GENERATED,
+                "seconds": _FILL_SECONDS,
+            },
+            progress,
+            as_user=True,
+        )
+    if len(rows) < len(wanted):
+        run.listener.say(f"speed: depths from {wanted[len(rows)]:,} tokens on take more than {_FILL_SECONDS:.0f} s")
+    return tuple(
+        Speed(row["depth"], tuple(row["prefill_per_s"]), tuple(row["decode_per_s"]), row["first_token_seconds"])
+        for row in rows
+    )
+
+
+def _spread_depths(context: int) -> list[int]:
+    """Nothing, a quarter, a half and all of ``context`` but what is measured there; fewer where it is short."""
+    deepest = context - _BLOCK - _GENERATED
+    return sorted({depth for depth in (0, context // 4, context // 2, deepest) if 0 <= depth <= deepest})
+
+
+def _loops(run: Run, built: Path, count: int) -> tuple[Loops, ...]:
+    questions = shipped_prompts()[:count]
+    prompts = [f"{question}\n" for question in questions]
+    if run.template is not None:
+        prompts = run.asked(questions, "questions for the loop probe")
+    found = []
+    for name, model in (("original", run.source), ("built file", built)):
+        with run.listener.progress(f"loops of the {name}") as progress:
+            arguments = {
+                "model": str(model),
+                "prompts": prompts,
+                "special": run.template is not None,
+                "length": LENGTH,
+            }
+            found.append(child.call("edgeprune.measure.loops:loops", arguments, progress))
+    original, candidate = found
+    return tuple(Loops.of(mode, LENGTH, original[mode], candidate[mode]) for mode in MODES)

@@ -1,0 +1,68 @@
+"""Shares, paired differences and sample sizes, against figures from elsewhere and against simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from edgeprune.errors import BadFile
+from edgeprune.prove.paired import Paired, wilson
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 10), (3, 10), (81, 263), (263, 263), (1, 1)])
+def test_interval_of_a_share_is_that_of_scipy(hits: int, count: int) -> None:
+    expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
+    assert wilson(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_nothing_asked_is_nothing_known() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert Paired(0, 0, 0, 0).difference == (0.0, -1.0, 1.0)
+    assert Paired(0, 0, 0, 0).p_value == 1.0
+
+
+def test_items_are_counted_in_pairs() -> None:
+    found = Paired.of([True, True, False, False, True], [True, False, True, False, True])
+    assert found == Paired(both=2, original_only=1, candidate_only=1, neither=1)
+    assert (found.count, found.original, found.candidate) == (5, 3, 3)
+    with pytest.raises(ValueError):
+        Paired.of([True], [])
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 5), (12, 3), (40, 41), (30, 5)])
+def test_p_value_is_that_of_an_exact_sign_test(lost: int, won: int) -> None:
+    expected = stats.binomtest(won, lost + won).pvalue if lost + won else 1.0
+    assert Paired(100, lost, won, 50).p_value == pytest.approx(expected)
+
+
+def test_interval_of_the_difference_holds_what_it_should_as_often_as_it_should() -> None:
+    random, shares = np.random.default_rng(0), (0.55, 0.12, 0.06, 0.27)
+    held = 0
+    for counts in random.multinomial(200, shares, 2000):
+        _, low, high = Paired(*map(int, counts)).difference
+        held += low <= shares[2] - shares[1] <= high
+    assert 0.935 < held / 2000 < 0.97
+
+
+def test_so_many_items_as_are_needed_see_the_drop_four_times_out_of_five() -> None:
+    """With 4 % of items differing; the exact test is a little more careful than the formula's."""
+    needed = Paired(900, 22, 18, 60).needed(0.01)
+    changed = 42 / 1002
+    assert 3000 < needed < 3600
+    shares = (0.9, (changed + 0.01) / 2, (changed - 0.01) / 2, 0.1 - changed)
+    tables = np.random.default_rng(1).multinomial(needed, shares, 600)
+    seen = sum(Paired(*map(int, counts)).p_value < 0.05 for counts in tables)
+    assert 0.74 < seen / 600 < 0.84
+
+
+def test_fewer_differences_need_fewer_items() -> None:
+    assert Paired(990, 1, 1, 8).needed() < Paired(900, 20, 20, 60).needed() < Paired(700, 100, 100, 100).needed()
+
+
+def test_counts_survive_json_and_others_are_refused() -> None:
+    found = Paired(4, 3, 2, 1)
+    assert Paired.from_json(found.to_json()) == found
+    for value in ({**found.to_json(), "both": -1}, {**found.to_json(), "both": "4"}, {"both": 4}):
+        with pytest.raises(BadFile):
+            Paired.from_json(value)

@@ -1,0 +1,68 @@
+"""What `verify` measures on request, through the command line, on the file of a finished fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Ear, Fit, read, run_edgeprune, settings
+
+from edgeprune import pipeline
+from edgeprune.errors import UsageError
+from edgeprune.pipeline import Wishes
+from edgeprune.prove.report import Report
+
+pytest_plugins = ("demo_fixtures",)
+
+
+@pytest.fixture
+def folder(tiny_fit: Fit, tmp_path: Path) -> Path:
+    """A copy of the finished fit."""
+    return tiny_fit.copy(tmp_path / "run")
+
+
+def verify(fit: Fit, folder: Path, *words: str | Path) -> dict[str, Any]:
+    """The report of the command as JSON."""
+    done = run_edgeprune("verify", *fit.arguments, "-o", folder, "--json", *words)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def test_loops_and_depths_are_measured_and_stay_in_the_report_of_the_same_file(tiny_fit: Fit, folder: Path) -> None:
+    deeper = verify(tiny_fit, folder, "--loops", "1", "--depths", "0,300")["deeper"]
+    assert [probe["mode"] for probe in deeper["loops"]] == ["greedy", "sampled"]
+    assert [speed["depth"] for speed in deeper["speeds"]] == [0, 300]
+    assert read(folder / "report.json")["deeper"] == deeper
+
+    ear = Ear()
+    report, _ = pipeline.verify(settings(tiny_fit, folder), ear, Wishes(depths=(64,)))
+    assert [speed.depth for speed in report.deeper.speeds] == [64]
+    assert json.loads(json.dumps(report.to_json()["deeper"]["loops"])) == deeper["loops"]
+    assert not [stage for stage in ear.stages if stage.startswith("loops")]
+
+    again = Report.from_json({**read(folder / "report.json"), "made_from": {"build": "another file"}})
+    (folder / "report.json").write_text(json.dumps(again.to_json()), encoding="utf-8")
+    report, _ = pipeline.verify(settings(tiny_fit, folder), Ear(), Wishes(depths=()))
+    assert report.deeper.loops == () == report.deeper.speeds
+
+
+def test_a_fit_measures_none_of_it(tiny_fit: Fit) -> None:
+    assert not any(tiny_fit.report.to_json()["deeper"].values())
+
+
+def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(tiny_fit: Fit, folder: Path) -> None:
+    before = (folder / "report.json").read_bytes()
+    for wishes, message in (
+        (Wishes(depths=(1 << 20,)), "more than the context"),
+        (Wishes(loops=1000), "questions to ask"),
+    ):
+        ear = Ear()
+        with pytest.raises(UsageError, match=message):
+            pipeline.verify(settings(tiny_fit, folder), ear, wishes)
+        assert "quality of the plan" not in ear.stages
+    assert (folder / "report.json").read_bytes() == before
+    done = run_edgeprune("verify", *tiny_fit.arguments, "-o", folder, "--depths", "deep")
+    assert done.returncode == 2 and "0,2048,8192" in done.stderr
