@@ -179,7 +179,9 @@ def profiles(name: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--type", "base", type=click.Choice(["auto", "f32", "f16", "bf16"]), default="auto", show_default=True)
+@click.option(
+    "--type", "base", type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"]), default="auto", show_default=True
+)
 def convert(checkpoint: Path, output: Path, base: str) -> None:
     """Convert a Hugging Face CHECKPOINT folder, or 'demo', to the GGUF file OUTPUT."""
     from edgeprune.cli.console import Console
@@ -192,12 +194,15 @@ def convert(checkpoint: Path, output: Path, base: str) -> None:
     if not checkpoint.is_dir():
         raise UsageError(f"no checkpoint folder {checkpoint}", hint="give a folder, or `demo`")
     check_output(checkpoint, output)
-    with Console().progress("convert") as progress:
-        child.call(
+    console = Console()
+    with console.progress("convert") as progress:
+        remarks = child.call(
             "edgeprune.model.convert:convert_task",
             {"folder": str(checkpoint.resolve()), "output": str(output.resolve()), "base": base},
             progress,
         )
+    for line in remarks:
+        console.say(line)
     click.echo(str(output))
 
 
