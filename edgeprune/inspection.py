@@ -11,14 +11,16 @@ from edgeprune.errors import Unsupported
 from edgeprune.model import ggml, hub
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Tensor, read_architecture
 from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint
-from edgeprune.model.convert import OUTPUT, lookup
+from edgeprune.model.convert import OUTPUT
 from edgeprune.model.converter import Converter, converter_for
 from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.headers import Header
 from edgeprune.model.location import HubName, located
+from edgeprune.model.quantised import MXFP4
 from edgeprune.model.remote import Budget, remote_checkpoint, remote_header
 from edgeprune.model.selection import chosen_gguf, has_checkpoint
+from edgeprune.model.values import language_config, lookup
 from edgeprune.units import format_bytes
 
 _NAMED_ROLES = {
@@ -191,20 +193,24 @@ def _inspect_checkpoint(checkpoint: Checkpoint, total: int) -> Inspection:
 def _sketch(checkpoint: Checkpoint, converter: Converter) -> Architecture:
     """The checkpoint as far as its size matters: its tensors with the experts of a layer stacked, and the counts that
     limit how many experts may go. What the configuration leaves open is taken so that more seems to fit, not less."""
-    tensors = _stacked(checkpoint)
+    config = language_config(converter, checkpoint.config)
+    tensors = _stacked(checkpoint, bool(config.get("tie_word_embeddings")))
     found = max((tensor.matrices for tensor in tensors if tensor.is_expert), default=1)
-    experts = _config_count(checkpoint.config, converter.experts, MOST_EXPERTS) or found
-    used = converter.metadata.get("expert_used_count")
+    experts = _config_count(config, converter.experts, MOST_EXPERTS) or found
+    used, groups, groups_used = (
+        _config_count(config, converter.metadata[key].config, experts) if key in converter.metadata else 0
+        for key in ("expert_used_count", "expert_group_count", "expert_group_used_count")
+    )
     return Architecture(
         name=checkpoint.folder.name,
         arch=converter.arch,
-        layers=_config_count(checkpoint.config, converter.layers, MOST_LAYERS) or 1,
+        layers=_config_count(config, converter.layers, MOST_LAYERS) or 1,
         experts=experts,
-        used=_config_count(checkpoint.config, used.config if used else (), experts) or 1,
+        used=used or 1,
         width=0,
         expert_width=0,
-        groups=1,  # of every family that has a converter
-        groups_used=1,
+        groups=groups or 1,
+        groups_used=groups_used or 1,
         moe_layers=(),
         context_length=0,
         vocabulary=0,
@@ -216,15 +222,16 @@ def _sketch(checkpoint: Checkpoint, converter: Converter) -> Architecture:
 def _config_count(config: dict[str, Any], keys: tuple[str, ...], most: int) -> int:
     """A number from 1 to ``most`` in the configuration, or 0 when there is no such number."""
     value = lookup(config, keys)
+    if isinstance(value, list) and len(set(map(str, value))) == 1:  # one for each layer
+        value = value[0]
     sensible = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
     return int(value) if sensible else 0
 
 
-def _stacked(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
+def _stacked(checkpoint: Checkpoint, tied: bool) -> tuple[Tensor, ...]:
     """The checkpoint's tensors with shapes in ggml's order and the experts of a layer in one, as a GGUF has them."""
     shapes: dict[str, tuple[int, ...]] = {}
     types: dict[str, str] = {}
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
     for name, stored in checkpoint.stored.items():
         if name == OUTPUT and tied:  # ignored by the conversion too
             continue
@@ -240,7 +247,7 @@ def _stacked(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
 def _ggml_type(safetensors_type: str) -> str:
     """The GGML type of as many bytes; of what neither world knows, the smallest."""
     known = ggml.BY_NAME.get(safetensors_type.replace("U", "I"))
-    return known.name if known is not None and known.is_float else "I8"
+    return known.name if known is not None and (known.is_float or known.name == MXFP4) else "I8"
 
 
 def _sized(name: str, shape: tuple[int, ...], type_name: str) -> Tensor:

@@ -79,7 +79,7 @@ def test_a_checkpoint_that_can_never_fit_is_told_so(stacked: bool, tmp_path: Pat
     assert verdict(inspect_model(str(folder)), "rpi5-8gb").startswith("no, short of ")
 
 
-@pytest.mark.parametrize("value", ["8", True, 0, -1, 10**9, None, [8]])
+@pytest.mark.parametrize("value", ["8", True, 0, -1, 10**9, None, [8, 4]])
 def test_what_the_configuration_leaves_open_is_taken_from_the_tensors(value: Any, tmp_path: Path) -> None:
     folder = sparse(tmp_path / "small", experts=8, used=value, width=256, hidden=256, stacked=False)
     toys.change_json(folder / "config.json", num_experts=value)

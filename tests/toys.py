@@ -137,27 +137,34 @@ def sentencepiece_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def _spread(model: Any, seed: int) -> None:
-    """Random weights that keep every stage lively: norms near one, logits of routers and tokens spread over nats."""
+ROUTERS = ("gate.weight", "router.weight", "gate.wg.weight")
+
+
+def spread(model: Any, seed: int, center: float = 1.0) -> None:
+    """Random weights that keep every stage lively: norms near ``center``, logits of routers and tokens spread over
+    nats, biases that matter."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+    for name, parameter in [*model.named_parameters(), *buffers]:
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 1:
-            values = 1 + 0.2 * noise
+        if "bias" in name or "sinks" in name:
+            values = 0.2 * noise
+        elif parameter.dim() == 1:
+            values = center + 0.2 * noise
         elif "embed_tokens" in name:
             values = noise
         else:
-            gain = 2.0 if ("gate.weight" in name or "lm_head" in name) else 1.0
+            gain = 2.0 if (name.endswith(ROUTERS) or "lm_head" in name) else 1.0
             values = gain * noise / parameter.shape[-1] ** 0.5
         parameter.data.copy_(values)
 
 
-def _save(model: Any, folder: Path, seed: int, dtype: str, options: dict[str, Any]) -> Path:
+def save_model(model: Any, folder: Path, seed: int, dtype: str, options: dict[str, Any], center: float = 1.0) -> Path:
     import torch
 
-    _spread(model, seed)
+    spread(model, seed, center)
     model.to(getattr(torch, dtype)).save_pretrained(folder, **options)
     return folder
 
@@ -200,7 +207,7 @@ def qwen3_moe(folder: Path, *, seed: int = 1, dtype: str = "float32", save: Any 
     }
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**_shape({**literal, **changes})))
     byte_level_tokenizer(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], QWEN2_PATTERN)
-    return _save(model, folder, seed, dtype, save or {})
+    return save_model(model, folder, seed, dtype, save or {})
 
 
 def mixtral(folder: Path, *, seed: int = 2, dtype: str = "float32", save: Any = None, **changes: Any) -> Path:
@@ -218,7 +225,7 @@ def mixtral(folder: Path, *, seed: int = 2, dtype: str = "float32", save: Any = 
     }
     model = MixtralForCausalLM(MixtralConfig(**_shape({**literal, **changes})))
     sentencepiece_tokenizer(folder)
-    return _save(model, folder, seed, dtype, save or {})
+    return save_model(model, folder, seed, dtype, save or {})
 
 
 def olmoe(folder: Path, *, seed: int = 3, dtype: str = "float32", save: Any = None, **changes: Any) -> Path:
@@ -234,7 +241,7 @@ def olmoe(folder: Path, *, seed: int = 3, dtype: str = "float32", save: Any = No
     }
     model = OlmoeForCausalLM(OlmoeConfig(**_shape({**literal, **changes})))
     byte_level_tokenizer(folder, ["<|padding|>", "<|endoftext|>"], None)
-    return _save(model, folder, seed, dtype, save or {})
+    return save_model(model, folder, seed, dtype, save or {})
 
 
 CHECKPOINTS: dict[str, Callable[..., Path]] = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "olmoe": olmoe}

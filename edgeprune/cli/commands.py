@@ -182,7 +182,9 @@ def profiles(name: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("checkpoint")
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--type", "base", type=click.Choice(["auto", "f32", "f16", "bf16"]), default="auto", show_default=True)
+@click.option(
+    "--type", "base", type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"]), default="auto", show_default=True
+)
 def convert(checkpoint: str, output: Path, base: str) -> None:
     """Convert a Hugging Face CHECKPOINT, a folder, ORG/NAME on the Hub, or 'demo', to the GGUF file OUTPUT."""
     from edgeprune.cli.console import Console
@@ -199,9 +201,11 @@ def convert(checkpoint: str, output: Path, base: str) -> None:
     check_output(folder, output)
     arguments = {"folder": str(folder.resolve()), "output": str(output.resolve()), "base": base}
     with console.progress("convert") as progress:
-        child.call(
+        remarks = child.call(
             "edgeprune.model.convert:convert_task", {**arguments, "name": hub_short_name(checkpoint)}, progress
         )
+    for line in remarks:
+        console.say(line)
     for line in GgufFile(output).get(DIFFERENCES_KEY, []):
         console.say(f"tokenizer: {line}")
     click.echo(str(output))

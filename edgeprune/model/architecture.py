@@ -177,6 +177,11 @@ def _role(name: str) -> tuple[int, str, bool]:
     return layer, "other", False
 
 
+def takes_any_type(name: str, dimensions: int) -> bool:
+    """Whether llama.cpp multiplies with the tensor called ``name`` in any type; the others stay as they are."""
+    return dimensions >= 2 and _QUANTISABLE.fullmatch(name) is not None
+
+
 def _described(info: TensorInfo) -> Tensor:
     layer, role, sliced = _role(info.name)
     return Tensor(
@@ -187,7 +192,7 @@ def _described(info: TensorInfo) -> Tensor:
         layer=layer,
         role=role,
         sliced=sliced,
-        quantisable=_QUANTISABLE.fullmatch(info.name) is not None and len(info.shape) >= 2,
+        quantisable=takes_any_type(info.name, len(info.shape)),
     )
 
 

@@ -20,6 +20,7 @@ from edgeprune.errors import BadFile, Unsupported
 from edgeprune.files import read_json
 from edgeprune.model.content import content_digest
 from edgeprune.model.headers import Readable
+from edgeprune.model.quantised import MXFP4, Scaled, decoded, find_scales, mxfp4_rows
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ class Stored:
 
     Attributes:
         shape: in PyTorch's order.
-        type: as safetensors spells it: F32, BF16, F8_E4M3, ...
+        type: as safetensors spells it: F32, BF16, F8_E4M3, ...; or ``MXFP4`` for blocks with their scales.
     """
 
     shape: tuple[int, ...]
@@ -56,13 +57,15 @@ class Checkpoint:
         folder: of the checkpoint.
         config: ``config.json``.
         shard_of: file name by tensor name.
-        stored: shape and type by tensor name.
+        stored: shape and type by tensor name; scales count as parts of the tensors that they belong to.
+        scaled: by name of a quantised tensor, where its scales are.
     """
 
     folder: Path
     config: dict[str, Any]
     shard_of: dict[str, str]
     stored: dict[str, Stored]
+    scaled: dict[str, Scaled] = field(default_factory=dict)
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -70,7 +73,34 @@ class Checkpoint:
         return self.stored[name].shape
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Tensor ``name``, read from disk now."""
+        """Tensor ``name``, read from disk now; float32 when it is quantised.
+
+        Raises:
+            BadFile: it cannot be read, or its scales do not fit it.
+        """
+        scaled = self.scaled.get(name)
+        if scaled is None:
+            return self._raw(name)
+        return decoded(scaled, self._raw(name), self._raw(scaled.scale), self.block)
+
+    def packed(self, name: str) -> torch.Tensor:
+        """Tensor ``name``, which is stored as MXFP4, as uint8 [..., rows, bytes of a GGUF row].
+
+        Raises:
+            BadFile: it cannot be read.
+        """
+        return mxfp4_rows(self._raw(name), self._raw(self.scaled[name].scale))
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of the blocks that have an FP8 scale in common."""
+        settings = self.config.get("quantization_config")
+        size = settings.get("weight_block_size") if isinstance(settings, dict) else None
+        if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
+            return size[0], size[1]
+        return 128, 128
+
+    def _raw(self, name: str) -> torch.Tensor:
         import safetensors
 
         try:
@@ -218,7 +248,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         found = _shard_tensors(folder / shard)
         stored |= found
         shard_of |= dict.fromkeys(found, shard)
-    return Checkpoint(folder, config, shard_of, stored)
+    scaled = find_scales({name: (tensor.type, tensor.shape) for name, tensor in stored.items()})
+    for name, each in scaled.items():
+        stored.pop(each.scale)
+        if each.form == MXFP4:
+            *outer, blocks, width = stored[name].shape
+            stored[name] = Stored((*outer, blocks * width * 2), MXFP4)
+    return Checkpoint(folder, config, shard_of, stored, scaled)
 
 
 def parsed_config(content: bytes, where: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import struct
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,209 +11,189 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import BadFile, Unsupported, UsageError
 from edgeprune.files import atomic_writer, require_space
-from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS
+from edgeprune.model import ggml
+from edgeprune.model.architecture import takes_any_type
 from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
-from edgeprune.model.converter import Converter, Source, converter_for
+from edgeprune.model.converter import Source, converter_for
 from edgeprune.model.gguf import (
     DEFAULT_ALIGNMENT,
     MAGIC,
-    Entry,
     TensorShape,
     align,
     file_bytes,
     header,
     make_entry,
 )
+from edgeprune.model.quantised import ACTIVATION_SCALES, FP8, MXFP4
+from edgeprune.model.rope import rope_entries, rope_tensors
 from edgeprune.model.tokenizer import tokenizer_entries
-from edgeprune.model.transforms import TRANSFORMS, Heads
+from edgeprune.model.transforms import TRANSFORMS, Sizes
+from edgeprune.model.values import Settings, metadata_entries, read_settings
+from edgeprune.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
-BASE_TYPES = ("auto", "f32", "f16", "bf16")
+BASE_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 SOURCE_KEY = "edgeprune.source_digest"
 LARGEST_F16 = 65504.0
-MOST_HEADS = 4096
 OUTPUT = "lm_head.weight"
 Progress = Callable[[int, int], None]
-# Settings of a scaled rotary embedding: those with a place in GGUF, and those that llama.cpp fixes.
-_ROPE_KEYS = {
-    "factor": ("factor", "f32"),
-    "original_max_position_embeddings": ("original_context_length", "u32"),
-}
-_ROPE_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _FLOATS = ("F32", "F16", "BF16")
+# Ways of quantising a checkpoint that can be undone, or moved to GGUF as they are.
+_KNOWN_QUANTISATIONS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
+_ROWS_TOGETHER = 1 << 23  # weights that are quantised in one call
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """One GGUF tensor and the checkpoint tensors that it is made of, in order."""
+    """One GGUF tensor and the checkpoint tensors that it is made of, in order; or its ``values`` themselves."""
 
     target: TensorShape
     sources: tuple[str, ...]
     transform: str
+    values: tuple[float, ...] = ()
 
 
-def lookup(config: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    """The first of ``keys`` that the configuration has with a value; dots descend into tables."""
-    for key in keys:
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            return value
-    return None
-
-
-def _required(config: dict[str, Any], keys: tuple[str, ...], folder: Path) -> Any:
-    value = lookup(config, keys)
-    if value is None:
-        raise BadFile(f"{folder / 'config.json'} has none of: {', '.join(keys)}")
-    return value
-
-
-def _count(config: dict[str, Any], keys: tuple[str, ...], folder: Path, most: int) -> int:
-    """A positive number from the configuration; a huge one would be planned for at length."""
-    value = _required(config, keys, folder)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise BadFile(f"{folder / 'config.json'}: {keys[0]} = {str(value)[:40]!r} is not a number from 1 to {most}")
-    return value
-
-
-def apply_tying(checkpoint: Checkpoint) -> None:
+def apply_tying(checkpoint: Checkpoint, config: dict[str, Any] | None = None) -> None:
     """Forget an output matrix beside tied embeddings: transformers ignores it, so it may be anything.
+
+    Args:
+        config: of the language model, where it has one of its own.
 
     Raises:
         BadFile: neither tied embeddings nor an output matrix.
     """
-    tied = checkpoint.config.get("tie_word_embeddings")
+    tied = (config or checkpoint.config).get("tie_word_embeddings")
+    outputs = [name for name in checkpoint.stored if f".{name}".endswith(f".{OUTPUT}")]
     if tied:
-        checkpoint.stored.pop(OUTPUT, None)
-    elif tied is False and OUTPUT not in checkpoint.stored:
+        for name in outputs:
+            checkpoint.stored.pop(name)
+    elif tied is False and not outputs:
         raise BadFile(f"{checkpoint.folder} lacks tensor {OUTPUT}, and its embeddings are not tied")
 
 
-def _check_assumptions(converter: Converter, config: dict[str, Any]) -> None:
-    for key, expected in converter.require.items():
-        wanted = None if expected == "null" else expected
-        # An absent key is off, empty or none; what a model needs switched on has to be written down.
-        value = config.get(key)
-        if value != wanted and (value or wanted):
-            raise Unsupported(
-                f"this {converter.name} checkpoint has {key} = {value!r}; "
-                f"llama.cpp's {converter.arch} assumes {wanted!r}",
-                hint="a GGUF of it that someone else has made works without a converter",
-            )
-    if config.get("quantization_config"):
+def _check_quantisation(name: str, config: dict[str, Any]) -> None:
+    settings = config.get("quantization_config")
+    if not settings:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if method not in _KNOWN_QUANTISATIONS:
         raise Unsupported(
-            f"this {converter.name} checkpoint is quantised already",
+            f"this {name} checkpoint is quantised already, as {str(method)[:40]!r}",
             hint="use the original checkpoint, in BF16 or F16",
         )
 
 
-def _metadata(converter: Converter, config: dict[str, Any], folder: Path) -> list[Entry]:
-    entries = []
-    for key, field in converter.metadata.items():
-        value = lookup(config, field.config)
-        if value is None and field.optional:
-            continue
-        if value is None:
-            value = _required(config, field.config, folder)
-        try:
-            entries.append(make_entry(f"{converter.arch}.{key}", field.type, value))
-        except Exception as error:
-            raise BadFile(f"{folder / 'config.json'}: {field.config[0]} = {value!r} does not fit {key}") from error
-    return entries
+def _gguf_type(name: str, shape: tuple[int, ...], source: str, base: str, keeps_blocks: bool) -> str:
+    """Norms, vectors and routers stay F32, as llama.cpp expects; matrices get the base type.
 
-
-def _rope_base(prefix: str, base: Any) -> Entry:
-    """The base frequency; families differ in its default, so it has to be written down."""
-    if base is None:
-        raise BadFile("config.json names no rope_theta, the base of the rotary embedding")
-    return make_entry(f"{prefix}.freq_base", "f32", float(base))
-
-
-def _rope_entries(converter: Converter, config: dict[str, Any]) -> list[Entry]:
-    """Base frequency and scaling of the rotary embedding, from either place where they are kept."""
-    rope = lookup(config, ("rope_parameters", "rope_scaling")) or {}
-    base = lookup(config, ("rope_parameters.rope_theta", "rope_theta"))
-    prefix = f"{converter.arch}.rope"
-    try:
-        kind = rope.get("rope_type", rope.get("type"))
-        foreign = sorted(
-            f"{key} = {value!r}"
-            for key, value in rope.items()
-            if key not in ("rope_type", "type", "rope_theta", *_ROPE_KEYS)
-            and value not in (None, _ROPE_FIXED.get(key))
-        )
-        if kind in ("default", None):
-            return [_rope_base(prefix, base)]
-        if kind not in ("linear", "yarn") or foreign:
-            what = f"with {foreign[0]} " if foreign else ""
-            raise Unsupported(f"rotary embedding scaling '{kind}' {what}is not supported"[:200])
-        entries = [make_entry(f"{prefix}.scaling.type", "str", kind)]
-        for key, (ours, form) in _ROPE_KEYS.items():
-            if rope.get(key) is not None or key == "factor":
-                entries.append(make_entry(f"{prefix}.scaling.{ours}", form, rope[key]))
-    except (AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
-        raise BadFile(f"config.json has unusable rotary embedding settings: {rope!r}"[:200]) from error
-    return [_rope_base(prefix, base), *entries]
-
-
-def _gguf_type(name: str, dimensions: int, base: str) -> str:
-    """Norms, vectors and routers stay F32, as llama.cpp expects; matrices get the base type."""
-    return "F32" if dimensions == 1 or "ffn_gate_inp" in name else base.upper()
+    Args:
+        shape: in PyTorch's order.
+        source: type in the checkpoint.
+        keeps_blocks: its blocks can be moved as they are.
+    """
+    if not takes_any_type(name, len(shape)):
+        return "F32"
+    if base != "auto":
+        wanted = ggml.type_named(base)
+        return wanted.name if shape[-1] % wanted.block == 0 else "BF16"
+    if source == MXFP4:
+        return MXFP4 if keeps_blocks else "BF16"
+    return source
 
 
 def choose(checkpoint: Checkpoint, sources: tuple[Source, ...], layer: int) -> Source | None:
     """The first of ``sources`` that the checkpoint has, or None."""
     for source in sources:
-        if source.name.format(layer=layer, expert=0) in checkpoint.stored:
+        if all(name.format(layer=layer, expert=0) in checkpoint.stored for name in source.names):
             return source
     return None
 
 
-def _planned(
-    converter: Converter, checkpoint: Checkpoint, layers: int, experts: int, base: str
-) -> Iterator[_Planned]:
-    """All tensors of the GGUF, outer ones first, then block by block."""
-    outer = [name for name in converter.tensors if "{layer}" not in name]
-    inner = [name for name in converter.tensors if "{layer}" in name]
-    for layer, template in [(0, n) for n in outer] + [(i, n) for i in range(layers) for n in inner]:
-        source = choose(checkpoint, converter.tensors[template], layer)
+def _places(settings: Settings) -> Iterator[tuple[str, int, tuple[Source, ...]]]:
+    """Every GGUF tensor's template and layer, outer ones first, then block by block, with the sources of its kind."""
+    tensors = settings.converter.tensors
+    for template, sources in tensors.items():
+        if "{layer}" not in template:
+            yield template, 0, sources
+    for layer, kinds in enumerate(settings.kinds):
+        for template, sources in tensors.items():
+            own = tuple(source for source in sources if not source.kind or source.kind in kinds)
+            if "{layer}" in template and own:
+                yield template, layer, own
+
+
+def _planned(settings: Settings, checkpoint: Checkpoint, base: str) -> Iterator[_Planned]:
+    """All tensors of the GGUF. ``base``: type of the matrices, or ``auto`` for that of most of the checkpoint."""
+    common = _common_type(checkpoint)
+    for name, values in rope_tensors(settings).items():
+        yield _Planned(TensorShape(name, (len(values),), "F32"), (), "keep", tuple(values))
+    for template, layer, sources in _places(settings):
+        source = choose(checkpoint, sources, layer)
         name = template.format(layer=layer)
         if source is None:
-            if template in converter.optional:
+            if template in settings.converter.optional:
                 continue
-            wanted = converter.tensors[template][0].name.format(layer=layer, expert=0)
+            wanted = sources[0].name.format(layer=layer, expert=0)
             raise BadFile(f"{checkpoint.folder} lacks tensor {wanted}")
-        count = experts if "{expert}" in source.name else 1
-        names = tuple(source.name.format(layer=layer, expert=expert) for expert in range(count))
-        _check_sources(checkpoint, names)
-        shape = TRANSFORMS[source.transform].shape(checkpoint.shape(names[0]), count)
-        target = TensorShape(name, tuple(reversed(shape)), _gguf_type(name, len(shape), base))
-        yield _Planned(target, names, source.transform)
+        transform = TRANSFORMS[source.transform]
+        names = tuple(
+            each.format(layer=layer, expert=expert)
+            for each in source.names
+            for expert in range(settings.experts if "{expert}" in each else 1)
+        )
+        _check_sources(checkpoint, names, transform.joins)
+        shape = transform.shape(tuple(checkpoint.shape(each) for each in names), settings.sizes)
+        stored = checkpoint.stored[names[0]].type
+        kind = _gguf_type(
+            name, shape, stored if stored == MXFP4 else common, base, transform.moves_rows and stored == MXFP4
+        )
+        yield _Planned(TensorShape(name, tuple(reversed(shape)), kind), names, source.transform)
 
 
-def _check_sources(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
+def _check_sources(checkpoint: Checkpoint, names: tuple[str, ...], joins: bool) -> None:
     """Refuse sources that are missing, of a type without a value per weight, or of different shapes."""
     for name in names:
         stored = checkpoint.stored.get(name)
         if stored is None:
             raise BadFile(f"{checkpoint.folder} lacks tensor {name}")
-        if stored.type not in _FLOATS:
+        if stored.type not in _FLOATS and name not in checkpoint.scaled:
+            without = " without scales" if stored.type == FP8 else ""
             raise Unsupported(
-                f"{checkpoint.folder} stores {name} as {stored.type}; F32, F16 and BF16 are supported",
+                f"{checkpoint.folder} stores {name} as {stored.type}{without}; F32, F16 and BF16 are supported",
                 hint="use the original checkpoint, in BF16 or F16",
             )
-        if stored.shape != checkpoint.shape(names[0]):
+        if stored.shape != checkpoint.shape(names[0]) and not joins:
             raise BadFile(f"{checkpoint.folder}: {name} and {names[0]} differ in shape")
 
 
 def _unclaimed(checkpoint: Checkpoint, planned: list[_Planned]) -> list[str]:
     """Checkpoint tensors that no GGUF tensor uses; buffers that can be recomputed do not count."""
     used = {name for plan in planned for name in plan.sources}
-    return sorted(n for n in checkpoint.stored if n not in used and "rotary_emb" not in n)
+    idle = ("rotary_emb", *ACTIVATION_SCALES)
+    return sorted(n for n in checkpoint.stored if n not in used and not any(part in n for part in idle))
+
+
+def _left_out(settings: Settings, checkpoint: Checkpoint, names: list[str]) -> tuple[list[str], list[str]]:
+    """The names among ``names`` that the converter does not know, and a line on each thing that it leaves out."""
+    lines = []
+    for what, patterns in settings.converter.left_out.items():
+        layers = range(settings.layers, settings.layers + settings.extra_layers)
+        spelt = [p.replace("{extra}", str(n)) for p in patterns for n in (layers if "{extra}" in p else (0,))]
+        match = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in spelt) or r"(?!)")
+        gone = [name for name in names if match.fullmatch(name)]
+        if gone:
+            size = format_bytes(sum(_stored_bytes(checkpoint, name) for name in gone))
+            lines.append(f"left out: {what}, {len(gone)} tensors of {size}")
+        names = [name for name in names if name not in set(gone)]
+    return names, lines
+
+
+def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:
+    stored = checkpoint.stored[name]
+    bits = {MXFP4: 4, "F32": 32, "F16": 16, "BF16": 16}.get(stored.type, 8)
+    return math.prod(stored.shape) * bits // 8
 
 
 def _piece_bytes(piece: torch.Tensor, kind: str, name: str) -> bytes:
@@ -225,6 +205,8 @@ def _piece_bytes(piece: torch.Tensor, kind: str, name: str) -> bytes:
             f"tensor {name} holds values that are NaN or infinite",
             hint="the checkpoint is damaged or overflowed when it was saved; get it again",
         )
+    if kind not in _FLOATS:
+        return _encoded(piece, kind, name)
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
     if kind == "F16" and piece.numel() and float(piece.abs().max()) > LARGEST_F16:
         raise Unsupported(f"tensor {name} does not fit F16", hint="convert with --type bf16")
@@ -232,15 +214,22 @@ def _piece_bytes(piece: torch.Tensor, kind: str, name: str) -> bytes:
     return contiguous.view(torch.uint8).numpy().tobytes()
 
 
-def _base_type(base: str, checkpoint: Checkpoint) -> str:
-    """The float type of the matrices: as asked, or the one that most of the checkpoint's weights have."""
-    if base != "auto":
-        return base
+def _encoded(piece: torch.Tensor, kind: str, name: str) -> bytes:
+    """``piece`` in a quantised type, some rows at a time."""
+    rows = piece.reshape(-1, piece.shape[-1])
+    step = max(_ROWS_TOGETHER // rows.shape[1], 1)
+    parts = (rows[start : start + step].float().numpy() for start in range(0, rows.shape[0], step))
+    return b"".join(ggml.encode(ggml.BY_NAME[kind], part, None, name).tobytes() for part in parts)
+
+
+def _common_type(checkpoint: Checkpoint) -> str:
+    """The float type that most of the checkpoint's weights have; of those in FP8, the one that holds them exactly."""
     weights = dict.fromkeys(_FLOATS, 0)
     for stored in checkpoint.stored.values():
-        if stored.type in weights:
-            weights[stored.type] += math.prod(stored.shape)
-    return max(weights, key=lambda name: weights[name]).lower()
+        kind = "BF16" if stored.type in (FP8, MXFP4) else stored.type
+        if kind in weights:
+            weights[kind] += math.prod(stored.shape)
+    return max(weights, key=lambda name: weights[name])
 
 
 def check_output(folder: Path, output: Path) -> None:
@@ -267,12 +256,14 @@ def check_output(folder: Path, output: Path) -> None:
 
 def convert_task(
     folder: str, output: str, base: str = "auto", name: str = "", progress: Progress | None = None
-) -> None:
+) -> list[str]:
     """``convert`` as a task for a child process."""
-    convert(Path(folder), Path(output), base, name, progress)
+    return convert(Path(folder), Path(output), base, name, progress)
 
 
-def convert(folder: Path, output: Path, base: str = "auto", name: str = "", progress: Progress | None = None) -> None:
+def convert(
+    folder: Path, output: Path, base: str = "auto", name: str = "", progress: Progress | None = None
+) -> list[str]:
     """Write the checkpoint in ``folder`` as the GGUF ``output``.
 
     Args:
@@ -280,59 +271,74 @@ def convert(folder: Path, output: Path, base: str = "auto", name: str = "", prog
         name: of the model, for people; the folder's by default.
         progress: called with bytes written and bytes in all.
 
+    Returns:
+        A line on each part of the checkpoint that is not part of the language model, and was left out.
+
     Raises:
         BadFile: something is missing, damaged or not finite.
         Unsupported: a dense model, no converter, or a configuration that llama.cpp cannot represent.
     """
     checkpoint = open_checkpoint(folder)
     checkpoint.require_experts()
-    config = checkpoint.config
-    converter = converter_for(str(config.get("model_type", "")))
-    _check_assumptions(converter, config)
-    layers = _count(config, converter.layers, folder, MOST_LAYERS)
-    experts = _count(config, converter.experts, folder, MOST_EXPERTS)
-    apply_tying(checkpoint)
-    planned = list(_planned(converter, checkpoint, layers, experts, _base_type(base, checkpoint)))
-    if unclaimed := _unclaimed(checkpoint, planned):
-        raise Unsupported(f"{folder} has {len(unclaimed)} tensors that {converter.name} does not: {unclaimed[0]}")
+    converter = converter_for(str(checkpoint.config.get("model_type", "")))
+    _check_quantisation(converter.name, checkpoint.config)
+    settings = read_settings(converter, checkpoint)
+    apply_tying(checkpoint, settings.config)
+    planned = list(_planned(settings, checkpoint, base))
+    unknown, remarks = _left_out(settings, checkpoint, _unclaimed(checkpoint, planned))
+    if unknown:
+        raise Unsupported(f"{folder} has {len(unknown)} tensors that {converter.name} does not: {unknown[0]}")
     vocabulary = next(p.target.shape[1] for p in planned if p.target.name == "token_embd.weight")
     entries = [
         make_entry("general.architecture", "str", converter.arch),
         make_entry("general.type", "str", "model"),
         make_entry("general.name", "str", name or folder.resolve().name),
-        *_metadata(converter, config, folder),
-        *_rope_entries(converter, config),
-        *tokenizer_entries(folder, config, vocabulary),
+        *metadata_entries(settings, str(folder / "config.json")),
+        *rope_entries(settings),
+        *tokenizer_entries(folder, settings.config, vocabulary),
         make_entry("general.quantization_version", "u32", 2),
         make_entry(SOURCE_KEY, "str", checkpoint.origin()),
     ]
-    heads = _count(config, ("num_attention_heads",), folder, MOST_HEADS)
-    counts = Heads(heads, _count(config, ("num_key_value_heads", "num_attention_heads"), folder, MOST_HEADS))
-    _write(checkpoint, planned, entries, output, counts, progress)
+    top = header(entries, [plan.target for plan in planned], DEFAULT_ALIGNMENT)
+    _write(checkpoint, planned, top, output, settings.sizes, progress)
+    return remarks
 
 
 def _write(
     checkpoint: Checkpoint,
     planned: list[_Planned],
-    entries: list[Entry],
+    top: bytes,
     output: Path,
-    heads: Heads,
+    sizes: Sizes,
     progress: Progress | None,
 ) -> None:
-    targets = [plan.target for plan in planned]
-    top = header(entries, targets, DEFAULT_ALIGNMENT)
-    total = file_bytes(len(top), targets, DEFAULT_ALIGNMENT)
+    total = file_bytes(len(top), [plan.target for plan in planned], DEFAULT_ALIGNMENT)
     output.parent.mkdir(parents=True, exist_ok=True)
     require_space(output.parent, total)
     with atomic_writer(output) as stream:
         stream.write(top)
         for plan in planned:
             written = 0
-            for source in plan.sources:
-                for piece in TRANSFORMS[plan.transform].apply(checkpoint.tensor(source), heads):
-                    written += stream.write(_piece_bytes(piece, plan.target.type, source))
+            for data in _data(checkpoint, plan, sizes):
+                written += stream.write(data)
             if written != plan.target.nbytes:
                 raise BadFile(f"{plan.target.name} came out with {written:,} bytes, not {plan.target.nbytes:,}")
             stream.write(bytes(align(written, DEFAULT_ALIGNMENT) - written))
             if progress is not None:
                 progress(stream.tell(), total)
+
+
+def _data(checkpoint: Checkpoint, plan: _Planned, sizes: Sizes) -> Iterator[bytes]:
+    """The bytes of one GGUF tensor, piece by piece."""
+    import torch
+
+    if plan.values:
+        yield _piece_bytes(torch.tensor(plan.values), plan.target.type, plan.target.name)
+    apply = TRANSFORMS[plan.transform].apply
+    for source in plan.sources:
+        if plan.target.type == MXFP4 and checkpoint.stored[source].type == MXFP4:
+            yield from (piece.contiguous().numpy().tobytes() for piece in apply(checkpoint.packed(source), sizes))
+        else:
+            yield from (
+                _piece_bytes(piece, plan.target.type, source) for piece in apply(checkpoint.tensor(source), sizes)
+            )

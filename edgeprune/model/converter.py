@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,104 @@ from edgeprune.files import check_keys, data_folder, read_toml
 from edgeprune.model.gguf import TYPE_IDS
 from edgeprune.model.transforms import TRANSFORMS
 
+PREFIX = "{model}"  # in names of checkpoint tensors: whatever stands before "embed_tokens" in this checkpoint
+OPERATIONS = ("sum", "product", "quotient")
+# How the layers that are of a kind are found; each rule is one of these.
+RULES = ("below", "every", "members", "list", "unless", "has", "when")
+
 
 @dataclass(frozen=True)
 class Source:
-    """Where a GGUF tensor may come from: a name template with ``{layer}`` and ``{expert}``, a transform."""
+    """Where a GGUF tensor may come from.
 
-    name: str
+    Attributes:
+        names: templates with ``{layer}`` and ``{expert}``; several are joined by their transform, in this order.
+        transform: one of ``TRANSFORMS``.
+        kind: of the layers that it is for; "" for all.
+    """
+
+    names: tuple[str, ...]
     transform: str
+    kind: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
 
 @dataclass(frozen=True)
 class Field:
-    """A GGUF metadata value: its type, and the configuration keys to try in order."""
+    """A value from the configuration.
+
+    Attributes:
+        type: of the GGUF entry; one in brackets is an array with an element for each layer.
+        config: configuration keys, tried in order.
+        operation, operands: computed from keys and numbers when no key is there; one of ``OPERATIONS``.
+        default: when neither is there; None for no default. A field with nothing else is a constant.
+        map: from the configuration's words to llama.cpp's numbers or words; others are refused.
+        by_kind: for an array: the key or number for the layers of each kind, the first that fits.
+        optional: may be absent.
+    """
 
     type: str
-    config: tuple[str, ...]
-    optional: bool
+    config: tuple[str, ...] = ()
+    operation: str = ""
+    operands: tuple[str | int | float, ...] = ()
+    default: Any = None
+    map: Mapping[str, Any] | None = None
+    by_kind: Mapping[str, str | int | float] | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Values of a configuration key that the target graph assumes; an absent key has the value ``default``."""
+
+    key: str
+    allowed: tuple[Any, ...]
+    default: Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which layers are of a kind.
+
+    Attributes:
+        rule: ``below`` a number in the configuration; ``every`` so many-th; ``members`` of a list of indices;
+            ``list``: those whose element of a list (or letter of a text) is one of ``equals``; ``unless`` of one of
+            these kinds; ``has`` a tensor; all or none of them ``when`` a key has a value.
+        keys: of the configuration; kinds for ``unless``, a template for ``has``.
+        equals: values for ``list`` and ``when``.
+        default: of an absent key.
+    """
+
+    rule: str
+    keys: tuple[str, ...]
+    equals: tuple[Any, ...]
+    default: Any
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Where the settings of the rotary embedding are, and which of them llama.cpp's graph computes alike.
+
+    Attributes:
+        rotary: whether there is one.
+        parameters: tables of the configuration, tried in order.
+        base: base frequency of a configuration that names none, or None where it has to.
+        scaling: kinds of scaling that are right in this graph.
+        known: further settings in the table that are read elsewhere.
+        fixed: settings with the one value that this graph computes.
+        log_multiplier: YaRN scales the attention by ``mscale_all_dim`` (DeepSeek).
+    """
+
+    rotary: bool = True
+    parameters: tuple[str, ...] = ("rope_parameters", "rope_scaling")
+    base: float | None = None
+    scaling: tuple[str, ...] = ("linear", "yarn")
+    known: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] | None = None
+    log_multiplier: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,35 +119,155 @@ class Converter:
 
     Attributes:
         name: ``model_type`` of the configuration.
+        aliases: other values of ``model_type`` for the same model.
         arch: llama.cpp's architecture string.
         layers, experts: configuration keys, tried in order.
+        extra_layers: keys for the number of blocks behind the last layer that predict further tokens.
+        nested: table of the configuration that describes the language model, "" for the top one.
+        prefixes: what ``{model}`` in names may stand for.
         require: configuration values that the target graph assumes.
+        derived: values computed from the configuration, in order, that count as keys of it from then on.
+        sizes: numbers that transforms ask for by name.
+        kinds: rules by kind of layer.
+        rope: of the rotary embedding.
         metadata: GGUF key (without the architecture's prefix) to its source.
         tensors: GGUF name template to alternatives, the first present one wins.
         optional: GGUF names that may have no source.
+        left_out: what it is to name patterns of tensors that stay behind; ``{extra}`` is an extra layer.
     """
 
     name: str
+    aliases: tuple[str, ...]
     arch: str
     layers: tuple[str, ...]
     experts: tuple[str, ...]
-    require: dict[str, Any]
+    extra_layers: tuple[str, ...]
+    nested: str
+    prefixes: tuple[str, ...]
+    require: tuple[Requirement, ...]
+    derived: dict[str, Field]
+    sizes: dict[str, Field]
+    kinds: dict[str, Rule]
+    rope: Rope
     metadata: dict[str, Field]
     tensors: dict[str, tuple[Source, ...]]
     optional: frozenset[str]
+    left_out: dict[str, tuple[str, ...]]
+
+    def with_prefix(self, prefix: str) -> Converter:
+        """The same with ``prefix`` for ``{model}`` in all names."""
+
+        def placed(texts: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(text.replace(PREFIX, prefix) for text in texts)
+
+        return replace(
+            self,
+            kinds={kind: replace(rule, keys=placed(rule.keys)) for kind, rule in self.kinds.items()},
+            tensors={
+                name: tuple(replace(source, names=placed(source.names)) for source in sources)
+                for name, sources in self.tensors.items()
+            },
+            left_out={what: placed(patterns) for what, patterns in self.left_out.items()},
+        )
 
 
-def _sources(where: str, alternatives: Any) -> tuple[Source, ...]:
+def _texts(where: str, value: Any) -> tuple[str, ...]:
+    """One text or a list of them."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not values or not all(isinstance(text, str) for text in values):
+        raise BadFile(f"{where} is neither a text nor a list of texts")
+    return tuple(values)
+
+
+def _sources(where: str, alternatives: Any, kind: str) -> tuple[Source, ...]:
     sources = []
     for alternative in alternatives:
         check_keys(where, alternative, {"name"}, {"transform"})
         transform = alternative.get("transform", "keep")
         if transform not in TRANSFORMS:
             raise BadFile(f"{where}: unknown transform {transform}", hint=f"known: {', '.join(TRANSFORMS)}")
-        sources.append(Source(alternative["name"], transform))
+        sources.append(Source(_texts(where, alternative["name"]), transform, kind))
     if not sources:
         raise BadFile(f"{where}: no source")
     return tuple(sources)
+
+
+def _tensors(path: Path, table: dict[str, Any], kinds: Mapping[str, Rule]) -> dict[str, tuple[Source, ...]]:
+    """All tensors with their sources; those of one name for layers of several kinds come together."""
+    found: dict[str, tuple[Source, ...]] = {}
+    groups = [("", table["tensors"]), ("", table.get("optional_tensors", {})), *table.get("tensors_of", {}).items()]
+    for kind, group in groups:
+        if kind and kind not in kinds:
+            raise BadFile(f"{path}: tensors of the unknown kind {kind}", hint=f"known: {', '.join(kinds)}")
+        for name, entry in group.items():
+            found[name] = (*found.get(name, ()), *_sources(f"{path}: {name}", entry, kind))
+    return found
+
+
+def _field(where: str, entry: Any, kinds: Mapping[str, Rule], kind: str | None = None) -> Field:
+    """A field; its type is written in it, unless ``kind`` says it."""
+    optional = {"config", "value", "default", "map", "by_kind", "optional", *OPERATIONS}
+    check_keys(where, entry, {"type"} if kind is None else set(), optional)
+    kind = entry["type"] if kind is None else kind
+    if not isinstance(kind, str) or (kind[1:-1] if kind.startswith("[") else kind) not in TYPE_IDS:
+        raise BadFile(f"{where} has the unknown type {kind}")
+    operations = [name for name in OPERATIONS if name in entry]
+    if len(operations) > 1 or ("value" in entry and len(entry) > ("type" in entry) + 1):
+        raise BadFile(f"{where} is described in more than one way")
+    by_kind = entry.get("by_kind")
+    if by_kind is not None and (not kind.startswith("[") or set(by_kind) - set(kinds)):
+        raise BadFile(f"{where}: by_kind is for arrays, by the kinds {', '.join(kinds)}")
+    field = Field(
+        type=kind,
+        config=_texts(where, entry["config"]) if "config" in entry else (),
+        operation=operations[0] if operations else "",
+        operands=tuple(entry[operations[0]]) if operations else (),
+        default=entry.get("value", entry.get("default")),
+        map=entry.get("map"),
+        by_kind=by_kind,
+        optional=bool(entry.get("optional", False)),
+    )
+    if not (field.config or field.operation or field.by_kind or field.default is not None):
+        raise BadFile(f"{where} has no source")
+    return field
+
+
+def _requirement(where: str, key: str, entry: Any) -> Requirement:
+    """``key = value``, or a table with what is allowed and what an absent key means."""
+    default = None
+    if isinstance(entry, dict):
+        check_keys(where, entry, set(), {"is", "one_of", "default"})
+        if ("is" in entry) == ("one_of" in entry):
+            raise BadFile(f"{where} needs one of: is, one_of")
+        allowed, default = entry.get("one_of", [entry.get("is")]), entry.get("default")
+    else:
+        allowed = [entry]
+    return Requirement(key, tuple(None if value == "null" else value for value in allowed), default)
+
+
+def _rule(where: str, entry: Any, earlier: Mapping[str, Rule]) -> Rule:
+    check_keys(where, entry, set(), {*RULES, "equals", "default"})
+    named = [rule for rule in RULES if rule in entry]
+    if len(named) != 1 or (("equals" in entry) != (named[0] in ("list", "when"))):
+        raise BadFile(f"{where} needs one of: {', '.join(RULES)}", hint="`list` and `when` need `equals` too")
+    rule, keys = named[0], _texts(where, entry[named[0]])
+    if rule == "unless" and (unknown := set(keys) - set(earlier)):
+        raise BadFile(f"{where}: the kind {sorted(unknown)[0]} is not described before")
+    return Rule(rule, keys, tuple(entry.get("equals", ())), entry.get("default"))
+
+
+def _rope(path: Path, entry: Any) -> Rope:
+    fields = set(Rope.__dataclass_fields__)
+    check_keys(f"{path}: rope", entry, set(), fields)
+    lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
+    return Rope(**{**entry, **lists})
+
+
+_REQUIRED = {"name", "arch", "layers", "experts", "metadata", "tensors"}
+_OPTIONAL = {
+    "aliases", "extra_layers", "nested", "prefixes", "require", "derived", "sizes", "kinds", "rope",
+    "tensors_of", "optional_tensors", "left_out",
+}  # fmt: skip
 
 
 def load_converter(path: Path) -> Converter:
@@ -73,27 +277,52 @@ def load_converter(path: Path) -> Converter:
         BadFile: unknown or missing keys, unknown types or transforms, a name other than the file's.
     """
     table = read_toml(path)
-    keys = {"name", "arch", "layers", "experts", "require", "metadata", "tensors", "optional_tensors"}
-    check_keys(str(path), table, keys, set())
+    check_keys(str(path), table, _REQUIRED, _OPTIONAL)
     if table["name"] != path.stem:
         raise BadFile(f"{path}: the name {table['name']!r} differs from the file's")
-    metadata = {}
-    for key, entry in table["metadata"].items():
-        check_keys(f"{path}: metadata {key}", entry, {"type", "config"}, {"optional"})
-        if entry["type"] not in TYPE_IDS:
-            raise BadFile(f"{path}: metadata {key} has the unknown type {entry['type']}")
-        metadata[key] = Field(entry["type"], tuple(entry["config"]), bool(entry.get("optional", False)))
-    described = {**table["tensors"], **table["optional_tensors"]}
+    kinds: dict[str, Rule] = {}
+    for kind, entry in table.get("kinds", {}).items():
+        kinds[kind] = _rule(f"{path}: kind {kind}", entry, kinds)
     return Converter(
         name=table["name"],
+        aliases=tuple(table.get("aliases", ())),
         arch=table["arch"],
-        layers=tuple(table["layers"]),
-        experts=tuple(table["experts"]),
-        require=dict(table["require"]),
-        metadata=metadata,
-        tensors={name: _sources(f"{path}: {name}", entry) for name, entry in described.items()},
-        optional=frozenset(table["optional_tensors"]),
+        layers=_texts(f"{path}: layers", table["layers"]),
+        experts=_texts(f"{path}: experts", table["experts"]),
+        extra_layers=tuple(table.get("extra_layers", ())),
+        nested=table.get("nested", ""),
+        prefixes=tuple(table.get("prefixes", ("model.",))),
+        require=tuple(
+            _requirement(f"{path}: require {key}", key, entry) for key, entry in table.get("require", {}).items()
+        ),
+        derived={
+            key: _field(f"{path}: derived {key}", e, kinds, "f64") for key, e in table.get("derived", {}).items()
+        },
+        sizes={key: _field(f"{path}: size {key}", e, kinds, "u32") for key, e in table.get("sizes", {}).items()},
+        kinds=kinds,
+        rope=_rope(path, table.get("rope", {})),
+        metadata={key: _field(f"{path}: metadata {key}", e, kinds) for key, e in table["metadata"].items()},
+        tensors=_tensors(path, table, kinds),
+        optional=frozenset(table.get("optional_tensors", {})),
+        left_out={
+            what: _texts(f"{path}: left_out {what}", entry) for what, entry in table.get("left_out", {}).items()
+        },
     )
+
+
+def shipped_converters() -> Iterator[Path]:
+    """The files of all shipped converters, by name."""
+    yield from sorted(data_folder("converters").glob("*.toml"))
+
+
+@cache
+def _model_types() -> dict[str, Path]:
+    """Every ``model_type`` that a shipped converter is for."""
+    found: dict[str, Path] = {}
+    for path in shipped_converters():
+        for name in (path.stem, *read_toml(path).get("aliases", ())):
+            found[name] = path
+    return found
 
 
 def converter_for(model_type: str) -> Converter:
@@ -102,11 +331,10 @@ def converter_for(model_type: str) -> Converter:
     Raises:
         Unsupported: there is none; names those there are.
     """
-    folder = data_folder("converters")
-    known = sorted(path.stem for path in folder.glob("*.toml"))
+    known = _model_types()
     if model_type not in known:
         raise Unsupported(
-            f"no converter for checkpoints of type '{model_type}'",
-            hint=f"known: {', '.join(known)}; a GGUF of any MoE architecture works without a converter",
+            f"no converter for checkpoints of type '{model_type}'"[:200],
+            hint=f"known: {', '.join(sorted(known))}; a GGUF of any MoE architecture works without a converter",
         )
-    return load_converter(folder / f"{model_type}.toml")
+    return load_converter(known[model_type])

@@ -7,8 +7,9 @@ Pieces are yielded one after the other so that a stack of experts is never whole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgeprune.errors import BadFile
@@ -20,20 +21,64 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Attention heads of the model: query heads and key/value heads."""
+class Sizes:
+    """Numbers of the model that shapes do not show.
 
-    query: int
-    key: int
+    Attributes:
+        query, key: attention heads: query heads and key/value heads.
+        named: others, by the names that the converter gives them in ``[sizes]``.
+    """
+
+    query: int = 1
+    key: int = 1
+    named: Mapping[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> int:
+        if name not in self.named:
+            raise BadFile(f"the converter names no size '{name}', which its transforms need")
+        return self.named[name]
 
 
 @dataclass(frozen=True)
 class Transform:
-    """``shape`` maps the source's shape and the number of sources to the result's; ``apply`` yields
-    consecutive pieces of the result from one source tensor."""
+    """One entry of the list.
 
-    shape: Callable[[Shape, int], Shape]
-    apply: Callable[[torch.Tensor, Heads], Iterator[torch.Tensor]]
+    Attributes:
+        shape: from the shapes of all sources to that of the result.
+        apply: yields consecutive pieces of the result from one source tensor.
+        moves_rows: only whole rows move, so that it may be done to rows of packed blocks.
+        joins: its sources may differ in shape.
+    """
+
+    shape: Callable[[tuple[Shape, ...], Sizes], Shape]
+    apply: Callable[[torch.Tensor, Sizes], Iterator[torch.Tensor]]
+    moves_rows: bool = False
+    joins: bool = False
+
+
+def _same(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    return shapes[0]
+
+
+def _stacked(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    return (len(shapes), *shapes[0])
+
+
+def _joined(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _halved(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    """Half of the rows of every matrix of a stack."""
+    return (shapes[0][0], shapes[0][1] // 2, *shapes[0][2:])
+
+
+def _flat(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    return (math.prod(shapes[0]),)
+
+
+def _whole(weight: torch.Tensor, _: Sizes) -> Iterator[torch.Tensor]:
+    yield weight
 
 
 def _permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -48,21 +93,41 @@ def _permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return split.transpose(1, 2).reshape(weight.shape)
 
 
-def _halved(shape: Shape, _: int) -> Shape:
-    return (shape[0], shape[1] // 2, *shape[2:])
+def _latent(weight: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """DeepSeek's ``kv_b_proj`` by head: [heads, nope + value, latent]."""
+    rows = sizes["nope"] + sizes["value"]
+    if weight.dim() != 2 or weight.shape[0] != sizes.query * rows:
+        raise BadFile(f"kv_b_proj of the shape {list(weight.shape)} is not {sizes.query} heads of {rows} rows")
+    return weight.reshape(sizes.query, rows, weight.shape[1])
+
+
+def _key_of_latent(weight: torch.Tensor, sizes: Sizes) -> Iterator[torch.Tensor]:
+    """The keys' part, turned round: llama.cpp multiplies the query with it instead of the latent vector."""
+    yield _latent(weight, sizes)[:, : sizes["nope"]].transpose(1, 2)
+
+
+def _value_of_latent(weight: torch.Tensor, sizes: Sizes) -> Iterator[torch.Tensor]:
+    yield _latent(weight, sizes)[:, sizes["nope"] :]
 
 
 TRANSFORMS: dict[str, Transform] = {
-    "keep": Transform(lambda shape, _: shape, lambda weight, _: iter((weight,))),
+    "keep": Transform(_same, _whole, moves_rows=True),
     # One 2-D matrix per expert becomes one 3-D tensor, experts in order.
-    "stack_experts": Transform(lambda shape, count: (count, *shape), lambda weight, _: iter((weight,))),
+    "stack_experts": Transform(_stacked, _whole, moves_rows=True),
+    # Several tensors one below the other.
+    "join_rows": Transform(_joined, _whole, moves_rows=True, joins=True),
+    # One row, or one column, as the vector that it is.
+    "vector": Transform(_flat, lambda weight, _: iter((weight.reshape(-1),))),
     # [E, 2F, D] with the gate rows first: gate and up are separate tensors in GGUF.
-    "gate_of_gate_up": Transform(_halved, lambda weight, _: (expert[: weight.shape[1] // 2] for expert in weight)),
-    "up_of_gate_up": Transform(_halved, lambda weight, _: (expert[weight.shape[1] // 2 :] for expert in weight)),
-    "permute_rope_query": Transform(
-        lambda shape, _: shape, lambda weight, heads: iter((_permuted(weight, heads.query),))
+    "gate_of_gate_up": Transform(
+        _halved, lambda weight, _: (expert[: weight.shape[1] // 2] for expert in weight), moves_rows=True
     ),
-    "permute_rope_key": Transform(
-        lambda shape, _: shape, lambda weight, heads: iter((_permuted(weight, heads.key),))
+    "up_of_gate_up": Transform(
+        _halved, lambda weight, _: (expert[weight.shape[1] // 2 :] for expert in weight), moves_rows=True
     ),
+    "permute_rope_query": Transform(_same, lambda weight, sizes: iter((_permuted(weight, sizes.query),))),
+    "permute_rope_key": Transform(_same, lambda weight, sizes: iter((_permuted(weight, sizes.key),))),
+    # DeepSeek's multi-head latent attention.
+    "key_of_latent": Transform(lambda shapes, s: (s.query, shapes[0][-1], s["nope"]), _key_of_latent),
+    "value_of_latent": Transform(lambda shapes, s: (s.query, s["value"], shapes[0][-1]), _value_of_latent),
 }

@@ -89,13 +89,15 @@ class SourceStages:
                     return output
                 self._changed("the checkpoint", {"content": old}, {"content": origin})
         with self.listener.progress("convert") as progress:
-            child.call(
+            remarks = child.call(
                 "edgeprune.model.convert:convert_task",
                 {"folder": str(checkpoint.resolve()), "output": str(output), "name": self._name(checkpoint)},
                 progress,
             )
         for line in GgufFile(output).get(DIFFERENCES_KEY, []):
             self.listener.say(f"tokenizer: {line}")
+        for line in remarks:
+            self.listener.say(line)
         return output
 
     def _name(self, checkpoint: Path) -> str:

@@ -34,6 +34,7 @@ from edgeprune.measure.text import Window
 from edgeprune.model.checkpoint import open_checkpoint
 from edgeprune.model.convert import apply_tying
 from edgeprune.model.converter import converter_for
+from edgeprune.model.values import language_config, prefix_of
 
 Progress = Callable[[int, int], None]
 HIDDEN, GRADIENT = "hidden", "gradient"
@@ -84,7 +85,8 @@ class Engine:
     ) -> None:
         opened = open_checkpoint(checkpoint)
         converter = converter_for(str(opened.config.get("model_type", "")))
-        apply_tying(opened)
+        converter = converter.with_prefix(prefix_of(converter, opened))
+        apply_tying(opened, language_config(converter, opened.config))
         self.parameters = Parameters(opened, converter, experts)
         self.skeleton = Skeleton(checkpoint, self.parameters)
         self.text, self.weights, self.experts = text, set(weights), experts

@@ -14,7 +14,7 @@ from edgeprune.errors import BadFile
 from edgeprune.model.checkpoint import Checkpoint
 from edgeprune.model.convert import choose
 from edgeprune.model.converter import Converter
-from edgeprune.model.transforms import TRANSFORMS, Heads
+from edgeprune.model.transforms import TRANSFORMS, Sizes
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +75,8 @@ class Parameters:
         for missing in (name for name in names if name not in self.checkpoint.stored):
             raise BadFile(f"{self.checkpoint.folder} lacks tensor {missing}")
         apply = TRANSFORMS[source.transform].apply
-        heads = Heads(1, 1)  # of no use to experts
-        pieces = [piece for name in names for piece in apply(self.checkpoint.tensor(name), heads)]
+        none = Sizes()  # of no use to experts
+        pieces = [piece for name in names for piece in apply(self.checkpoint.tensor(name), none)]
         return pieces[0] if pieces[0].dim() == 3 else torch.stack(pieces)
 
     def gguf_name(self, name: str) -> str | None:

@@ -1,0 +1,137 @@
+"""The rotary embedding in GGUF: base frequency, scaling, and factors by frequency where a scaling needs them."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from edgeprune.errors import BadFile, Unsupported
+from edgeprune.model.converter import Rope
+from edgeprune.model.gguf import Entry, make_entry
+from edgeprune.model.values import Settings, lookup
+
+# Settings of a scaled rotary embedding: those with a place in GGUF, and those that llama.cpp fixes.
+_KEYS = {
+    "factor": ("factor", "f32"),
+    "original_max_position_embeddings": ("original_context_length", "u32"),
+}
+_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+_SPOKEN_FOR = ("rope_type", "type", "rope_theta", *_KEYS)
+_LLAMA3 = ("low_freq_factor", "high_freq_factor")
+FREQUENCIES = "rope_freqs.weight"
+
+
+def _table(rope: Rope, config: Mapping[str, Any]) -> dict[str, Any]:
+    found = lookup(config, rope.parameters) or {}
+    if not isinstance(found, dict):
+        raise _unusable(found)
+    return found
+
+
+def _unusable(found: Any) -> BadFile:
+    return BadFile(f"config.json has unusable rotary embedding settings: {found!r}"[:200])
+
+
+def _kind(table: Mapping[str, Any]) -> str:
+    return str(table.get("rope_type") or table.get("type") or "default")
+
+
+def _base(rope: Rope, table: Mapping[str, Any], config: Mapping[str, Any]) -> float:
+    """The base frequency; families differ in its default, so the checkpoint or the converter has to name it."""
+    base = table.get("rope_theta")
+    base = lookup(config, ("rope_theta",)) if base is None else base
+    base = rope.base if base is None else base
+    if base is None:
+        raise BadFile("config.json names no rope_theta, the base of the rotary embedding")
+    return float(base)
+
+
+def _check(rope: Rope, kind: str, table: Mapping[str, Any]) -> None:
+    """Refuse a scaling, or a setting of one, that llama.cpp does not compute."""
+    fixed = {**_FIXED, **(rope.fixed or {})}
+    own = {"llama3": _LLAMA3}.get(kind, ("mscale", "mscale_all_dim") if rope.log_multiplier else ())
+    foreign = sorted(
+        f"{key} = {value!r}"
+        for key, value in table.items()
+        if key not in (*_SPOKEN_FOR, *own, *rope.known) and value not in (None, fixed.get(key))
+    )
+    if kind not in rope.scaling or foreign:
+        what = f"with {foreign[0]} " if foreign else ""
+        raise Unsupported(f"rotary embedding scaling '{kind}' {what}is not supported"[:200])
+
+
+def _log_multiplier(table: Mapping[str, Any], prefix: str) -> list[Entry]:
+    """DeepSeek's YaRN: the attention's scale grows with ``mscale_all_dim``, the rotation's with the quotient of both
+    settings, which llama.cpp takes for one."""
+    over, under = float(table.get("mscale") or 0), float(table.get("mscale_all_dim") or 0)
+    if over != under:
+        raise Unsupported(f"rotary embedding scaling 'yarn' with mscale = {over} and mscale_all_dim = {under}")
+    # The tenth is llama.cpp's: it divides the value by 0.1 for these graphs.
+    return [make_entry(f"{prefix}.scaling.yarn_log_multiplier", "f32", 0.1 * under)] if under else []
+
+
+def _scaling(rope: Rope, kind: str, table: Mapping[str, Any], prefix: str) -> list[Entry]:
+    _check(rope, kind, table)
+    if kind == "llama3":
+        return []  # it is all in a tensor: see rope_tensors
+    entries = [make_entry(f"{prefix}.scaling.type", "str", kind)]
+    for key, (ours, form) in _KEYS.items():
+        if table.get(key) is not None or key == "factor":
+            entries.append(make_entry(f"{prefix}.scaling.{ours}", form, table[key]))
+    return entries + (_log_multiplier(table, prefix) if rope.log_multiplier and kind == "yarn" else [])
+
+
+def rope_entries(settings: Settings) -> list[Entry]:
+    """Base frequency and scaling, from any of the places where they are kept.
+
+    Raises:
+        BadFile: settings that are missing or of the wrong kind.
+        Unsupported: settings that llama.cpp does not compute.
+    """
+    rope, prefix = settings.converter.rope, f"{settings.converter.arch}.rope"
+    if not rope.rotary:
+        return []
+    table = _table(rope, settings.config)
+    kind = _kind(table)
+    try:
+        entries = [] if kind == "default" else _scaling(rope, kind, table, prefix)
+        return [make_entry(f"{prefix}.freq_base", "f32", _base(rope, table, settings.config)), *entries]
+    except (AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
+        raise _unusable(table) from error
+
+
+def rope_tensors(settings: Settings) -> dict[str, list[float]]:
+    """Tensors of numbers by which frequencies are divided, by name in GGUF; a converter's size ``rotary`` says how
+    many dimensions turn.
+
+    Raises:
+        BadFile: settings that are missing or of the wrong kind.
+    """
+    rope = settings.converter.rope
+    table = _table(rope, settings.config) if rope.rotary else {}
+    if _kind(table) != "llama3" or "llama3" not in rope.scaling:
+        return {}
+    try:
+        return {FREQUENCIES: _llama3_factors(table, _base(rope, table, settings.config), settings.sizes["rotary"])}
+    except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise _unusable(table) from error
+
+
+def _llama3_factors(table: Mapping[str, Any], base: float, dimensions: int) -> list[float]:
+    """Llama 3.1's scaling: long waves by ``factor``, short ones not at all, those between by degrees
+    (transformers, ``modeling_rope_utils._compute_llama3_parameters``)."""
+    factor, trained = float(table["factor"]), float(table["original_max_position_embeddings"])
+    low, high = float(table["low_freq_factor"]), float(table["high_freq_factor"])
+    factors = []
+    for index in range(0, dimensions, 2):
+        wave = 2 * math.pi * base ** (index / dimensions)
+        if wave < trained / high:
+            factors.append(1.0)
+        elif wave > trained / low:
+            factors.append(factor)
+        else:
+            smooth = (trained / wave - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return factors

@@ -1,0 +1,273 @@
+"""What a converter reads from a checkpoint's configuration: settings, sizes, kinds of layers, metadata."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.errors import BadFile, Unsupported
+from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS
+from edgeprune.model.checkpoint import Checkpoint
+from edgeprune.model.converter import Converter, Field, Requirement, Rule
+from edgeprune.model.gguf import Entry, make_entry
+from edgeprune.model.transforms import Sizes
+
+MOST_HEADS = 4096
+MOST_EXTRA_LAYERS = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One checkpoint through the eyes of its converter.
+
+    Attributes:
+        converter: with the checkpoint's own prefix in its names.
+        config: of the language model, with derived values.
+        layers: blocks, without those that predict further tokens.
+        extra_layers: blocks behind the last layer that predict further tokens.
+        experts: routed experts per layer.
+        kinds: of every layer.
+        sizes: for transforms.
+    """
+
+    converter: Converter
+    config: dict[str, Any]
+    layers: int
+    extra_layers: int
+    experts: int
+    kinds: tuple[frozenset[str], ...]
+    sizes: Sizes
+
+
+def lookup(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    """The first of ``keys`` that the configuration has with a value; dots descend into tables."""
+    for key in keys:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    return None
+
+
+def language_config(converter: Converter, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the language model, which models that see or hear have in a table of its own."""
+    nested = config.get(converter.nested) if converter.nested else None
+    merged = {**config, **nested} if isinstance(nested, dict) else dict(config)
+    for key, field in converter.derived.items():
+        value = _evaluated(field, merged, f"config.json: {key}")
+        if value is not None:
+            merged[key] = value
+    return merged
+
+
+def read_settings(converter: Converter, checkpoint: Checkpoint) -> Settings:
+    """What ``converter`` finds in ``checkpoint``.
+
+    Raises:
+        BadFile: a value is missing or of the wrong kind.
+        Unsupported: a value that the target graph does not compute.
+    """
+    placed = converter.with_prefix(prefix_of(converter, checkpoint))
+    config = language_config(converter, checkpoint.config)
+    for requirement in converter.require:
+        _check(converter, requirement, config)
+    layers = _count(config, converter.layers, checkpoint, MOST_LAYERS)
+    experts = _count(config, converter.experts, checkpoint, MOST_EXPERTS)
+    extra = lookup(config, converter.extra_layers)
+    heads = _count(config, ("num_attention_heads",), checkpoint, MOST_HEADS)
+    keys = _count(config, ("num_key_value_heads", "num_attention_heads"), checkpoint, MOST_HEADS)
+    named = {name: _size(name, field, config) for name, field in converter.sizes.items()}
+    return Settings(
+        converter=placed,
+        config=config,
+        layers=layers,
+        extra_layers=extra if isinstance(extra, int) and 0 < extra <= MOST_EXTRA_LAYERS else 0,
+        experts=experts,
+        kinds=_kinds(placed, config, checkpoint, layers),
+        sizes=Sizes(heads, keys, named),
+    )
+
+
+def prefix_of(converter: Converter, checkpoint: Checkpoint) -> str:
+    """The first of the converter's prefixes that tensors of the checkpoint have."""
+    for prefix in converter.prefixes:
+        if any(name.startswith(prefix) for name in checkpoint.stored):
+            return prefix
+    return converter.prefixes[0]
+
+
+def _count(config: dict[str, Any], keys: tuple[str, ...], checkpoint: Checkpoint, most: int) -> int:
+    """A positive number from the configuration; a huge one would be planned for at length."""
+    where = checkpoint.folder / "config.json"
+    value = lookup(config, keys)
+    if value is None:
+        raise BadFile(f"{where} has none of: {', '.join(keys)}")
+    value = _uniform(value, keys[0])
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise BadFile(f"{where}: {keys[0]} = {str(value)[:40]!r} is not a number from 1 to {most}")
+    return value
+
+
+def _size(name: str, field: Field, config: dict[str, Any]) -> int:
+    value = _evaluated(field, config, f"config.json: {name}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise BadFile(f"config.json: {', '.join(field.config) or name} = {str(value)[:40]!r} is not a size")
+    return value
+
+
+def _check(converter: Converter, requirement: Requirement, config: dict[str, Any]) -> None:
+    value = lookup(config, (requirement.key,))
+    if value is None:
+        value = requirement.default
+    # An absent key without a default is off, empty or none; what a model needs switched on has to be written down.
+    if any(value == allowed or not (value or allowed) for allowed in requirement.allowed):
+        return
+    raise Unsupported(
+        f"this {converter.name} checkpoint has {requirement.key} = {repr(value)[:60]}; "
+        f"llama.cpp's {converter.arch} assumes {' or '.join(map(repr, requirement.allowed))}",
+        hint="a GGUF of it that someone else has made works without a converter",
+    )
+
+
+# Values.
+
+
+def _spelt(value: Any) -> str:
+    """``value`` as a key of a converter's map."""
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else ""
+
+
+def _mapped(value: Any, field: Field, where: str) -> Any:
+    if field.map is None or value is None:
+        return value
+    if isinstance(value, list):
+        return [_mapped(element, field, where) for element in value]
+    if _spelt(value) not in field.map:
+        known = ", ".join(field.map)
+        raise Unsupported(f"{where} = {_spelt(value)[:60]!r} has no place in llama.cpp", hint=f"known: {known}")
+    return field.map[_spelt(value)]
+
+
+def _computed(field: Field, config: Mapping[str, Any], where: str) -> Any:
+    """The operation over its operands, or None when one of them is absent."""
+    operands = [lookup(config, (part,)) if isinstance(part, str) else part for part in field.operands]
+    if any(value is None for value in operands):
+        return None
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in operands):
+        raise BadFile(f"{where}: {', '.join(map(str, field.operands))} are not all numbers")
+    if field.operation == "sum":
+        return sum(operands)
+    if field.operation == "product":
+        return math.prod(operands)
+    over, under = operands
+    if not under:
+        raise BadFile(f"{where}: {field.operands[1]} is zero")
+    return over // under if isinstance(over, int) and isinstance(under, int) and over % under == 0 else over / under
+
+
+def _evaluated(field: Field, config: Mapping[str, Any], where: str) -> Any:
+    """The field's value, or None."""
+    value = lookup(config, field.config)
+    if value is None and field.operation:
+        value = _computed(field, config, where)
+    if value is None:
+        value = field.default
+    value = _mapped(value, field, where)
+    whole = field.type.strip("[]")[:1] in ("u", "i")
+    return int(value) if whole and isinstance(value, float) and math.isfinite(value) else value
+
+
+def _uniform(value: Any, where: str) -> Any:
+    """A list in place of one number has to be the same throughout."""
+    if not isinstance(value, list):
+        return value
+    if not value or any(element != value[0] for element in value):
+        raise Unsupported(f"config.json: {where} differs between layers, for which llama.cpp has one value")
+    return value[0]
+
+
+def _by_layer(value: Any, layers: int, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        return [value] * layers
+    if len(value) != layers:
+        raise BadFile(f"config.json: {where} has {len(value)} elements for {layers} layers")
+    return value
+
+
+def _by_kind(field: Field, settings: Settings, where: str) -> list[Any]:
+    values = []
+    for layer, kinds in enumerate(settings.kinds):
+        source = next((value for kind, value in (field.by_kind or {}).items() if kind in kinds), None)
+        value = lookup(settings.config, (source,)) if isinstance(source, str) else source
+        if value is None:
+            raise BadFile(f"config.json: layer {layer} has no {where}")
+        values.append(_by_layer(value, settings.layers, where)[layer])
+    return values
+
+
+def metadata_entries(settings: Settings, where: str) -> list[Entry]:
+    """The converter's metadata. ``where``: the configuration's path, for messages.
+
+    Raises:
+        BadFile: a value is missing or does not fit its type.
+        Unsupported: a value that llama.cpp has no word for.
+    """
+    entries = []
+    for key, field in settings.converter.metadata.items():
+        label = field.config[0] if field.config else key
+        if field.by_kind is not None:
+            value: Any = _by_kind(field, settings, key)
+        else:
+            value = _evaluated(field, settings.config, f"{where}: {label}")
+            if value is None and field.optional:
+                continue
+            if value is None:
+                raise BadFile(f"{where} has none of: {', '.join(map(str, field.config or field.operands))}")
+            array = field.type.startswith("[")
+            value = _by_layer(value, settings.layers, label) if array else _uniform(value, label)
+        try:
+            entries.append(make_entry(f"{settings.converter.arch}.{key}", field.type, value))
+        except Exception as error:
+            raise BadFile(f"{where}: {label} = {repr(value)[:60]} does not fit {key}") from error
+    return entries
+
+
+# Kinds of layers.
+
+
+def _kinds(
+    converter: Converter, config: dict[str, Any], checkpoint: Checkpoint, layers: int
+) -> tuple[frozenset[str], ...]:
+    found: list[set[str]] = [set() for _ in range(layers)]
+    for kind, rule in converter.kinds.items():
+        for layer in range(layers):
+            if _is_of(rule, config, checkpoint, layer, found[layer]):
+                found[layer].add(kind)
+    return tuple(map(frozenset, found))
+
+
+def _is_of(rule: Rule, config: dict[str, Any], checkpoint: Checkpoint, layer: int, earlier: set[str]) -> bool:
+    """Whether ``rule`` is true of ``layer``, whose kinds so far are ``earlier``."""
+    if rule.rule == "unless":
+        return not earlier & set(rule.keys)
+    if rule.rule == "has":
+        return any(key.format(layer=layer, expert=0) in checkpoint.stored for key in rule.keys)
+    value = lookup(config, rule.keys)
+    value = rule.default if value is None else value
+    where = f"config.json: {rule.keys[0]}"
+    if rule.rule == "when":
+        return value in rule.equals
+    if rule.rule in ("below", "every"):
+        if not isinstance(value, int) or isinstance(value, bool) or value < (rule.rule == "every"):
+            raise BadFile(f"{where} = {str(value)[:40]!r} is not a number of layers")
+        return layer < value if rule.rule == "below" else (layer + 1) % value == 0
+    if not isinstance(value, list | str):
+        raise BadFile(f"{where} = {str(value)[:40]!r} is not a list")
+    if rule.rule == "members":
+        return layer in value
+    if layer >= len(value):
+        raise BadFile(f"{where} ends before layer {layer}")
+    return value[layer] in rule.equals

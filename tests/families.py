@@ -1,0 +1,227 @@
+"""One toy model for every converter: the real transformers class with a literal configuration, as the Hub has it.
+
+The README's table of families is made from what stands here; print it with ``python tests/families.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import toys
+
+if TYPE_CHECKING:
+    import torch
+
+EXPERTS, KEPT = 8, 4
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of one family.
+
+    Attributes:
+        arch: llama.cpp's architecture string.
+        examples: published models.
+        literal: configuration values; those that all families share are in ``SHARED``.
+        variants: further configurations, each as what differs from ``literal``.
+        experts: configuration key with the number of experts.
+        tokenizer: ``byte_level`` or ``sentencepiece``.
+        auto: transformers' class that makes the model from the configuration.
+        center: what norm weights vary around; 0 where one is added to them.
+        prepare: further weights of the toy, set before it is saved.
+        note: for the README: what is left out or refused.
+    """
+
+    arch: str
+    examples: tuple[str, ...]
+    literal: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    experts: str = "num_experts"
+    tokenizer: str = "byte_level"
+    auto: str = "AutoModelForCausalLM"
+    center: float = 1.0
+    prepare: Callable[[Any], None] | None = None
+    note: str = ""
+
+
+SHARED = {
+    "vocab_size": toys.VOCABULARY,
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+_LATENT = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": EXPERTS,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "first_k_dense_replace": 1,
+}
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_moe": Family(
+        "qwen3moe",
+        ("Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Coder-30B-A3B"),
+        {
+            "intermediate_size": 256,
+            "moe_intermediate_size": 256,
+            "head_dim": 64,
+            "num_experts": EXPERTS,
+            "norm_topk_prob": True,
+            "rope_parameters": ROPE,
+        },
+    ),
+    "mixtral": Family(
+        "llama",
+        ("Mixtral-8x7B", "Mixtral-8x22B"),
+        {"intermediate_size": 256, "num_local_experts": EXPERTS, "sliding_window": None, "rope_parameters": ROPE},
+        experts="num_local_experts",
+        tokenizer="sentencepiece",
+    ),
+    "olmoe": Family(
+        "olmoe",
+        ("OLMoE-1B-7B",),
+        {
+            "intermediate_size": 256,
+            "num_key_value_heads": 4,
+            "num_experts": EXPERTS,
+            "norm_topk_prob": False,
+            "rope_parameters": ROPE,
+        },
+    ),
+    "qwen2_moe": Family(
+        "qwen2moe",
+        ("Qwen1.5-MoE-A2.7B", "Qwen2-57B-A14B"),
+        {
+            "intermediate_size": 512,
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 512,
+            "num_experts": EXPERTS,
+            "norm_topk_prob": False,
+            "rope_parameters": ROPE,
+        },
+        variants={"without biases": {"qkv_bias": False}},
+    ),
+    "deepseek_v2": Family(
+        "deepseek2",
+        ("DeepSeek-V2-Lite", "DeepSeek-Coder-V2-Lite"),
+        {
+            **_LATENT,
+            "n_shared_experts": 2,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "routed_scaling_factor": 1.0,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+        variants={"a query in two steps": {"q_lora_rank": 96, "rope_parameters": ROPE}},
+        experts="n_routed_experts",
+        note="the large DeepSeek-V2 (`group_limited_greedy`) is refused: llama.cpp scores groups otherwise",
+    ),
+    "deepseek_v3": Family(
+        "deepseek2",
+        ("DeepSeek-V3", "DeepSeek-R1", "DeepSeek-V3.1"),
+        {
+            **_LATENT,
+            "n_shared_experts": 1,
+            "q_lora_rank": 96,
+            "n_group": 2,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        variants={"without groups or scaling": {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE}},
+        experts="n_routed_experts",
+        note="blocks that predict further tokens are left out",
+    ),
+}
+
+
+def literal(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole literal configuration of family ``name``."""
+    return {**SHARED, **FAMILIES[name].literal, **changes}
+
+
+def make_model(name: str, changes: Mapping[str, Any]) -> Any:
+    """A model of transformers' own class for family ``name``, with the configuration as its class reads it."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(name, **literal(name, changes))
+    return getattr(transformers, FAMILIES[name].auto).from_config(config)
+
+
+def make_checkpoint(
+    name: str, folder: Path, changes: Mapping[str, Any] | None = None, *, dtype: str = "float32", **save: Any
+) -> Path:
+    """A checkpoint of family ``name`` in ``folder``.
+
+    Args:
+        changes: configuration values other than the family's literal ones.
+        save: further arguments of ``save_pretrained``.
+    """
+    family = FAMILIES[name]
+    model = make_model(name, changes or {})
+    if family.tokenizer == "sentencepiece":
+        toys.sentencepiece_tokenizer(folder)
+    else:
+        toys.byte_level_tokenizer(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], toys.QWEN2_PATTERN)
+    toys.save_model(model, folder, 7, dtype, save, family.center)
+    if family.prepare is not None:
+        family.prepare(folder)
+    return folder
+
+
+def kept_experts(layers: int, groups: int = 1) -> dict[int, tuple[int, ...]]:
+    """Which experts stay by layer: half of each group, other ones in every layer."""
+    size = EXPERTS // groups
+    chosen = {}
+    for layer in range(layers):
+        places = [(layer + 1 + 2 * step) % size for step in range(size // 2)]
+        chosen[layer] = tuple(sorted(group * size + place for group in range(groups) for place in places))
+    return chosen
+
+
+def without_experts(name: str, model: Any, keep: Mapping[int, tuple[int, ...]], changes: Mapping[str, Any]) -> Any:
+    """The transformers model with the experts in ``keep`` (by layer) and no others."""
+    import torch
+
+    small = make_model(name, {**changes, FAMILIES[name].experts: KEPT}).eval()
+    whole, state = model.state_dict(), {}
+    for key, target in small.state_dict().items():
+        layer = next((int(part) for part in key.split(".") if part.isdigit()), -1)
+        source: torch.Tensor = whole[key]
+        axes = [axis for axis in range(source.dim()) if source.shape[axis] != target.shape[axis]]
+        state[key] = source.index_select(axes[0], torch.tensor(keep[layer])) if axes else source
+    small.load_state_dict(state)
+    return small
+
+
+def readme_table() -> str:
+    """The table of families in the README."""
+    rows = ["| `model_type` | llama.cpp | for instance | checked with | remarks |", "|---|---|---|---|---|"]
+    for name, family in sorted(FAMILIES.items()):
+        checked = ", ".join(["whole", "half of the experts", *family.variants])
+        rows.append(f"| `{name}` | `{family.arch}` | {', '.join(family.examples)} | {checked} | {family.note} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(readme_table(), end="")
