@@ -30,6 +30,8 @@ class Family:
         experts: configuration key with the number of experts.
         tokenizer: ``byte_level`` or ``sentencepiece``.
         auto: transformers' class that makes the model from the configuration.
+        nested: table of the configuration that the language model has for itself, "" for none.
+        beside: configuration values beside that table.
         center: what norm weights vary around; 0 where one is added to them.
         prepare: further weights of the toy, set before it is saved.
         note: for the README: what is left out or refused.
@@ -42,6 +44,8 @@ class Family:
     experts: str = "num_experts"
     tokenizer: str = "byte_level"
     auto: str = "AutoModelForCausalLM"
+    nested: str = ""
+    beside: Mapping[str, Any] = field(default_factory=dict)
     center: float = 1.0
     prepare: Callable[[Any], None] | None = None
     note: str = ""
@@ -62,6 +66,29 @@ SHARED = {
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+_GRANITE = {
+    "intermediate_size": 256,
+    "num_local_experts": EXPERTS,
+    # All of them other than one, and such that no stage drowns the others.
+    "embedding_multiplier": 1.5,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 0.8,
+    "rope_parameters": ROPE,
+}
+_LINEAR = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 64,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "num_experts": EXPERTS,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 320,
+}
 
 _LATENT = {
     "num_hidden_layers": 3,
@@ -106,6 +133,99 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": False,
             "rope_parameters": ROPE,
         },
+    ),
+    "granitemoe": Family(
+        "granitemoe",
+        ("Granite-3.1-3B-A800M", "Granite-3.1-1B-A400M", "PowerMoE-3B"),
+        _GRANITE,
+        experts="num_local_experts",
+    ),
+    "granitemoehybrid": Family(
+        "granitehybrid",
+        ("Granite-4.0-H-Small", "Granite-4.0-H-Tiny"),
+        {
+            **_GRANITE,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "shared_intermediate_size": 384,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 64,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 32,
+            "position_embedding_type": None,
+        },
+        variants={"rotated positions": {"position_embedding_type": "rope"}},
+        experts="num_local_experts",
+    ),
+    "lfm2_moe": Family(
+        "lfm2moe",
+        ("LFM2-8B-A1B", "LFM2-24B-A2B"),
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "num_dense_layers": 1,
+            "intermediate_size": 448,
+            "moe_intermediate_size": 224,
+            "num_experts": EXPERTS,
+            "rope_parameters": ROPE,
+        },
+    ),
+    "nemotron_h": Family(
+        "nemotron_h_moe",
+        ("Nemotron-3-Nano-30B-A3B", "Nemotron-3-Super-120B-A12B"),
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "head_dim": 64,
+            "n_routed_experts": EXPERTS,
+            "moe_intermediate_size": 232,
+            "moe_shared_expert_intermediate_size": 464,
+            "routed_scaling_factor": 2.5,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 64,
+            "n_groups": 2,
+            "ssm_state_size": 32,
+        },
+        variants={
+            "experts in a narrower space": {"moe_latent_size": 128},
+            "groups of experts": {"n_group": 4, "topk_group": 2, "norm_topk_prob": False},
+        },
+        experts="n_routed_experts",
+        note="blocks that predict further tokens are left out",
+    ),
+    "qwen3_next": Family(
+        "qwen3next",
+        ("Qwen3-Next-80B-A3B", "Qwen3-Coder-Next"),
+        {**_LINEAR, "intermediate_size": 256, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}},
+        variants={"as many value heads as key heads": {"linear_num_value_heads": 2}},
+        center=0.0,
+        note="blocks that predict further tokens are left out",
+    ),
+    "qwen3_5_moe": Family(
+        "qwen35moe",
+        ("Qwen3.5-35B-A3B", "Qwen3.5-122B-A10B", "Qwen3.5-397B-A17B"),
+        {
+            **_LINEAR,
+            "rope_parameters": {
+                **ROPE,
+                "partial_rotary_factor": 0.25,
+                "mrope_interleaved": True,
+                "mrope_section": [3, 3, 2],
+            },
+        },
+        auto="AutoModelForImageTextToText",
+        nested="text_config",
+        beside={
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 256,
+                "num_position_embeddings": 16,
+            },
+        },
+        center=0.0,
+        note="text only; vision and blocks that predict further tokens are left out",
     ),
     "qwen2_moe": Family(
         "qwen2moe",
@@ -157,7 +277,9 @@ FAMILIES: dict[str, Family] = {
 
 def literal(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The whole literal configuration of family ``name``."""
-    return {**SHARED, **FAMILIES[name].literal, **changes}
+    family = FAMILIES[name]
+    values = {**SHARED, **family.literal, **changes}
+    return {family.nested: values, **family.beside, "tie_word_embeddings": False} if family.nested else values
 
 
 def make_model(name: str, changes: Mapping[str, Any]) -> Any:

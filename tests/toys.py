@@ -146,13 +146,15 @@ def spread(model: Any, seed: int, center: float = 1.0) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+    learned = ("correction_bias", "expert_bias")
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(learned)]
     for name, parameter in [*model.named_parameters(), *buffers]:
         noise = torch.randn(parameter.shape, generator=generator)
         if "bias" in name or "sinks" in name:
             values = 0.2 * noise
         elif parameter.dim() == 1:
-            values = center + 0.2 * noise
+            # The norm of a linear attention multiplies with its weight also where the others add one to it.
+            values = (1.0 if "linear_attn.norm" in name else center) + 0.2 * noise
         elif "embed_tokens" in name:
             values = noise
         else:

@@ -14,7 +14,7 @@ from edgeprune.model.gguf import TYPE_IDS
 from edgeprune.model.transforms import TRANSFORMS
 
 PREFIX = "{model}"  # in names of checkpoint tensors: whatever stands before "embed_tokens" in this checkpoint
-OPERATIONS = ("sum", "product", "quotient")
+OPERATIONS = ("sum", "product", "quotient", "length")
 # How the layers that are of a kind are found; each rule is one of these.
 RULES = ("below", "every", "members", "list", "unless", "has", "when")
 
@@ -102,6 +102,8 @@ class Rope:
         known: further settings in the table that are read elsewhere.
         fixed: settings with the one value that this graph computes.
         log_multiplier: YaRN scales the attention by ``mscale_all_dim`` (DeepSeek).
+        sections: pairs of dimensions that turn with time, height and width, where the configuration names none;
+            empty for a rotation by one position.
     """
 
     rotary: bool = True
@@ -111,6 +113,7 @@ class Rope:
     known: tuple[str, ...] = ()
     fixed: Mapping[str, Any] | None = None
     log_multiplier: bool = False
+    sections: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _KEYS = {
 _FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _SPOKEN_FOR = ("rope_type", "type", "rope_theta", *_KEYS)
 _LLAMA3 = ("low_freq_factor", "high_freq_factor")
+_POSITIONS = 4  # time, height, width, and one that llama.cpp has beside them
 FREQUENCIES = "rope_freqs.weight"
 
 
@@ -83,6 +84,14 @@ def _scaling(rope: Rope, kind: str, table: Mapping[str, Any], prefix: str) -> li
     return entries + (_log_multiplier(table, prefix) if rope.log_multiplier and kind == "yarn" else [])
 
 
+def _sections(rope: Rope, table: Mapping[str, Any], prefix: str) -> list[Entry]:
+    """Pairs of dimensions by kind of position; llama.cpp has four kinds."""
+    if not rope.sections:
+        return []
+    sections = [int(pairs) for pairs in table.get("mrope_section") or rope.sections]
+    return [make_entry(f"{prefix}.dimension_sections", "[i32]", (sections + [0] * _POSITIONS)[:_POSITIONS])]
+
+
 def rope_entries(settings: Settings) -> list[Entry]:
     """Base frequency and scaling, from any of the places where they are kept.
 
@@ -97,7 +106,8 @@ def rope_entries(settings: Settings) -> list[Entry]:
     kind = _kind(table)
     try:
         entries = [] if kind == "default" else _scaling(rope, kind, table, prefix)
-        return [make_entry(f"{prefix}.freq_base", "f32", _base(rope, table, settings.config)), *entries]
+        base = make_entry(f"{prefix}.freq_base", "f32", _base(rope, table, settings.config))
+        return [base, *_sections(rope, table, prefix), *entries]
     except (AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
         raise _unusable(table) from error
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgeprune.errors import BadFile
+from edgeprune.model import recurrent
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,49 @@ def _value_of_latent(weight: torch.Tensor, sizes: Sizes) -> Iterator[torch.Tenso
     yield _latent(weight, sizes)[:, sizes["nope"] :]
 
 
+def _squeezed(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    """Without the extents of one in the middle and in front; [1, D] is a vector, [C, 1, K] a matrix."""
+    *outer, last = shapes[0]
+    return (*(extent for extent in outer if extent != 1), last)
+
+
+def _half(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    return (shapes[0][0] // 2, *shapes[0][1:])
+
+
+def _column(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    return (math.prod(shapes[0]), 1)
+
+
+def _by_group(shapes: tuple[Shape, ...], sizes: Sizes) -> Shape:
+    groups, width = sizes["state_groups"], math.prod(shapes[0])
+    if not groups or width % groups:
+        raise BadFile(f"{width} weights of a norm do not divide into {groups} groups")
+    return (groups, width // groups)
+
+
+def _linear(sizes: Sizes) -> tuple[int, int, int, int]:
+    """Key and value heads of a linear attention, and the width of each."""
+    names = ("linear_key_heads", "linear_value_heads", "linear_key_width", "linear_value_width")
+    keys, values, key_width, value_width = (sizes[name] for name in names)
+    return keys, values, key_width, value_width
+
+
+def _qkv_rows(shapes: tuple[Shape, ...], sizes: Sizes) -> Shape:
+    keys, values, key_width, value_width = _linear(sizes)
+    return (2 * keys * key_width + values * value_width, *shapes[0][1:])
+
+
+def _gate_rows(shapes: tuple[Shape, ...], sizes: Sizes) -> Shape:
+    _, values, _, value_width = _linear(sizes)
+    return (values * value_width, *shapes[0][1:])
+
+
+def _of(function: Callable[[torch.Tensor, Sizes], torch.Tensor]) -> Callable[..., Iterator[torch.Tensor]]:
+    """A transform that makes one piece of one source."""
+    return lambda weight, sizes: iter((function(weight, sizes),))
+
+
 TRANSFORMS: dict[str, Transform] = {
     "keep": Transform(_same, _whole, moves_rows=True),
     # One 2-D matrix per expert becomes one 3-D tensor, experts in order.
@@ -125,9 +169,47 @@ TRANSFORMS: dict[str, Transform] = {
     "up_of_gate_up": Transform(
         _halved, lambda weight, _: (expert[weight.shape[1] // 2 :] for expert in weight), moves_rows=True
     ),
+    # [2F, D] likewise, of a shared expert.
+    "upper_rows": Transform(_half, _of(lambda weight, _: weight[: weight.shape[0] // 2]), moves_rows=True),
+    "lower_rows": Transform(_half, _of(lambda weight, _: weight[weight.shape[0] // 2 :]), moves_rows=True),
     "permute_rope_query": Transform(_same, lambda weight, sizes: iter((_permuted(weight, sizes.query),))),
     "permute_rope_key": Transform(_same, lambda weight, sizes: iter((_permuted(weight, sizes.key),))),
     # DeepSeek's multi-head latent attention.
     "key_of_latent": Transform(lambda shapes, s: (s.query, shapes[0][-1], s["nope"]), _key_of_latent),
     "value_of_latent": Transform(lambda shapes, s: (s.query, s["value"], shapes[0][-1]), _value_of_latent),
+    # Norms that multiply with one plus their weight; in float32, where the sum is exact enough.
+    "plus_one": Transform(_same, _of(lambda weight, _: weight.float() + 1)),
+    # The kernel of a convolution by channel [C, 1, K]; the weights of a single output [1, D].
+    "squeeze": Transform(_squeezed, _of(lambda weight, _: weight.reshape(_squeezed((tuple(weight.shape),), _)))),
+    # State-space layers (Mamba 2).
+    "column": Transform(_column, _of(lambda weight, _: weight.reshape(-1, 1))),
+    "decay_rates": Transform(_same, _of(lambda weight, _: recurrent.decay_rates(weight))),
+    "decay_rates_column": Transform(_column, _of(lambda weight, _: recurrent.decay_rates(weight).reshape(-1, 1))),
+    "by_state_group": Transform(
+        _by_group, _of(lambda weight, sizes: weight.reshape(_by_group((tuple(weight.shape),), sizes)))
+    ),
+    # Linear attention (gated delta rule).
+    "qkv_of_qkvz": Transform(
+        _qkv_rows, _of(lambda weight, sizes: recurrent.qkv_of_qkvz(weight, *_linear(sizes))), moves_rows=True
+    ),
+    "gate_of_qkvz": Transform(
+        _gate_rows, _of(lambda weight, sizes: recurrent.gate_of_qkvz(weight, *_linear(sizes))), moves_rows=True
+    ),
+    "tile_value_heads": Transform(
+        _same, _of(lambda weight, sizes: recurrent.tile_value_heads(weight, *_linear(sizes)[:2])), moves_rows=True
+    ),
+    "tile_value_heads_of_qkv": Transform(
+        _same, _of(lambda weight, sizes: recurrent.tile_value_heads_of_qkv(weight, *_linear(sizes))), moves_rows=True
+    ),
+    "tile_value_heads_of_kernel": Transform(
+        _squeezed,
+        _of(lambda weight, sizes: recurrent.tile_value_heads_of_qkv(weight.squeeze(1), *_linear(sizes))),
+    ),
+    "tile_value_columns": Transform(
+        _same, _of(lambda weight, sizes: recurrent.tile_value_heads(weight.T, *_linear(sizes)[:2]).T)
+    ),
+    "tiled_decay_rates": Transform(
+        _same,
+        _of(lambda weight, sizes: recurrent.decay_rates(recurrent.tile_value_heads(weight, *_linear(sizes)[:2]))),
+    ),
 }

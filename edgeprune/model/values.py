@@ -152,7 +152,10 @@ def _mapped(value: Any, field: Field, where: str) -> Any:
 
 
 def _computed(field: Field, config: Mapping[str, Any], where: str) -> Any:
-    """The operation over its operands, or None when one of them is absent."""
+    """The operation over its operands, or None when one is absent; ``length`` takes the first that is there."""
+    if field.operation == "length":
+        listed = lookup(config, tuple(map(str, field.operands)))
+        return len(listed) if isinstance(listed, list | str) else None
     operands = [lookup(config, (part,)) if isinstance(part, str) else part for part in field.operands]
     if any(value is None for value in operands):
         return None
