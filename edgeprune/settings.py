@@ -51,6 +51,7 @@ class Settings:
         heal: whether the down projections of changed experts are fitted anew.
         heal_stages: most groups of layers that this is done in, or 0 for the default.
         healing_tokens: how much text is used for it.
+        limit_seconds: most time for encoding what changes type, or 0 for any.
         output: run directory, or None for the default.
         window: tokens per calibration window.
         sensitivity_window: the same where little text is used, so that every domain takes part.
@@ -76,6 +77,7 @@ class Settings:
     heal: bool = True
     heal_stages: int = 0
     healing_tokens: int = 49_152
+    limit_seconds: float = 0.0
     output: str | None = None
     window: int = 512
     calibration_tokens: int = 24_576

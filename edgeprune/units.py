@@ -1,4 +1,4 @@
-"""Bytes for people: the only place that knows what a GiB is."""
+"""Bytes and times for people: the only place that knows what a GiB is."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _FACTORS = {
     "tib": 2**40,
 }
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?b)\s*", re.IGNORECASE)
+_TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(s|m|min|h|)\s*", re.IGNORECASE)
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
 def parse_bytes(text: str) -> int:
@@ -32,6 +34,19 @@ def parse_bytes(text: str) -> int:
         raise UsageError(f"'{text}' is not a size", hint="write a number and a unit, for example 9.5GiB or 12MB")
     # Decimal, because 2.01 GB in binary floating point is a byte short.
     return int(Decimal(match[1]) * _FACTORS[match[2].lower()])
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds meant by ``"90s"``, ``"30m"``, ``"1.5 h"`` or a bare number.
+
+    Raises:
+        UsageError: ``text`` is no such time, or not above zero.
+    """
+    match = _TIME.fullmatch(text)
+    seconds = float(match[1]) * _SECONDS[match[2].lower()] if match else 0.0
+    if seconds <= 0:
+        raise UsageError(f"'{text}' is not a time", hint="write a number and a unit, for example 90s, 30m or 2h")
+    return seconds
 
 
 def format_bytes(count: float) -> str:

@@ -337,3 +337,22 @@ def test_forced_type_that_is_none_is_refused(name: str) -> None:
 def test_profile_that_avoids_an_unknown_type_is_refused() -> None:
     with pytest.raises(BadFile, match="profile cpu-16gb avoids the unknown type IQ3_SS"):
         allowed_types(replace(find_profile("cpu-16gb"), avoid=("IQ3_SS",)))
+
+
+def test_a_plan_keeps_to_the_time_it_may_take(pose: Pose) -> None:
+    problem = pose(memory=64 * MIB)
+    rates = {"IQ1_S": 7e3, "IQ2_XXS": 1e3, "IQ3_XXS": 2e3, "Q4_K": 1e4, "Q6_K": 3e4, "Q8_0": 3e5}
+    timed = replace(problem, sensitivity=replace(problem.sensitivity, rates=rates))
+    free = candidates(timed, [EXPERTS])[0].plan.predicted
+    assert free.encode_seconds > 0
+    limit = pose(file_limit=free.file_bytes * 2 // 5)
+    tight = replace(limit, sensitivity=timed.sensitivity)
+    slow = candidates(tight, [EXPERTS])[0].plan.predicted
+    quick = candidates(replace(tight, limit_seconds=0.9 * slow.encode_seconds), [EXPERTS])[0].plan.predicted
+    assert quick.encode_seconds <= 0.9 * slow.encode_seconds * (1 + 1e-6)
+    assert quick.nats >= slow.nats
+    assert quick.file_bytes <= slow.file_bytes * 1.02
+    with pytest.raises(DoesNotFit, match="cannot be encoded within") as caught:
+        candidates(replace(tight, limit_seconds=1e-6), [EXPERTS])
+    hint = float(caught.value.hint.split("--time-limit ")[1].split("s`")[0])
+    assert candidates(replace(tight, limit_seconds=hint), [EXPERTS])

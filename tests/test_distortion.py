@@ -53,7 +53,7 @@ def test_type_that_cannot_hold_the_largest_weight_has_no_entry(
     outlier: float, kept: list[str], tmp_path: Path
 ) -> None:
     file, tensor = model(tmp_path / "model.gguf", "F32", outlier)
-    found = distortion._distortions(file, tensor, None, ["Q4_K", "Q8_0", "BF16"], seed=0)
+    found = distortion._distortions(file, tensor, None, ["Q4_K", "Q8_0", "BF16"], seed=0, rates={})
     assert list(found) == kept
 
 

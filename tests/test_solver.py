@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from dataclasses import replace
 import sys
 
 import numpy as np
@@ -193,3 +194,34 @@ def test_costs_of_either_sign_are_minimised() -> None:
     found = solve(items, 4 * 32 + 64)
     assert found is not None
     assert found.picks == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_time_is_a_limit_like_bytes(seed: int) -> None:
+    """Against all combinations: the least nats of those that keep both limits; None where none does."""
+    random = np.random.default_rng(seed)
+    items = [
+        [replace(choice, seconds=float(random.uniform(0.1, 5))) for choice in choices]
+        for choices in random_items(seed)
+    ]
+    combinations = list(itertools.product(*items))
+    bytes_of = sorted(sum(choice.nbytes for choice in chosen) for chosen in combinations)
+    limit = bytes_of[len(bytes_of) // 2]
+    times = sorted(sum(choice.seconds for choice in chosen) for chosen in combinations)
+    for seconds in (times[0] * 0.9, times[len(times) // 20], times[-1]):
+        possible = [
+            sum(choice.nats for choice in chosen)
+            for chosen in combinations
+            if sum(choice.nbytes for choice in chosen) <= limit
+            and sum(choice.seconds for choice in chosen) <= seconds
+        ]
+        found = solve(items, limit, seconds)
+        assert (found is None) == (not possible)
+        if found is not None:
+            assert found.nats == pytest.approx(min(possible), rel=1e-3)
+            assert found.nbytes <= limit and found.seconds <= seconds * (1 + 1e-6)
+
+
+def test_a_quicker_choice_is_kept_though_it_costs_more() -> None:
+    slow, quick, poor = Choice("IQ2_S", 10, 1.0, 9.0), Choice("Q2_K", 10, 1.5, 1.0), Choice("Q1", 11, 1.6, 2.0)
+    assert undominated([poor, quick, slow]) == [slow, quick]

@@ -11,7 +11,7 @@ import click
 
 from edgeprune.cli.wishes import DEEPER, wishes
 from edgeprune.errors import UsageError
-from edgeprune.units import parse_bytes
+from edgeprune.units import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import Settings
@@ -28,6 +28,15 @@ class Size(click.ParamType[int]):
         return value if isinstance(value, int) else parse_bytes(value)
 
 
+class _Time(click.ParamType[float]):
+    """A number of seconds, minutes or hours."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return value if isinstance(value, float) else parse_seconds(value)
+
+
 _TARGET = (
     click.option("--device", metavar="PROFILE", help="Device profile, a profile file, or 'auto' for this machine."),
     click.option("--memory", type=Size(), help="Usable memory instead of a device, for example 9.5GiB."),
@@ -42,6 +51,9 @@ _CHOICE = (
         "--heal/--no-heal", default=True, help="Fit the kept experts' down projections anew.  [default: heal]"
     ),
     click.option("--heal-stages", type=click.IntRange(1), help="Most groups of layers that are healed one by one."),
+    click.option(
+        "--time-limit", type=_Time(), help="Most time to encode the file here, for example 30m; without healing."
+    ),
     click.option("--method", default="replay", show_default=True, help="How experts are ranked; see `compare`."),
 )
 _MIX = (
@@ -109,6 +121,7 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "mixture": options.get("mix") or "pooled",
         "engine": options.get("engine") or "llama.cpp",
         "heal": options.get("heal", True),
+        "limit_seconds": options.get("time_limit") or 0.0,
         "heal_stages": options.get("heal_stages") or 0,
         "output": options.get("output"),
     }

@@ -91,6 +91,8 @@ def plan(chosen: Plan, run: Run) -> list[str]:
         "",
         f"chosen: {chosen.kept} of {chosen.experts} experts per layer ({chosen.method}), "
         f"{format_bytes(predicted.file_bytes)}, {predicted.nats:.4g} nats per token predicted",
+        f"encoding takes {predicted.encode_seconds:.0f} s here"
+        + (", then the experts are healed" if chosen.heal else ""),
         *folded(chosen, run.architecture),
         "",
         f"plan    {run.folder.plan}",

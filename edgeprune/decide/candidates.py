@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from edgeprune.decide.placement import Placement, place
 from edgeprune.decide.plan import SOLVER, Plan, Prediction
 from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
 from edgeprune.device.budget import CACHE, Budget
+from edgeprune.device.probe import cores
 from edgeprune.device.profile import Profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.measure.launch import Launch
@@ -27,6 +29,7 @@ from edgeprune.units import format_bytes
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
 _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
+_TIME_TRIES = 8  # halvings, to find the quickest plan
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Problem:
         launch: settings before placement.
         made_from: digests for the plan.
         heal: whether the plan's changed experts are healed.
+        limit_seconds: most time to encode what changes type, on all cores.
     """
 
     file: GgufFile
@@ -55,6 +59,15 @@ class Problem:
     method: str
     made_from: dict[str, Any]
     heal: bool = False
+    limit_seconds: float = math.inf
+
+    def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
+        """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
+        that was not measured."""
+        rate = self.sensitivity.rates.get(name, 0.0)
+        if name == tensor.type or rate <= 0:
+            return 0.0
+        return float(np.prod(tensor.kept_shape(kept), dtype=np.int64)) / (rate * cores())
 
 
 def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:
@@ -91,6 +104,7 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
                 name,
                 align(ggml.tensor_bytes(name, shape), problem.file.alignment),
                 problem.sensitivity.nats(tensor, name),
+                problem.seconds(tensor, kept, name) if problem.limit_seconds < math.inf else 0.0,
             )
             for name in names
         ]
@@ -144,7 +158,7 @@ def candidate(problem: Problem, kept: int, *, forced_types: bool = False) -> Can
     items = [_choices(problem, tensor, kept, forced_types) for tensor in tensors]
     limit, _ = _limits(problem, kept)
     for attempt in range(_PACKING_TRIES):
-        solution = solve(items, int(limit * (1 - _PACKING_STEP * attempt)))
+        solution = solve(items, int(limit * (1 - _PACKING_STEP * attempt)), problem.limit_seconds)
         if solution is None:
             return None
         types = {
@@ -184,8 +198,10 @@ def priced(
         for tensor in problem.architecture.tensors
         if tensor.name in types
     )
+    seconds = sum(problem.seconds(t, kept, types[t.name]) for t in problem.architecture.tensors if t.name in types)
     drop = problem.drop_nats[kept]
-    return Candidate(_promised(plan, made, where, drop, quant, solution.gap if solution else 0.0), made)
+    promised = _promised(plan, made, where, drop, quant, solution.gap if solution else 0.0)
+    return Candidate(replace(promised, predicted=replace(promised.predicted, encode_seconds=seconds)), made)
 
 
 def _promised(plan: Plan, made: Layout, where: Placement, drop: float, quant: float, gap: float) -> Plan:
@@ -223,6 +239,8 @@ def candidates(
             found.append(best)
         if progress is not None:
             progress(number + 1, len(counts))
+    if not found and problem.limit_seconds < math.inf:
+        raise _takes_too_long(problem, counts, forced_types)
     if not found:
         raise _does_not_fit(problem, counts, forced_types)
     # Equal nats: the smaller file wins.
@@ -238,6 +256,22 @@ def _check_forced(problem: Problem) -> None:
             f"no tensor of {problem.architecture.name} can be given the type {impossible[0]}",
             hint=f"measured for this model: {', '.join(known)}",
         )
+
+
+def _takes_too_long(problem: Problem, counts: Sequence[int], forced_types: bool) -> DoesNotFit:
+    """Why there is no plan within the time; whatever is wrong without that limit comes first."""
+    unlimited = replace(problem, limit_seconds=math.inf)
+    best = candidates(unlimited, counts, forced_types=forced_types)[0].plan
+    quick, slow = 0.0, best.predicted.encode_seconds
+    for _ in range(_TIME_TRIES):
+        middle = (quick + slow) / 2
+        limited = (candidate(replace(problem, limit_seconds=middle), n, forced_types=forced_types) for n in counts)
+        quick, slow = (quick, middle) if any(limited) else (middle, slow)
+    return DoesNotFit(
+        f"{problem.architecture.name} cannot be encoded within {problem.limit_seconds:.3g} s on this machine",
+        rows=[("the best plan takes", f"{best.predicted.encode_seconds:.3g} s"), ("the quickest", f"{slow:.3g} s")],
+        hint=f"`--time-limit {math.ceil(10 * slow) / 10:g}s` is the least that works; a larger budget allows quicker types",
+    )
 
 
 def _does_not_fit(problem: Problem, counts: Sequence[int], forced_types: bool) -> DoesNotFit:

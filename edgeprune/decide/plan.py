@@ -33,6 +33,7 @@ class Prediction:
             ``nats_quant`` predicted from sensitivities.
         decode_per_s: tokens per second at the start of the context.
         gap: proven relative gap to the best choice of types.
+        encode_seconds: time to encode the tensors that change type, on the machine that made the plan.
     """
 
     file_bytes: int = 0
@@ -42,6 +43,7 @@ class Prediction:
     nats_quant: float = 0.0
     decode_per_s: float = 0.0
     gap: float = 0.0
+    encode_seconds: float = 0.0
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Prediction:

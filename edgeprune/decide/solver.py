@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,15 +18,17 @@ from edgeprune.errors import EdgepruneError
 _TIME_LIMIT_SECONDS = 20.0
 _RELATIVE_GAP = 1e-4
 _TINY_SHARE = 1e-2
+_INFEASIBLE = 2  # of scipy.optimize.milp
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store an item: its type, exact bytes and predicted cost in nats."""
+    """One way to store an item: its type, exact bytes, predicted cost in nats, and seconds to encode it."""
 
     type: str
     nbytes: int
     nats: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,14 @@ class Solution:
     nbytes: int
     nats: float
     gap: float
+    seconds: float = 0.0
 
 
 def undominated(choices: Sequence[Choice]) -> list[Choice]:
-    """The choices that no other beats in both bytes and cost, smallest first."""
+    """The choices that no other is at least as good as in bytes, cost and seconds, smallest first."""
     kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.nbytes, c.nats)):
-        if not kept or choice.nats < kept[-1].nats:
+    for choice in sorted(choices, key=lambda c: (c.nbytes, c.nats, c.seconds)):
+        if not any(other.nats <= choice.nats and other.seconds <= choice.seconds for other in kept):
             kept.append(choice)
     return kept
 
@@ -52,11 +56,12 @@ def smallest_bytes(items: Sequence[Sequence[Choice]]) -> int:
     return sum(min(choice.nbytes for choice in choices) for choices in items)
 
 
-def solve(items: Sequence[Sequence[Choice]], limit_bytes: int) -> Solution | None:
-    """The choices of least total cost within ``limit_bytes``, or None when even the smallest exceed it.
+def solve(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: float = math.inf) -> Solution | None:
+    """The choices of least total cost within ``limit_bytes`` and ``limit_seconds``, or None when there are none.
 
-    minimise sum nats(item, choice) subject to sum bytes <= limit, one choice per item (MC-MoE,
-    arXiv 2410.06270, section 3.2, over tensors and GGML types instead of experts and bits).
+    minimise sum nats(item, choice) subject to sum bytes <= limit, sum seconds <= limit, one choice per item
+    (MC-MoE, arXiv 2410.06270, section 3.2, over tensors and GGML types instead of experts and bits). The bytes are
+    held to the last one; the seconds, an estimate, to a thousandth.
 
     Raises:
         EdgepruneError: the solver failed.
@@ -64,15 +69,18 @@ def solve(items: Sequence[Sequence[Choice]], limit_bytes: int) -> Solution | Non
     if smallest_bytes(items) > limit_bytes:
         return None
     richest = tuple(_richest(choices) for choices in items)
-    if (best := _summed(items, richest)).nbytes <= limit_bytes:
+    best = _summed(items, richest)
+    if best.nbytes <= limit_bytes and best.seconds <= limit_seconds:
         return best
     # Not below zero, though a cost may be: a measured divergence of nearly nothing has either sign.
     dearest = max(abs(choice.nats) for choices in items for choice in choices)
-    solution = _milp(items, limit_bytes, dearest)
+    solution = _milp(items, limit_bytes, limit_seconds, dearest)
+    if solution is None:
+        return None
     # HiGHS also stops at an absolute gap of 1e-6, which SciPy does not let one set: when the optimum is
     # tiny beside the dearest choice, it has to be the unit of cost.
     if solution.gap > _RELATIVE_GAP and 0 < solution.nats < _TINY_SHARE * dearest:
-        again = _milp(items, limit_bytes, solution.nats)
+        again = _milp(items, limit_bytes, limit_seconds, solution.nats) or solution
         solution = min(solution, again, key=lambda found: (found.nats, found.gap))
     return solution
 
@@ -86,7 +94,8 @@ def _summed(items: Sequence[Sequence[Choice]], picks: tuple[int, ...], least_nat
     chosen = [choices[pick] for choices, pick in zip(items, picks, strict=True)]
     nats = sum(choice.nats for choice in chosen)
     gap = 0.0 if least_nats is None or nats <= 0 else max(0.0, (nats - least_nats) / nats)
-    return Solution(picks, sum(choice.nbytes for choice in chosen), nats, gap)
+    seconds = sum(choice.seconds for choice in chosen)
+    return Solution(picks, sum(choice.nbytes for choice in chosen), nats, gap, seconds)
 
 
 @contextlib.contextmanager
@@ -108,7 +117,9 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def _milp(items: Sequence[Sequence[Choice]], limit_bytes: int, unit_nats: float) -> Solution:
+def _milp(
+    items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: float, unit_nats: float
+) -> Solution | None:
     from scipy.optimize import Bounds, LinearConstraint, milp  # takes long to import and is not always needed
     from scipy.sparse import csr_array
 
@@ -117,18 +128,24 @@ def _milp(items: Sequence[Sequence[Choice]], limit_bytes: int, unit_nats: float)
     nbytes = np.array([choice.nbytes for choices in items for choice in choices], float)
     item_of = np.repeat(np.arange(len(items)), sizes)
     one_each = csr_array((np.ones(len(costs)), (item_of, np.arange(len(costs)))))
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        # The tolerance of 1e-6 that HiGHS allows itself becomes 1e-9 of the limit.
+        LinearConstraint((nbytes / limit_bytes * 1e3)[None, :], -np.inf, 1e3),
+    ]
+    if limit_seconds < math.inf:
+        seconds = np.array([choice.seconds for choices in items for choice in choices])
+        constraints.append(LinearConstraint((seconds / limit_seconds)[None, :], -np.inf, 1))
     with _quiet():
         result = milp(
             costs / unit_nats,
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                # The tolerance of 1e-6 that HiGHS allows itself becomes 1e-9 of the limit.
-                LinearConstraint((nbytes / limit_bytes * 1e3)[None, :], -np.inf, 1e3),
-            ],
+            constraints=constraints,
             integrality=np.ones(len(costs), np.int8),
             bounds=Bounds(0, 1),
             options={"time_limit": _TIME_LIMIT_SECONDS, "mip_rel_gap": _RELATIVE_GAP},
         )
+    if result.status == _INFEASIBLE:
+        return None
     if result.x is None:
         raise EdgepruneError(f"the solver failed: {result.message}")
     starts = np.concatenate([[0], np.cumsum(sizes)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,11 +93,14 @@ def _output_energy(moment: InputMoments | None, matrix: int, rows: int) -> float
 
 
 def _distortions(
-    file: GgufFile, tensor: Tensor, moment: InputMoments | None, types: list[str], seed: int
+    file: GgufFile, tensor: Tensor, moment: InputMoments | None, types: list[str], seed: int, rates: dict[str, float]
 ) -> dict[str, list[float]]:
     """By type: relative squared error as a product's weight, and as a lookup table (unweighted).
 
     A type whose range the tensor exceeds has no entry, so that nothing can choose it.
+
+    Args:
+        rates: by type, the most weights per second that one thread has encoded so far; raised here.
     """
     means = None if moment is None else moment.mean()
     samples = _sample(file, tensor, np.random.default_rng(seed))
@@ -109,7 +113,9 @@ def _distortions(
         for matrix, rows in samples:
             flat = np.ones(rows.shape[1], np.float32)
             importance = flat if means is None else means[matrix if len(means) > 1 else 0]
+            started = time.perf_counter()
             encoded = ggml.encode(kind, rows, importance, tensor.name)
+            rates[name] = max(rates.get(name, 0.0), rows.size / (time.perf_counter() - started))
             decoded = ggml.decode(kind, encoded.reshape(-1), rows.shape[1])
             error, energy = relative_error(rows, decoded, importance)
             energy = _output_energy(moment, matrix, tensor.shape[1]) * len(rows) or energy
@@ -124,15 +130,16 @@ def measure(
     statistics: str,
     wanted: dict[str, list[str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, dict[str, list[float]]]:
+) -> dict[str, Any]:
     """Distortion of every quantisable tensor for every candidate type. A task for a child process.
 
     Args:
         wanted: types by tensor, instead of all candidates of all quantisable tensors.
 
     Returns:
-        by tensor, by type: [as a product's weight, as a lookup table], relative squared errors; without the types
-        that cannot hold the tensor's largest weight.
+        ``errors``: by tensor, by type: [as a product's weight, as a lookup table], relative squared errors; without
+        the types that cannot hold the tensor's largest weight. ``rates``: by type, weights per second that a thread
+        encodes; the first time, which fills the encoder's tables, is not among them.
     """
     file = GgufFile(Path(model))
     everything = read_architecture(file).tensors
@@ -141,16 +148,17 @@ def measure(
         tensors = [tensor for tensor in everything if tensor.name in wanted]
     moments = Statistics.load(Path(statistics)).moments
     results: dict[str, dict[str, list[float]]] = {}
+    rates: dict[str, float] = {}
 
     def one(item: tuple[int, Tensor]) -> Any:
         index, tensor = item
         moment = moments.get(tensor.name)
         types = candidate_types(tensor) if wanted is None else wanted[tensor.name]
-        return tensor.name, _distortions(file, tensor, moment, types, index)
+        return tensor.name, _distortions(file, tensor, moment, types, index, rates)
 
     with ThreadPoolExecutor(cores()) as pool:
         for name, by_type in pool.map(one, enumerate(tensors)):
             results[name] = by_type
             if progress is not None:
                 progress(len(results), len(tensors))
-    return results
+    return {"errors": results, "rates": rates}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgeprune.errors import BadFile
@@ -75,12 +75,14 @@ class Sensitivity:
         distortions: by tensor and type: relative squared error [as product weight, as lookup table].
         drops: by score and number of kept experts: nats per token, measured by masking the router.
         made_from: digests of model, statistics and settings.
+        rates: by type, weights per second that one thread of this machine encodes.
     """
 
     responses: dict[str, Response]
     distortions: dict[str, dict[str, list[float]]]
     drops: dict[str, dict[int, float]]
     made_from: dict[str, Any]
+    rates: dict[str, float] = field(default_factory=dict)
 
     def nats(self, tensor: Tensor, type_name: str) -> float:
         """Predicted cost in nats per token of giving ``tensor`` the type ``type_name``.
@@ -112,6 +114,7 @@ class Sensitivity:
             "distortions": self.distortions,
             "drops": {name: {str(kept): nats for kept, nats in own.items()} for name, own in self.drops.items()},
             "made_from": self.made_from,
+            "rates": self.rates,
         }
 
     @classmethod
@@ -132,6 +135,7 @@ class Sensitivity:
                 {name: _errors(name, own) for name, own in value["distortions"].items()},
                 {name: _drops(name, own) for name, own in value["drops"].items()},
                 dict(value["made_from"]),
+                {name: checked_number(f"rate of {name}", rate) for name, rate in value["rates"].items()},
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise BadFile(f"the saved sensitivity is damaged: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +69,7 @@ class DecideStages(HealStages):
             "method": self.settings.method,
             "mixture": self.settings.mixture,
             "healing": self.healing if self.settings.heal else None,
+            "limit_seconds": self.settings.limit_seconds,
         }
 
     def problem(self, counts: Sequence[int]) -> Problem:
@@ -87,6 +89,7 @@ class DecideStages(HealStages):
             method=self.settings.method,
             made_from=self._made_from(measured=True),
             heal=self.settings.heal,
+            limit_seconds=self.settings.limit_seconds or math.inf,
         )
 
     def candidates(self) -> list[Candidate]:

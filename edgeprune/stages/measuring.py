@@ -200,7 +200,9 @@ class MeasureStages(TextStages):
             found = Sensitivity(self._responses(), {}, {}, made_from)
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         if not found.distortions:
-            found.distortions.update(self._distortions())
+            measured = self._distortions()
+            found.distortions.update(measured["errors"])
+            found.rates.update(measured["rates"])
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         return found
 
@@ -209,13 +211,13 @@ class MeasureStages(TextStages):
         known = self.sensitivity.distortions
         wanted = {name: [kind] for name, kind in types.items() if kind not in known.get(name, {})}
         if wanted:
-            for name, measured in self._distortions(wanted).items():
+            for name, measured in self._distortions(wanted)["errors"].items():
                 known.setdefault(name, {}).update(measured)
             write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
 
-    def _distortions(self, wanted: Mapping[str, list[str]] | None = None) -> dict[str, dict[str, list[float]]]:
+    def _distortions(self, wanted: Mapping[str, list[str]] | None = None) -> dict[str, Any]:
         with self.listener.progress("distortion of each type") as progress:
-            measured: dict[str, dict[str, list[float]]] = child.call(
+            measured: dict[str, Any] = child.call(
                 "edgeprune.measure.distortion:measure",
                 {"model": str(self.source), "statistics": self.statistics_file, "wanted": wanted},
                 progress,
