@@ -345,7 +345,7 @@ def test_a_plan_keeps_to_the_time_it_may_take(pose: Pose) -> None:
     timed = replace(problem, sensitivity=replace(problem.sensitivity, rates=rates))
     free = candidates(timed, [EXPERTS])[0].plan.predicted
     assert free.encode_seconds > 0
-    limit = pose(file_limit=free.file_bytes * 2 // 5)
+    limit = pose(file_limit=free.file_bytes // 5)
     tight = replace(limit, sensitivity=timed.sensitivity)
     slow = candidates(tight, [EXPERTS])[0].plan.predicted
     quick = candidates(replace(tight, limit_seconds=0.9 * slow.encode_seconds), [EXPERTS])[0].plan.predicted

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from dataclasses import replace
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest

@@ -270,7 +270,7 @@ def _takes_too_long(problem: Problem, counts: Sequence[int], forced_types: bool)
     return DoesNotFit(
         f"{problem.architecture.name} cannot be encoded within {problem.limit_seconds:.3g} s on this machine",
         rows=[("the best plan takes", f"{best.predicted.encode_seconds:.3g} s"), ("the quickest", f"{slow:.3g} s")],
-        hint=f"`--time-limit {math.ceil(10 * slow) / 10:g}s` is the least that works; a larger budget allows quicker types",
+        hint=f"`--time-limit {math.ceil(10 * slow) / 10:g}s` is the least that works; quicker types need more room",
     )
 
 
