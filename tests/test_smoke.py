@@ -168,7 +168,7 @@ def test_a_value_that_is_not_finite_is_found(toy_gguf: toys.Maker, tmp_path: Pat
     report, _ = smoke(Wish(bad, context=128, output=tmp_path / "own"), Ear())
     assert verdicts(report)["finite"] == "broken" and verdicts(report)["loads"] == "kept"
     (line,) = [check.measured for check in report.checks if check.key == "finite"]
-    assert line.startswith("no: speed, context, question capital")
+    assert line.startswith("no: speed, context, answers to capital, sum, product, week and 8 more")
 
 
 @posix
@@ -383,7 +383,7 @@ def test_answers_that_differ_the_second_time_are_named() -> None:
 
 def test_one_logit_that_is_no_number_is_enough_but_none_is_no_proof() -> None:
     rows = [answer("one"), answer("two", finite=False)]
-    assert found("finite", {"answers": rows}) == ("broken", "no: question two")
+    assert found("finite", {"answers": rows}) == ("broken", "no: answers to two")
     assert found("finite", {"answers": rows[:1]}, failed="context") == ("not reached", "")
     assert found("finite", {"answers": rows[:1], "context": {"finite": True, "filled_tokens": 8, "context": 8}}) == (
         "kept",

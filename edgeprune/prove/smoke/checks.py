@@ -31,6 +31,7 @@ _STEP_OF = {"memory": "memory", "decode": "speed", "prefill": "speed", "context"
 _PROCESS_BYTES, _MEMORY_TOLERANCE = 64 << 20, 0.01
 # A model asked a dozen things may once say nothing at all.
 _IMPLAUSIBLE_SHARE = 0.25
+_SHOWN = 4  # names in a line
 
 
 @dataclass(frozen=True)
@@ -123,21 +124,26 @@ def _deterministic(_: Promised, asked: Sequence[Question], steps: Mapping[str, A
         return None
     pairs = zip(asked, steps["answers"], steps["repeated"], strict=False)
     differing = [question.name for question, once, again in pairs if once["tokens"] != again["tokens"]]
-    said = f"no: {', '.join(differing)}" if differing else "yes"
+    said = f"no: {_some(differing)}" if differing else "yes"
     return "yes", said, verdict(not differing)
 
 
 def _finite(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
     """Judged by whatever was reached: one logit that is no number is enough."""
     found = {name: steps[name]["finite"] for name in ("speed", "context") if name in steps}
-    found |= {
-        f"question {question.name}": row["finite"]
-        for question, row in zip(asked, steps.get("answers") or [], strict=False)
-    }
     wrong = [name for name, finite in found.items() if not finite]
+    rows = zip(asked, steps.get("answers") or [], strict=False)
+    if unfit := [question.name for question, row in rows if not row["finite"]]:
+        wrong.append(f"answers to {_some(unfit)}")
     if not wrong and ("answers" not in steps or "context" not in steps):
         return None
     return "yes", f"no: {', '.join(wrong)}" if wrong else "yes", verdict(not wrong)
+
+
+def _some(names: Sequence[str]) -> str:
+    """``names`` in bounded length."""
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 def _plausible(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
@@ -146,7 +152,7 @@ def _plausible(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any])
     rows = list(zip(asked, steps["answers"], strict=False))
     wrong = [question.name for question, row in rows if not plausible(row["tokens"], row["text"])]
     most = int(_IMPLAUSIBLE_SHARE * len(rows))
-    said = f"{len(rows) - len(wrong)} of {len(rows)}" + (f", not: {', '.join(wrong)}" if wrong else "")
+    said = f"{len(rows) - len(wrong)} of {len(rows)}" + (f", not: {_some(wrong)}" if wrong else "")
     return f"at least {len(rows) - most} of {len(rows)}", said, verdict(len(wrong) <= most)
 
 

@@ -293,11 +293,12 @@ class Server:
 
     ``job["server"]`` is its command line, with ``{port}`` and ``{threads}`` for what is known here only. Where it is
     reached through a shell on another machine, ``job["port"]`` is the port here that leads to it, its first line of
-    output is its process id, and ``job["status"]`` is a command that prints its ``/proc/PID/status``.
+    output is its process id, ``job["status"]`` is a command that prints its ``/proc/PID/status``, and ``job["kill"]``
+    one that ends it; both have ``{pid}`` in them.
     """
 
     def __init__(self, job: dict[str, Any], tick: Tick) -> None:
-        self._timeout, self._remote = job["silent_seconds"], job.get("status")
+        self._timeout, self._remote, self._kill = job["silent_seconds"], job.get("status"), job.get("kill")
         self._port = job.get("port") or _free_port()
         values = {"{port}": str(self._port), "{threads}": str(_threads(job))}
         words = [values.get(word, word) for word in job["server"]]
@@ -314,7 +315,7 @@ class Server:
                 f"{words[0]} cannot be started: {error.strerror or error}",
                 "name the path of llama-server under [runner] in the device's file",
             ) from error
-        self._pid = str(self._process.pid)
+        self._pid = "" if self._remote else str(self._process.pid)
         try:
             if self._remote:
                 self._pid = self._announced()
@@ -423,17 +424,19 @@ class Server:
 
     def close(self) -> int | None:
         """End the server; its peak memory in bytes, if the system tells."""
-        if self._remote:
-            words = [word.replace("{pid}", self._pid) for word in self._remote]
-            status = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-            peak = _high_water(status.stdout.decode("utf-8", errors="replace"))
-        else:
-            peak = _high_water(_status(self._pid))
+        peak = _high_water(self._over_there(self._remote) if self._remote else _status(self._pid))
         self.end()
         return peak or (None if self._remote else _greatest("RUSAGE_CHILDREN"))
 
+    def _over_there(self, command: list[str]) -> str:
+        words = [word.replace("{pid}", self._pid) for word in command]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        return done.stdout.decode("utf-8", errors="replace")
+
     def end(self) -> None:
         if self._process.poll() is None:
+            if self._kill and self._pid:  # what was started through a shell may outlive the shell
+                self._over_there(self._kill)
             self._process.terminate()
             try:
                 self._process.wait(10)
@@ -494,7 +497,8 @@ def _speed(engine: Any, job: dict[str, Any], tick: Tick) -> dict[str, Any]:
             tick=lambda done, total, n=number: tick(n * total + done, total * wanted["repeats"]),
         )
         prefill.append(len(prompt) / max(answer.prefill_s, 1e-9))
-        decode.append(max(1, len(answer.tokens) - 1) / max(answer.decode_s, 1e-9))
+        steps = len(answer.tokens) - 1  # the first token comes with the prompt
+        decode.append(steps / max(answer.decode_s, 1e-9) if steps > 0 else 0.0)
         finite = finite and answer.finite
     return {
         "prefill_per_s": statistics.median(prefill),

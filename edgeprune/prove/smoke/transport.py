@@ -94,7 +94,9 @@ def transport_to(machine: Machine) -> Transport:
     if machine.transport == LOCAL:
         return Local(machine)
     if machine.transport == ADB:
-        raise EdgepruneError(f"{machine.name} is reached by adb, which is not possible yet")
+        from edgeprune.prove.smoke.adb import Adb
+
+        return Adb(machine)
     from edgeprune.prove.smoke.ssh import Ssh
 
     return Ssh(machine)

@@ -1,0 +1,112 @@
+"""An Android device behind ``adb``. Its shell has no Python, so the runner stays here and leads a server there."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from edgeprune.device.machine import Machine
+from edgeprune.errors import EdgepruneError
+from edgeprune.prove.smoke.conversation import RUNNER
+from edgeprune.prove.smoke.delivery import deliver
+from edgeprune.prove.smoke.transport import Job, Progress, ended
+
+# ``adb push`` cannot go on with a file; what is sent in pieces is lost by a piece at most.
+_PIECE, _BLOCK = 256 << 20, 1 << 20
+_FIRST_PORT, _PORTS = 20_000, 20_000
+_WAYS_OUT = {
+    "no devices": "connect it, switch USB debugging on, and see `adb devices`",
+    "not found": "`adb devices` lists the serials; mend `serial` under [adb]",
+    "more than one": "name one of them as `serial` under [adb]; `adb devices` lists them",
+    "unauthorized": "allow this computer on the device's screen",
+    "offline": "connect it anew",
+}
+
+
+class Adb:
+    """A way to ``machine``; also a ``Shell`` there."""
+
+    def __init__(self, machine: Machine) -> None:
+        program = shutil.which("adb")
+        if program is None:
+            raise EdgepruneError(
+                f"{machine.name} is reached by adb, which is not installed here",
+                hint="install Android's platform tools and put `adb` on the path",
+            )
+        self.name, self._machine = machine.name, machine
+        self._command = [program, *(["-s", machine.serial] if machine.serial else [])]
+
+    def _run(self, *words: str) -> str:
+        done = subprocess.run([*self._command, *words], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode:
+            said = (done.stderr or done.stdout).decode("utf-8", errors="replace").strip().splitlines()
+            last = said[-1][:200] if said else f"exit code {done.returncode}"
+            own = last.startswith(("adb:", "error:"))  # adb's, not that of a program over there
+            hint = next((way for sign, way in _WAYS_OUT.items() if own and sign in last), "")
+            raise EdgepruneError(f"{self.name} ({self._machine.address}): {last}", hint=hint)
+        return done.stdout.decode("utf-8", errors="replace")
+
+    def ask(self, script: str) -> str:
+        return self._run("shell", script)
+
+    def append(self, stream: BinaryIO, path: str, progress: Callable[[int], None]) -> None:
+        sent, piece = 0, shlex.quote(f"{path}.piece")
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+            here = Path(folder) / "piece"
+            while count := _cut(stream, here):
+                self._run("push", str(here), f"{path}.piece")
+                self.ask(f"cat {piece} >> {shlex.quote(path)} && rm -f {piece}")
+                sent += count
+                progress(sent)
+
+    def deliver(self, model: Path, sha256: str, progress: Progress) -> str:
+        return deliver(self, model, self._machine.folder, sha256, progress)
+
+    def remove(self, model: str) -> None:
+        self.ask(f"rm -f {shlex.quote(model)}")
+
+    @contextmanager
+    def run(self, job: Job, log: IO[bytes]) -> Any:
+        there = _FIRST_PORT + os.getpid() % _PORTS
+        here = self._run("forward", "tcp:0", f"tcp:{there}").strip()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, str(RUNNER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            )
+            with ended(process):
+                yield process, {**job, **self._led(job, there), "port": int(here)}
+        finally:
+            self._run("forward", "--remove", f"tcp:{here}")
+
+    def _led(self, job: Job, port: int) -> dict[str, Sequence[str]]:
+        """The commands by which the runner starts the server, looks at its memory and ends it."""
+        server = self._machine.runner.server
+        values = {"{port}": str(port), "{threads}": str(job["launch"]["threads"])}
+        words = [server, *(values.get(word, word) for word in job["server"])]
+        libraries = shlex.quote(posixpath.dirname(server))
+        # The shell's process id is the server's, which takes the shell's place.
+        start = f"echo $$; LD_LIBRARY_PATH={libraries} exec {shlex.join(words)}"
+        shell = [*self._command, "shell"]
+        return {
+            "server": [*shell, start],
+            "status": [*shell, "cat /proc/{pid}/status"],
+            "kill": [*shell, "kill {pid}"],
+        }
+
+
+def _cut(stream: BinaryIO, path: Path) -> int:
+    """Write the next piece of ``stream`` to ``path``; its bytes."""
+    count = 0
+    with path.open("wb") as out:
+        while count < _PIECE and (block := stream.read(_BLOCK)):
+            count += out.write(block)
+    return count
