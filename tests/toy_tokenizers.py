@@ -343,29 +343,172 @@ def write_byte_level(folder: Path, family: str) -> Rules:
     return rules
 
 
-def _write(folder: Path, rules: Rules, definition: Json) -> None:
+def _write(folder: Path, rules: Rules | Pieces, definition: Json) -> None:
     """Add what stands around the vocabulary, and write the files."""
     start = len(definition["model"]["vocab"])
-    ids = {text: start + offset for offset, text in enumerate((*rules.special, *rules.added))}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    before: tuple[str, ...] = getattr(rules, "before", ())
+    swallowing: tuple[str, ...] = getattr(rules, "swallowing", ())
+    ids = {text: index for index, text in enumerate(before)}
+    ids |= {text: start + offset for offset, text in enumerate((*rules.special, *rules.added))}
     definition["added_tokens"] = [
-        {"id": index, "content": text, **flags, "normalized": text in rules.added, "special": text in rules.special}
+        {
+            "id": index,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": text in swallowing,
+            "normalized": text in rules.added,
+            "special": text not in rules.added,
+        }
         for text, index in ids.items()
     ]
     if rules.first:
         tokens = {text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in rules.first}
         single = template(*rules.first)["single"]
-        pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
         definition["post_processor"] = {
             "type": "TemplateProcessing",
             "single": single,
-            "pair": pair,
+            "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": tokens,
         }
     files = {
         "tokenizer.json": definition,
         "tokenizer_config.json": {**rules.settings, "chat_template": CHAT_TEMPLATE},
-        "generation_config.json": {"eos_token_id": [ids[text] for text in rules.ends]},
+        "generation_config.json": {"eos_token_id": [ids[text] for text in getattr(rules, "ends", ())]},
     }
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+# SentencePiece BPE.
+
+SPACE = "\u2581"
+REPLACE: Json = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+PREPEND: Json = {"type": "Prepend", "prepend": SPACE}
+
+
+def metaspace(scheme: str) -> Json:
+    return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a family's SentencePiece tokenizer files say, but for the vocabulary; fields as in ``Rules``.
+
+    Attributes:
+        before: special tokens at the start of the vocabulary, the unknown one among them.
+        swallowing: special tokens that swallow the spaces behind them.
+        runs: whether runs of spaces and of line ends are tokens.
+    """
+
+    before: tuple[str, ...]
+    special: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    swallowing: tuple[str, ...] = ()
+    normalizer: Json | None = None
+    pre_tokenizer: Json | None = None
+    first: tuple[str, ...] = ()
+    settings: Json = field(default_factory=dict)
+    runs: bool = False
+
+
+_LLAMA = ("<unk>", "<s>", "</s>")
+_LLAMA_SETTINGS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+LEGACY: Json = {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}
+SENTENCEPIECE: dict[str, Pieces] = {
+    "mixtral": Pieces(_LLAMA, normalizer=LEGACY, first=("<s>",), settings=_LLAMA_SETTINGS),
+    "mistral v3": Pieces(
+        _LLAMA,
+        ("[INST]", "[/INST]", "[TOOL_CALLS]"),
+        pre_tokenizer=metaspace("first"),
+        settings={**_LLAMA_SETTINGS, "add_bos_token": True, "add_eos_token": False},
+    ),
+    "phimoe": Pieces(
+        _LLAMA,
+        ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"),
+        swallowing=("</s>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"),
+        normalizer=LEGACY,
+        settings={**_LLAMA_SETTINGS, "eos_token": "<|endoftext|>", "add_bos_token": False, "add_eos_token": False},
+    ),
+    "ernie4_5_moe": Pieces(
+        _LLAMA,
+        ("<|end_of_sentence|>", "<|begin_of_sentence|>", "<mask:1>"),
+        ("<|IMAGE_PLACEHOLDER|>", "<think>"),
+        normalizer=REPLACE,
+        settings={**_LLAMA_SETTINGS, "add_bos_token": False},
+        runs=True,
+    ),
+    "gemma4": Pieces(
+        ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>"),
+        ("<|turn>", "<turn|>", "<|channel>", "<channel|>"),
+        normalizer=REPLACE,
+        pre_tokenizer={
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        first=("<bos>",),
+        settings={"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
+        runs=True,
+    ),
+}
+
+
+@cache
+def _trained_pieces() -> tuple[list[str], list[str]]:
+    """Pieces of several letters, and single letters, in the order in which they were learned."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", SPACE)
+    trained.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=1800, limit_alphabet=300, show_progress=False)
+    trained.train_from_iterator((text.rstrip("\n") for text in training_texts()), trainer)
+    vocabulary = trained.get_vocab()
+    # Line ends are pieces only among themselves, and what looks like a special token or a byte is none.
+    strange = ("\n", "\0", "<0x", "s>", "k>", "|>")
+    pieces = [each for each in sorted(vocabulary, key=vocabulary.__getitem__) if not any(s in each for s in strange)]
+    return [each for each in pieces if len(each) > 1], [each for each in pieces if len(each) == 1]
+
+
+def pieces_of(family: str) -> tuple[list[str], list[str]]:
+    """The tokens of one of ``SENTENCEPIECE`` by id, without those added behind, and those of them that are joined."""
+    joined, single = _trained_pieces()
+    if SENTENCEPIECE[family].runs:
+        runs = [SPACE * count for count in range(2, 17)] + ["\n" * count for count in range(2, 12)]
+        joined = [*runs, *(each for each in joined if each not in runs)]
+        single = ["\n", *single]
+    return [*SENTENCEPIECE[family].before, *(f"<0x{byte:02X}>" for byte in range(256)), *joined, *single], joined
+
+
+def write_sentencepiece(folder: Path, family: str) -> Pieces:
+    """The tokenizer files of one of ``SENTENCEPIECE`` in ``folder``.
+
+    Merges are made from the ranked pieces as transformers makes them: every split of a piece into two.
+    """
+    rules = SENTENCEPIECE[family]
+    tokens, joined = pieces_of(family)
+    ids = {text: index for index, text in enumerate(tokens)}
+    merges = []
+    for piece in joined:
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        merges += sorted((p for p in pairs if p[0] in ids and p[1] in ids), key=lambda p: (ids[p[0]], ids[p[1]]))
+    definition: Json = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": rules.normalizer,
+        "pre_tokenizer": rules.pre_tokenizer,
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "BPE",
+            "vocab": ids,
+            "merges": merges,
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+    }
+    _write(folder, rules, definition)
+    return rules

@@ -61,12 +61,13 @@ def _entries(
     around = frame(path, settings, ids)
     generation = optional_json(folder / "generation_config.json")
     special, notes = special_entries(ids, around, config, generation, table.texts)
-    notes = [*table.notes, *notes]
+    templates = template_entries(folder, settings)
     if is_sentencepiece(definition):
-        entries = sentencepiece_entries(definition, table)
+        entries, differences = sentencepiece_entries(
+            definition, table, has_first=bool(around[0]), has_template=bool(templates), where=str(path)
+        )
     else:
         entries, differences = byte_level_entries(definition, table, "bos" in ids or bool(around[0]), str(path))
-        notes += differences
-    if notes:
-        special.append(make_entry(DIFFERENCES_KEY, "[str]", notes))
-    return [*entries, *special, *template_entries(folder, settings)]
+    if told := [*table.notes, *notes, *differences]:
+        special.append(make_entry(DIFFERENCES_KEY, "[str]", told))
+    return [*entries, *special, *templates]

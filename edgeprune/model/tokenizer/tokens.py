@@ -64,7 +64,7 @@ def token_table(definition: dict[str, Any], vocabulary: dict[str, int], size: in
         if index < 0:
             raise BadFile(f"{where} has token id {index}")
         texts[index], types[index] = text, NORMAL
-    beyond = []
+    beyond, notes = [], []
     for added in definition.get("added_tokens") or []:
         index, text = added["id"], str(added["content"])
         if not 0 <= index < size:
@@ -73,10 +73,14 @@ def token_table(definition: dict[str, Any], vocabulary: dict[str, int], size: in
         if vocabulary.get(text, index) != index:
             raise BadFile(f"{where} has the token {text[:40]!r} as id {vocabulary[text]} and as id {index}")
         texts[index], types[index] = text, CONTROL if added.get("special") else USER_DEFINED
+    # llama.cpp reads a text up to its first zero character.
+    if cut := [text for text in texts if text is not None and "\0" in text]:
+        notes.append(f"tokens with a zero character are left out: {some(cut)}")
+        texts = [None if text is not None and "\0" in text else text for text in texts]
+        types = [UNUSED if text is None else kind for text, kind in zip(texts, types, strict=True)]
     taken = {text for text in texts if text is not None}
     if len(taken) != sum(text is not None for text in texts):
         raise BadFile(f"{where} has one added token under two ids")
-    notes = []
     if beyond:
         notes.append(f"added tokens beyond the {size} embeddings are left out: {some(beyond)}")
     if padded := [added["content"] for added in definition.get("added_tokens") or [] if _swallows(added)]:
