@@ -43,6 +43,11 @@ _CHOICE = (
     click.option("--heal-stages", type=click.IntRange(1), help="Most groups of layers that are healed one by one."),
     click.option("--method", default="replay", show_default=True, help="How experts are ranked; see `compare`."),
 )
+_SPLIT = (
+    click.option(
+        "--split", type=_Size(), metavar="SIZE", help="Write parts of at most this size, as 4GB, not one file."
+    ),
+)
 _MIX = (
     click.option(
         "--mix",
@@ -97,6 +102,7 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "device": options.get("device"),
         "memory_bytes": options.get("memory"),
         "file_bytes": options.get("file_size"),
+        "part_bytes": options.get("split"),
         "context": options.get("context"),
         "kv_type": options.get("kv_type"),
         "texts": tuple(options.get("text") or ()),
@@ -124,7 +130,7 @@ def _print(value: Any, lines: list[str], as_json: bool) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
 def fit(source: str, **options: Any) -> None:
     """Do everything: measure SOURCE, decide, build the GGUF, prove it, write the report.
 
@@ -232,7 +238,7 @@ def calibrate(source: str, merge: tuple[Path, ...], **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
 def plan(source: str, **options: Any) -> None:
     """Choose experts and types for SOURCE within the budget; print and save plan.json.
 
@@ -253,7 +259,7 @@ def plan(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
 def build(source: str, **options: Any) -> None:
     """Build the file that plan.json in the run directory describes, making the plan first if need be."""
     from edgeprune import pipeline
@@ -268,7 +274,7 @@ def build(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
 def verify(source: str, **options: Any) -> None:
     """Measure the built file against the plan's predictions and the stock presets; write the report."""
     from edgeprune import pipeline

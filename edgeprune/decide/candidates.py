@@ -41,6 +41,7 @@ class Problem:
         launch: settings before placement.
         made_from: digests for the plan.
         heal: whether the plan's changed experts are healed.
+        part_bytes: most bytes of one file if it is to be split, or 0.
     """
 
     file: GgufFile
@@ -55,6 +56,7 @@ class Problem:
     method: str
     made_from: dict[str, Any]
     heal: bool = False
+    part_bytes: int = 0
 
 
 def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:
@@ -116,7 +118,7 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
             for t in problem.architecture.tensors
         ),
     )
-    return plan, layout(problem.file, problem.architecture, kept, types, plan.records())
+    return plan, layout(problem.file, problem.architecture, kept, types, plan.records(), problem.part_bytes)
 
 
 def _limits(problem: Problem, kept: int) -> tuple[int, int]:
