@@ -39,7 +39,8 @@ class Settings:
             ``ORG/NAME[:FILE-or-QUANT][@REVISION]``.
         device: profile name, profile file or ``auto``; None with ``memory_bytes`` or ``file_bytes``.
         memory_bytes: usable memory instead of a device's.
-        file_bytes: most bytes of the file.
+        file_bytes: most bytes of the file, or of its parts together.
+        part_bytes: most bytes of one file; a larger one is split into parts. None for one file.
         context, kv_type: of the launch; None for the profile's.
         texts, evaluation_texts: ``FILE`` or ``NAME=FILE``; empty for the shipped text.
         self_answers: how many answers of the model itself are calibrated on, too.
@@ -64,6 +65,7 @@ class Settings:
     device: str | None = None
     memory_bytes: int | None = None
     file_bytes: int | None = None
+    part_bytes: int | None = None
     context: int | None = None
     kv_type: str | None = None
     texts: tuple[str, ...] = ()

@@ -175,8 +175,8 @@ MODELS: dict[str, tuple[Callable[[Workshop], Path], str, str]] = {
     ),
     "one part of a split GGUF": (
         lambda shop: shop.synthetic("qwen3moe", ("split.count", "u16", 3)),
-        "{path} is one part of a split model",
-        "llama-gguf-split --merge",
+        "{path} is one of 3 parts by its metadata, which its name does not say",
+        "MODEL-00001-of-00003.gguf",
     ),
     "metadata on which llama.cpp would abort": (
         lambda shop: shop.synthetic("qwen3moe", ("expert_used_count", "u32", 9)),

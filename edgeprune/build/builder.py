@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor, read_architecture
 from edgeprune.model.gguf import GgufFile, align
 from edgeprune.model.layout import layout
+from edgeprune.model.parts import all_parts, part_name
 
 Bytes = npt.NDArray[np.uint8]
 # Weights that are decoded at once: bounds memory to a few hundred MB whatever the tensor's size.
@@ -29,15 +32,38 @@ _CHUNK_WEIGHTS = 1 << 22
 
 @dataclass(frozen=True)
 class Build:
-    """A finished file: where, how large, its SHA-256 and that of the plan it obeys."""
+    """A finished file: where, how large, its SHA-256 and that of the plan it obeys.
+
+    Attributes:
+        path: of the file, or of the first of its parts.
+        nbytes: of all parts together.
+        sha256: of the file, or of the SHA-256 of the parts one after the other, as hexadecimal digits.
+        part_bytes: most bytes of a part that were asked for, or 0.
+    """
 
     path: str
     nbytes: int
     sha256: str
     plan_digest: str
+    part_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Its file, or those of its parts."""
+        return all_parts(Path(self.path))
+
+    def is_whole(self) -> bool:
+        """Whether what was built is still there, to the last byte."""
+        return all(path.is_file() for path in self.paths) and digest_of(self.paths) == self.sha256
+
+
+def digest_of(paths: Sequence[Path]) -> str:
+    """What identifies a model in these files; see ``Build.sha256``."""
+    digests = [file_digest(path) for path in paths]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _kept_slices(raw: Bytes, tensor: Tensor, kept: Sequence[int]) -> Iterator[Bytes]:
@@ -101,6 +127,7 @@ def build(
     output: str,
     statistics: str = "",
     store: str = "",
+    part_bytes: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the file that ``plan`` describes. A task for a child process.
@@ -110,6 +137,7 @@ def build(
         statistics: of the calibration, for the importance of each weight's inputs; may be empty when
             no tensor changes type.
         store: folder of tensors that are finished, or empty.
+        part_bytes: most bytes of one file; what is larger is split, and then ``output`` names the parts. 0 for one.
         progress: called with bytes written and bytes in all.
 
     Returns:
@@ -123,15 +151,21 @@ def build(
     obeyed = Plan.from_json(plan, "plan")
     obeyed.check(architecture)
     stock = obeyed.origin.startswith(PRESET)
-    made = layout(file, architecture, obeyed.kept, obeyed.types, obeyed.records())
+    made = layout(file, architecture, obeyed.kept, obeyed.types, obeyed.records(), part_bytes)
     moments = Statistics.load(Path(statistics)).moments if statistics else {}
     finished = Store(Path(store)) if store else None
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    require_space(path.parent, made.nbytes)
-    with atomic_writer(path) as stream, ThreadPoolExecutor(cores()) as pool:
-        stream.write(made.header)
-        for tensor, target in zip(architecture.tensors, made.tensors, strict=True):
+    paths = _outputs(Path(output), len(made.parts))
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    require_space(paths[0].parent, made.nbytes)
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(cores()))
+        # All parts get their names when the last of them is finished.
+        streams = [stack.enter_context(atomic_writer(path)) for path in paths]
+        places = (stream for part, stream in zip(made.parts, streams, strict=True) for _ in range(part.tensors))
+        for part, stream in zip(made.parts, streams, strict=True):
+            stream.write(part.header)
+        done = sum(len(part.header) for part in made.parts)
+        for tensor, target, stream in zip(architecture.tensors, made.tensors, places, strict=True):
             written = 0
             if finished is not None and tensor.name in finished:
                 pieces = iter((finished.read(tensor.name),))
@@ -143,10 +177,17 @@ def build(
             if written != target.nbytes:
                 raise BadFile(f"{tensor.name}: wrote {written:,} bytes, planned {target.nbytes:,}")
             stream.write(bytes(align(written, made.alignment) - written))
+            done += align(written, made.alignment)
             file.release(tensor.name)
             if progress is not None:
-                progress(stream.tell(), made.nbytes)
-    return Build(str(path), path.stat().st_size, file_digest(path), obeyed.digest).to_json()
+                progress(done, made.nbytes)
+    nbytes = sum(path.stat().st_size for path in paths)
+    return Build(str(paths[0]), nbytes, digest_of(paths), obeyed.digest, part_bytes).to_json()
+
+
+def _outputs(output: Path, count: int) -> list[Path]:
+    """Where the parts of the file called ``output`` go."""
+    return [output] if count == 1 else [output.with_name(part_name(output.stem, n, count)) for n in range(count)]
 
 
 def encoded(

@@ -56,6 +56,11 @@ _CHOICE = (
     ),
     click.option("--method", default="replay", show_default=True, help="How experts are ranked; see `compare`."),
 )
+_SPLIT = (
+    click.option(
+        "--split", type=Size(), metavar="SIZE", help="Write parts of at most this size, as 4GB, not one file."
+    ),
+)
 _MIX = (
     click.option(
         "--mix",
@@ -110,6 +115,7 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "device": options.get("device"),
         "memory_bytes": options.get("memory"),
         "file_bytes": options.get("file_size"),
+        "part_bytes": options.get("split"),
         "context": options.get("context"),
         "kv_type": options.get("kv_type"),
         "texts": tuple(options.get("text") or ()),
@@ -138,7 +144,7 @@ def _print(value: Any, lines: list[str], as_json: bool) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
 def fit(source: str, **options: Any) -> None:
     """Do everything: measure SOURCE, decide, build the GGUF, prove it, write the report.
 
@@ -255,7 +261,7 @@ def calibrate(source: str, merge: tuple[Path, ...], **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
 def plan(source: str, **options: Any) -> None:
     """Choose experts and types for SOURCE within the budget; print and save plan.json.
 
@@ -276,7 +282,7 @@ def plan(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
 def build(source: str, **options: Any) -> None:
     """Build the file that plan.json in the run directory describes, making the plan first if need be."""
     from edgeprune import pipeline
@@ -291,7 +297,7 @@ def build(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _MIX, _TEXT, DEEPER, _COMMON)
+@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, DEEPER, _COMMON)
 def verify(source: str, **options: Any) -> None:
     """Measure the built file against the plan's predictions and the stock presets; write the report.
 

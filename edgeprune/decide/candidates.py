@@ -29,7 +29,6 @@ from edgeprune.units import format_bytes
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
 _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
-_TIME_TRIES = 8  # halvings, to find the quickest plan
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Problem:
         made_from: digests for the plan.
         heal: whether the plan's changed experts are healed.
         limit_seconds: most time to encode what changes type, on all cores.
+        part_bytes: most bytes of one file if it is to be split, or 0.
     """
 
     file: GgufFile
@@ -60,6 +60,7 @@ class Problem:
     made_from: dict[str, Any]
     heal: bool = False
     limit_seconds: float = math.inf
+    part_bytes: int = 0
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
@@ -130,7 +131,7 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
             for t in problem.architecture.tensors
         ),
     )
-    return plan, layout(problem.file, problem.architecture, kept, types, plan.records())
+    return plan, layout(problem.file, problem.architecture, kept, types, plan.records(), problem.part_bytes)
 
 
 def _limits(problem: Problem, kept: int) -> tuple[int, int]:
@@ -262,16 +263,29 @@ def _takes_too_long(problem: Problem, counts: Sequence[int], forced_types: bool)
     """Why there is no plan within the time; whatever is wrong without that limit comes first."""
     unlimited = replace(problem, limit_seconds=math.inf)
     best = candidates(unlimited, counts, forced_types=forced_types)[0].plan
-    quick, slow = 0.0, best.predicted.encode_seconds
-    for _ in range(_TIME_TRIES):
-        middle = (quick + slow) / 2
-        limited = (candidate(replace(problem, limit_seconds=middle), n, forced_types=forced_types) for n in counts)
-        quick, slow = (quick, middle) if any(limited) else (middle, slow)
+    quickest = min(seconds for kept in counts if (seconds := _quickest(problem, kept, forced_types)) is not None)
     return DoesNotFit(
         f"{problem.architecture.name} cannot be encoded within {problem.limit_seconds:.3g} s on this machine",
-        rows=[("the best plan takes", f"{best.predicted.encode_seconds:.3g} s"), ("the quickest", f"{slow:.3g} s")],
-        hint=f"`--time-limit {math.ceil(10 * slow) / 10:g}s` is the least that works; quicker types need more room",
+        rows=[
+            ("the best plan takes", f"{best.predicted.encode_seconds:.3g} s"),
+            ("the quickest", f"{quickest:.3g} s"),
+        ],
+        hint=f"`--time-limit {math.ceil(10 * quickest) / 10:g}s` is the least that works; quicker types need more room",
     )
+
+
+def _quickest(problem: Problem, kept: int, forced_types: bool) -> float | None:
+    """The least seconds in which a file with ``kept`` experts that fits can be encoded, or None where none fits."""
+    tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
+    items = [
+        [
+            replace(choice, nats=choice.seconds, seconds=0.0)
+            for choice in _choices(problem, tensor, kept, forced_types)
+        ]
+        for tensor in tensors
+    ]
+    found = solve(items, _limits(problem, kept)[0])
+    return None if found is None else found.nats
 
 
 def _does_not_fit(problem: Problem, counts: Sequence[int], forced_types: bool) -> DoesNotFit:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgeprune.model.architecture import Architecture
-from edgeprune.model.gguf import Entry, GgufFile, TensorShape, file_bytes, header, make_entry, replaced
+from edgeprune.model.gguf import (
+    DEFAULT_ALIGNMENT,
+    Entry,
+    GgufFile,
+    TensorShape,
+    align,
+    file_bytes,
+    header,
+    make_entry,
+    replaced,
+)
 from edgeprune.model.parts import PREFIX
 
 # llama.cpp's "file type" (llama.h, enum llama_ftype) for a file that is mostly of one tensor type.
@@ -19,20 +29,37 @@ _GUESSED_FILE_TYPE = 1024
 
 
 @dataclass(frozen=True)
+class Part:
+    """One file of those that a model is split into, or the only one.
+
+    Attributes:
+        header: its bytes up to the tensor data, padded.
+        tensors: how many of the layout's tensors it holds, after those of earlier parts.
+        nbytes: exact size.
+    """
+
+    header: bytes
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """A file to be written.
 
     Attributes:
-        header: its bytes up to the tensor data, padded.
+        header: its bytes up to the tensor data, padded, were it one file.
         tensors: in file order.
         alignment: of tensor data, bytes.
-        nbytes: exact size of the whole file.
+        nbytes: exact size of the whole file, or of all parts together.
+        parts: the files, in their order; one unless it is to be split.
     """
 
     header: bytes
     tensors: tuple[TensorShape, ...]
     alignment: int
     nbytes: int
+    parts: tuple[Part, ...]
 
 
 def shapes(architecture: Architecture, kept: int, types: Mapping[str, str]) -> tuple[TensorShape, ...]:
@@ -51,11 +78,19 @@ def _file_type(tensors: Iterable[TensorShape]) -> int:
 
 
 def layout(
-    file: GgufFile, architecture: Architecture, kept: int, types: Mapping[str, str], records: Iterable[Entry]
+    file: GgufFile,
+    architecture: Architecture,
+    kept: int,
+    types: Mapping[str, str],
+    records: Iterable[Entry],
+    part_bytes: int = 0,
 ) -> Layout:
     """The file with ``kept`` experts per layer and ``types`` by tensor.
 
     Metadata are those of ``file``, copied raw, except the keys that must change; ``records`` are added.
+
+    Args:
+        part_bytes: most bytes of one file, as far as a single tensor and the metadata are not larger; 0 for one file.
     """
     tensors = shapes(architecture, kept, types)
     changes = [
@@ -68,5 +103,48 @@ def layout(
         changes.append(make_entry(f"{architecture.arch}.expert_count", "u32", kept))
         # "30B-A3B" and the like would no longer be true.
         entries.pop("general.size_label", None)
-    top = header(replaced(entries, changes), tensors, file.alignment)
-    return Layout(top, tensors, file.alignment, file_bytes(len(top), tensors, file.alignment))
+    whole = replaced(entries, changes)
+    top = header(whole, tensors, file.alignment)
+    alone = Part(top, len(tensors), file_bytes(len(top), tensors, file.alignment))
+    parts = [alone] if not part_bytes or alone.nbytes <= part_bytes else _split(whole, tensors, file, part_bytes)
+    return Layout(top, tensors, file.alignment, sum(part.nbytes for part in parts), tuple(parts))
+
+
+def _split(entries: Sequence[Entry], tensors: Sequence[TensorShape], file: GgufFile, part_bytes: int) -> list[Part]:
+    """Files of at most ``part_bytes``, with all metadata in the first, as llama-gguf-split does it."""
+    groups = _grouped(entries, tensors, file.alignment, part_bytes)
+    found = []
+    for number, group in enumerate(groups):
+        alignment = [] if file.alignment == DEFAULT_ALIGNMENT else [file.entries["general.alignment"]]
+        own = [*(entries if number == 0 else alignment), *_split_entries(number, len(groups), len(tensors))]
+        top = header(own, group, file.alignment)
+        found.append(Part(top, len(group), file_bytes(len(top), group, file.alignment)))
+    return found
+
+
+def _split_entries(number: int, count: int, tensors: int) -> list[Entry]:
+    """What llama.cpp asks of a part; it is strict about these types."""
+    return [
+        make_entry(f"{PREFIX}no", "u16", number),
+        make_entry(f"{PREFIX}count", "u16", count),
+        make_entry(f"{PREFIX}tensors.count", "i32", tensors),
+    ]
+
+
+def _grouped(
+    entries: Sequence[Entry], tensors: Sequence[TensorShape], alignment: int, part_bytes: int
+) -> list[list[TensorShape]]:
+    """Tensors in their order, in groups that fit one file each with its header."""
+    fixed = len(header([*entries, *_split_entries(0, 2, 1)], [], 1))
+    groups: list[list[TensorShape]] = [[]]
+    described = data = 0
+    for tensor in tensors:
+        own, nbytes = len(header([], [tensor], 1)) - len(header([], [], 1)), align(tensor.nbytes, alignment)
+        if groups[-1] and align(fixed + described + own, alignment) + data + nbytes > part_bytes:
+            # Later parts have no metadata but these, and perhaps the alignment.
+            fixed = len(header([*_split_entries(0, 2, 1), make_entry("general.alignment", "u32", alignment)], [], 1))
+            groups.append([])
+            described = data = 0
+        groups[-1].append(tensor)
+        described, data = described + own, data + nbytes
+    return groups

@@ -38,6 +38,14 @@ def stem(path: Path) -> str:
     return found[0] if found else path.stem
 
 
+def all_parts(path: Path) -> list[Path]:
+    """The files of the model whose first part, or only file, is ``path``, by their names."""
+    found = numbered(path.name)
+    if found is None:
+        return [path]
+    return [path.with_name(part_name(found[0], index, found[2])) for index in range(found[2])]
+
+
 def first_part(path: Path) -> Path:
     """The file that llama.cpp is to be given for the model that ``path`` is, or is a part of."""
     found = numbered(path.name)
@@ -58,8 +66,9 @@ def names_of_parts(name: str, header: Header) -> list[str]:
         return [name]
     found, number = numbered(name), _number(header, "no")
     if found is None or found[1:] != (number, count):
+        which = f"part {number + 1}" if 0 <= number < count else "one"
         raise BadFile(
-            f"{header.path} is part {number + 1} of {count} by its metadata, which its name does not say",
+            f"{header.path} is {which} of {count} parts by its metadata, which its name does not say",
             hint=f"llama.cpp wants the name {part_name('MODEL', max(number, 0), count)}",
         )
     return [part_name(found[0], index, count) for index in range(count)]

@@ -17,11 +17,12 @@ from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candi
 from edgeprune.decide.keep import check_method
 from edgeprune.decide.plan import USER, Plan
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
-from edgeprune.files import digest, file_digest, read_json, to_json, write_text
+from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.distortion import candidate_types
 from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model.layout import layout
+from edgeprune.model.parts import stem
 from edgeprune.stages.healing import HealStages
 from edgeprune.stages.measuring import tools
 from edgeprune.units import format_bytes
@@ -70,6 +71,7 @@ class DecideStages(HealStages):
             "mixture": self.settings.mixture,
             "healing": self.healing if self.settings.heal else None,
             "limit_seconds": self.settings.limit_seconds,
+            **({"split": self.settings.part_bytes} if self.settings.part_bytes else {}),
         }
 
     def problem(self, counts: Sequence[int]) -> Problem:
@@ -90,6 +92,7 @@ class DecideStages(HealStages):
             made_from=self._made_from(measured=True),
             heal=self.settings.heal,
             limit_seconds=self.settings.limit_seconds or math.inf,
+            part_bytes=self.settings.part_bytes or 0,
         )
 
     def candidates(self) -> list[Candidate]:
@@ -224,7 +227,9 @@ class DecideStages(HealStages):
         changed = {name: kind for name, kind in plan.types.items() if kind != self.architecture.tensor(name).type}
         self.measure_types(changed)
         edited = replace(plan, types=changed)
-        made = layout(self.file, self.architecture, plan.kept, changed, edited.records())
+        made = layout(
+            self.file, self.architecture, plan.kept, changed, edited.records(), self.settings.part_bytes or 0
+        )
         whole = priced(
             replace(problem, ranked=self._ranked_like(plan)), plan.kept, changed, placed=placed, origin=plan.origin
         )
@@ -249,14 +254,15 @@ class DecideStages(HealStages):
         found = self._built(output, plan)
         if found is not None:
             return found
-        if output.is_file() and output.samefile(self.source):
+        beside = [path for path in self.file.paths if path.resolve().parent == output.resolve().parent]
+        if self._is_source(output) or any(stem(path) == output.stem for path in beside):
             raise UsageError(f"the result would replace its source {output}", hint="choose another folder with -o")
         self._discard_reports()
         made = self._adopted(plan, output) or self.construct(plan, output)
         earlier = self._record()
-        write_text(self.folder.build, to_json({**made.to_json(), "path": output.name}))
-        if earlier is not None and Path(earlier.path) != output:
-            self._remove(earlier, output)
+        write_text(self.folder.build, to_json({**made.to_json(), "path": Path(made.path).name}))
+        if earlier is not None:
+            self._remove(earlier, made)
         return made
 
     def construct(self, plan: Plan, output: Path) -> Build:
@@ -271,6 +277,7 @@ class DecideStages(HealStages):
                     "output": str(output),
                     "statistics": self.statistics_file if plan.types else "",
                     "store": store,
+                    "part_bytes": self.settings.part_bytes or 0,
                 },
                 progress,
             )
@@ -287,17 +294,23 @@ class DecideStages(HealStages):
         path = self.trial(plan)
         with contextlib.suppress(BadFile, TypeError, KeyError):
             made = Build(**read_json(path.with_suffix(".json"))["build"])
-            if made.plan_digest == plan.digest and path.is_file() and file_digest(path) == made.sha256:
+            if made.plan_digest == plan.digest and path.is_file() and made.is_whole():  # parts are made anew
                 path.replace(output)
                 return replace(made, path=str(output))
         return None
 
-    def _remove(self, earlier: Build, output: Path) -> None:
-        """Delete the file of an earlier plan, if it still is that."""
-        old = Path(earlier.path)
-        if old.is_file() and not old.samefile(self.source) and old.stat().st_size == earlier.nbytes:
-            old.unlink()
-            self.listener.say(f"{old.name}, of an earlier plan, is replaced by {output.name}")
+    def _remove(self, earlier: Build, made: Build) -> None:
+        """Delete the file of an earlier plan, or its parts, if they still are that."""
+        old = [path for path in earlier.paths if path not in made.paths and path.is_file()]
+        own = not any(self._is_source(path) for path in old)
+        if old and own and sum(path.stat().st_size for path in old) == earlier.nbytes:
+            for path in old:
+                path.unlink()
+            self.listener.say(f"{old[0].name}, of an earlier plan, is replaced by {Path(made.path).name}")
+
+    def _is_source(self, path: Path) -> bool:
+        """Whether a file of the source is at ``path``."""
+        return path.is_file() and any(path.samefile(own) for own in self.file.paths)
 
     def _record(self) -> Build | None:
         """The last file that was built in the folder."""
@@ -313,7 +326,7 @@ class DecideStages(HealStages):
 
     def _built(self, output: Path, plan: Plan) -> Build | None:
         """The record of ``output`` if it is still what was built for ``plan``, to the last byte."""
-        found = self._record()
-        if found is None or Path(found.path) != output or found.plan_digest != plan.digest or not output.is_file():
+        found, wanted = self._record(), self.settings.part_bytes or 0
+        if found is None or stem(Path(found.path)) != output.stem or found.plan_digest != plan.digest:
             return None
-        return found if file_digest(output) == found.sha256 else None
+        return found if found.part_bytes == wanted and found.is_whole() else None
