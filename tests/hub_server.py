@@ -101,7 +101,9 @@ class HubServer:
         requests: method and path of all that was asked.
         received: SHA-256 of large files that arrived whole, in order.
         before: called with method and path before a request is answered; may raise ``Refusal`` or ``Cut``.
-        cut_after: bytes of the next answer with content, after which the connection is cut.
+        cut_after: bytes of the next GGUF that is fetched, after which the connection is cut.
+        ranges: first bytes that were asked for instead of whole files.
+        damaged: a bit of every GGUF that is fetched is wrong.
     """
 
     address: str = ""
@@ -111,6 +113,8 @@ class HubServer:
     received: list[str] = field(default_factory=list)
     before: Callable[[str, str], None] = lambda method, path: None
     cut_after: int | None = None
+    ranges: list[int] = field(default_factory=list)
+    damaged: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def asked(self, method: str, pattern: str) -> list[str]:
@@ -316,9 +320,12 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in files:
             raise Refusal(404, "Entry not found", "EntryNotFound")
         content, first = files[path].content, 0
+        if self.hub.damaged and path.endswith(".gguf"):
+            content = content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]
         headers = {"ETag": f'"{files[path].etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
             first = int(match[1])
+            self.hub.ranges.append(first)
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
         if self.hub.cut_after is not None and self.command == "GET" and path.endswith(".gguf"):
             count, self.hub.cut_after = self.hub.cut_after, None

@@ -1,4 +1,4 @@
-"""Where a model comes from: what its GGUF, card and generation configuration say, and what is not believed."""
+"""Where a model comes from: what its GGUF, its card and its generation configuration say; what is not believed."""
 
 from __future__ import annotations
 

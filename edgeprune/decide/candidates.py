@@ -270,7 +270,7 @@ def _takes_too_long(problem: Problem, counts: Sequence[int], forced_types: bool)
             ("the best plan takes", f"{best.predicted.encode_seconds:.3g} s"),
             ("the quickest", f"{quickest:.3g} s"),
         ],
-        hint=f"`--time-limit {math.ceil(10 * quickest) / 10:g}s` is the least that works; quicker types need more room",
+        hint=f"`--time-limit {math.ceil(10 * quickest) / 10:g}s` is the least that works; more room allows less",
     )
 
 

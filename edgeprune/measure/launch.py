@@ -73,7 +73,7 @@ class Launch:
         return cls(**{**value, "kv_type": kv_type})
 
     def command(self, path: str, repository: str = "") -> str:
-        """The ``llama-server`` line for the file ``path``, which is in ``repository`` on the Hub if that is given."""
+        """The ``llama-server`` line with these settings for a file, or for that of a ``repository`` on the Hub."""
         file = ["-hf", shlex.quote(repository), "-hff"] if repository else ["-m"]
         words = ["llama-server", *file, shlex.quote(path), "-c", str(self.context)]
         if self.kv_type != "F16":

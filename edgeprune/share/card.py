@@ -162,7 +162,7 @@ def _about(sheet: Sheet, alone: bool) -> list[str]:
         lines.append(f"- It is the stock preset {plain(report.shipped)}: no plan of at most its size was better")
     parts = sheet.parts or [(sheet.file, report.build["sha256"])]
     lines += [f"- File: `{name}`, SHA-256 `{digest}`" for name, digest in parts]
-    lines += [f"- {plain(name)}: {plain(value)}" for name, value in report.conditions.items()]
+    lines += [f"- {plain(name)}: {plain(value)}" for name, value in sorted(report.conditions.items())]
     lines += [
         "",
         "Against the source on held-out text, with stock presets of at most the same size:",
@@ -174,7 +174,7 @@ def _about(sheet: Sheet, alone: bool) -> list[str]:
     ]
     lines += _table(("file", "size", *_FIGURES), rows)
     if len(report.domains) > 1:
-        rows = [[plain(name), *_figures(quality)] for name, quality in report.domains.items()]
+        rows = [[plain(name), *_figures(quality)] for name, quality in sorted(report.domains.items())]
         lines += ["", *_table(("domain", *_FIGURES), rows)]
     lines += ["", f"The source's perplexity on this text is {report.quality['reference_perplexity']:.3f}.", ""]
     lines += _promises(report)

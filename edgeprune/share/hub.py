@@ -29,6 +29,7 @@ class Remote:
         branch: whether the revision that was asked for is there.
         head: its last commit, or "".
         files: SHA-256 of large files by path, and of small ones git's own.
+        sizes: bytes by path.
         private: whether only its members see it.
     """
 
@@ -36,6 +37,7 @@ class Remote:
     branch: bool = False
     head: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     private: bool = False
 
 
@@ -157,9 +159,10 @@ class Hub:
                 if _status(error) not in (401, 404):
                     raise
                 return Remote()
-            tree = self.api.list_repo_tree(repository, recursive=True, revision=info.sha)
+            tree = list(self.api.list_repo_tree(repository, recursive=True, revision=info.sha))
             files = {each.path: _digest(each) for each in tree if hasattr(each, "size")}
-            return Remote(True, branch, str(info.sha), files, bool(info.private))
+            sizes = {each.path: int(each.size) for each in tree if hasattr(each, "size")}
+            return Remote(True, branch, str(info.sha), files, sizes, bool(info.private))
 
     def base(self, repository: str) -> tuple[dict[str, Any], bool]:
         """Metadata of the model card of ``repository``, and whether access to it has to be asked for.
@@ -171,10 +174,11 @@ class Hub:
             info = self.api.model_info(repository)
             return (dict(vars(info.card_data)) if info.card_data else {}, bool(info.gated))
 
-    def read(self, repository: str, path: str, revision: str) -> Path:
-        """A copy of the file at ``path``, in huggingface_hub's cache."""
+    def read(self, repository: str, path: str, revision: str, folder: Path | None = None) -> Path:
+        """A copy of the file at ``path`` in ``folder``, or in huggingface_hub's cache; what is there is not fetched
+        again, and a download that broke off goes on."""
         with explained(repository):
-            return Path(self.api.hf_hub_download(repository, path, revision=revision))
+            return Path(self.api.hf_hub_download(repository, path, revision=revision, local_dir=folder))
 
     def prepare(self, repository: str, revision: str | None, *, private: bool, remote: Remote) -> None:
         """Make the repository and the branch, if they are not there."""

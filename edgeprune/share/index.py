@@ -67,6 +67,7 @@ class Entry:
         parts: one file, or those it is split into.
         made_for: the device or limit it was made for.
         experts, kept: routed experts per layer of the source and of this file.
+        context_length: longest context in tokens, or 0 when the model does not say.
         types: GGML types of its matrices, those with most bytes first.
         memory, launch: what it needs when started so.
         quality: ``QUALITIES`` against the source on held-out text.
@@ -77,6 +78,7 @@ class Entry:
     made_for: str
     experts: int
     kept: int
+    context_length: int
     types: tuple[str, ...]
     memory: Memory
     launch: Launch
@@ -87,7 +89,15 @@ class Entry:
         return sum(part.nbytes for part in self.parts)
 
 
-def entry_of(report: Report, name: str, parts: Iterable[Stored], weights_bytes: int, types: Iterable[str]) -> Entry:
+def entry_of(
+    report: Report,
+    name: str,
+    parts: Iterable[Stored],
+    *,
+    weights_bytes: int,
+    context_length: int,
+    types: Iterable[str],
+) -> Entry:
     """The entry of the file that ``report`` is about."""
     lines: dict[str, int] = {}
     for pool in report.budget["pools"]:
@@ -101,6 +111,7 @@ def entry_of(report: Report, name: str, parts: Iterable[Stored], weights_bytes: 
         made_for=report.title.rpartition(" for ")[2],
         experts=plan["experts"],
         kept=plan["kept"],
+        context_length=context_length,
         types=tuple(types),
         memory=memory,
         launch=replace(report.launch, threads=0),
@@ -148,6 +159,7 @@ def _entry(value: Mapping[str, Any], where: str) -> Entry:
         made_for=_word(value["made_for"]),
         experts=experts,
         kept=checked_int(f"{where}: kept", value["kept"], 1, experts),
+        context_length=checked_int(f"{where}: context_length", value["context_length"], 0, 1 << 32),
         types=tuple(_word(name) for name in types[:64]),
         memory=Memory(**memory),
         launch=Launch.from_json(value["launch"], f"{where}: launch"),
@@ -162,6 +174,11 @@ def _stored(value: Mapping[str, Any], where: str) -> Stored:
         raise BadFile(f"{where}: {path} is not a GGUF")
     nbytes = checked_int(f"{where}: nbytes", value["nbytes"], 1, _MOST_BYTES)
     return Stored(path, nbytes, _matching(f"{where}: sha256", value["sha256"], _DIGEST))
+
+
+def is_sound_path(path: str) -> bool:
+    """Whether ``path`` stays in the folder that it is joined to, on any system."""
+    return _PATH.fullmatch(path) is not None
 
 
 def _matching(where: str, value: Any, form: re.Pattern[str]) -> str:

@@ -93,8 +93,14 @@ class Release:
         ]
 
     def entry(self, stored: Sequence[Stored]) -> Entry:
-        weights = sum(tensor.nbytes for tensor in self.file.tensors.values())
-        return entry_of(self.report, self.name, stored, weights, self.types)
+        return entry_of(
+            self.report,
+            self.name,
+            stored,
+            weights_bytes=sum(tensor.nbytes for tensor in self.file.tensors.values()),
+            context_length=read_architecture(self.file).context_length,
+            types=self.types,
+        )
 
 
 def _by_bytes(tensors: Sequence[Any]) -> tuple[str, ...]:

@@ -1,0 +1,106 @@
+"""``edgeprune pull``: of a repository on the Hugging Face Hub the file that fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeprune.cli.commands import Size
+from edgeprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgeprune.cli.console import Console
+    from edgeprune.share.pulling import Target, Verdict
+
+
+@click.command(short_help="Fetch the file that fits from the Hub.")
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--device", metavar="PROFILE", help="Device profile, a profile file, or 'auto', the default.")
+@click.option("--memory", type=Size(), help="Usable memory instead of a device, for example 9.5GiB.")
+@click.option("--context", type=click.IntRange(16), help="Context in tokens; the profile's by default.")
+@click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), help="Type of the KV cache.")
+@click.option(
+    "-o", "--output", metavar="DIR", type=click.Path(path_type=Path), help="Folder; the Hub's cache by default."
+)
+@click.option("--revision", metavar="REVISION", help="Branch, tag or commit; the main branch by default.")
+@click.option("--dry-run", is_flag=True, help="Say what fits, and fetch nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def pull(repository: str, **options: Any) -> None:
+    """Choose the best GGUF of ORG/NAME that fits a device, fetch it, and say how to run it.
+
+    Repositories of `edgeprune publish` say what each file needs; of others names and sizes are looked at.
+
+    \b
+    edgeprune pull me/demo-GGUF --device auto
+    """
+    from edgeprune.cli.console import Console
+    from edgeprune.share.hub import Hub
+    from edgeprune.share.origin import is_repository
+    from edgeprune.share.pulling import Pulled, candidates, choose, download, placed
+
+    if not is_repository(repository):
+        raise UsageError(f"'{repository}' is not a repository on the Hub", hint="write organisation/name")
+    console = Console()
+    target = _target(options, console)
+    hub = Hub(quiet=not console.interactive)
+    remote = hub.look(repository, options["revision"])
+    if remote.exists and not remote.branch:
+        raise UsageError(f"{repository} has no revision '{options['revision']}'")
+    verdicts = [target.judge(each) for each in candidates(hub, repository, remote, console)]
+    chosen = choose(verdicts, target.profile, repository)
+    value: dict[str, Any] = {"files": [verdict.to_json() for verdict in verdicts], "chosen": chosen.candidate.name}
+    lines = [*_table(verdicts, chosen), ""]
+    if options["dry_run"]:
+        _print(value, lines[:-1], options["as_json"])
+        return
+    path = download(hub, repository, remote, chosen, options["output"], console)
+    pulled = Pulled(path, chosen, placed(path, target, chosen))
+    value |= {"path": str(path), "launch_line": pulled.launch_line}
+    _print(value, [*lines, f"file    {path}", "", f"run it:  {pulled.launch_line}"], options["as_json"])
+
+
+def _target(options: dict[str, Any], console: Console) -> Target:
+    from edgeprune.device.probe import this_machine
+    from edgeprune.device.profile import find_profile
+    from edgeprune.measure import child
+    from edgeprune.share.pulling import Target
+    from edgeprune.units import format_bytes
+
+    device = options["device"]
+    if device is not None and options["memory"] is not None:
+        raise UsageError("--device and --memory say two things", hint="give one of them")
+    if device not in (None, "auto"):
+        profile = find_profile(device)
+    else:
+        profile = this_machine(child.call("edgeprune.measure.llama:backend_devices", {}))
+        if options["memory"] is not None:
+            profile = replace(profile, name=f"{format_bytes(options['memory'])} of memory")
+        else:
+            for line in profile.why:
+                console.say(f"auto: {line}")
+    return Target(profile, options["memory"], options["context"], options["kv_type"])
+
+
+def _table(verdicts: Sequence[Verdict], chosen: Verdict) -> list[str]:
+    from edgeprune.cli.show import table
+    from edgeprune.units import format_bytes
+
+    rows = []
+    for verdict in sorted(verdicts, key=lambda verdict: -verdict.candidate.nbytes):
+        nats = verdict.candidate.nats
+        state = "fits" if verdict.fits else f"short of {format_bytes(verdict.short_bytes)}"
+        mark = "chosen" if verdict is chosen else state
+        size = format_bytes(verdict.candidate.nbytes)
+        rows.append((verdict.candidate.name, size, "-" if nats is None else f"{nats:.5f}", mark))
+    return table(rows, ("", "size", "KL mean", ""))
+
+
+def _print(value: Any, lines: list[str], as_json: bool) -> None:
+    from edgeprune.files import to_json
+
+    click.echo(to_json(value), nl=False) if as_json else click.echo("\n".join(lines))

@@ -1,0 +1,267 @@
+"""Fetching what fits from a Hub on loopback: which file is chosen, that it arrives whole, what is not believed."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Blob, Command, HubServer, Repository, value
+from observed import LAUNCH
+from runs import Fit
+
+from edgeprune.device.profile import find_profile
+from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError, UsageError
+from edgeprune.files import to_json
+from edgeprune.measure.launch import Launch
+from edgeprune.measure.llama import session
+from edgeprune.share.index import Memory, Stored
+from edgeprune.share.pulling import Candidate, Target, choose
+
+pytest_plugins = ("demo_fixtures", "publish_fixtures")
+# huggingface_hub gives a file to its HTTP library in a way that the library no longer likes.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+REPO = "me/tiny-GGUF"
+ENOUGH = ("--device", "cpu-16gb")
+GIB = 1 << 30
+
+
+@pytest.fixture
+def shelf(hub: HubServer, command: Command, tiny_fit: Fit, tmp_path: Path) -> HubServer:
+    """A Hub with the tiny model in ``REPO``."""
+    done = command("publish", tiny_fit.copy(tmp_path / "run"), REPO, "--license", "mit", "--yes")
+    assert done.exception is None
+    hub.requests.clear()
+    return hub
+
+
+def models(hub: HubServer) -> dict[str, Blob]:
+    return {p: b for p, b in hub.repositories[REPO].files.items() if p.endswith(".gguf") and "/" not in p}
+
+
+def put(hub: HubServer, files: dict[str, bytes]) -> None:
+    """Change files of ``REPO`` behind its index's back."""
+    repository = hub.repositories.setdefault(REPO, Repository())
+    blobs = {path: Blob(content, large=path.endswith(".gguf")) for path, content in files.items()}
+    repository.commit("main", {**repository.files, **blobs})
+
+
+def index_with(hub: HubServer, **changes: Any) -> None:
+    """Change the only entry of the index."""
+    found = json.loads(hub.repositories[REPO].files["edgeprune.json"].content)
+    found["files"][0] |= changes
+    put(hub, {"edgeprune.json": to_json(found).encode()})
+
+
+def failed(done: Any, kind: type[EdgepruneError]) -> str:
+    assert isinstance(done.exception, kind), (done.exception, done.output)
+    return str(done.exception)
+
+
+def test_help(command: Command) -> None:
+    text = command("pull", "--help").stdout
+    assert all(option in text for option in ("ORG/NAME", "--device", "--dry-run", "-o, --output"))
+    assert "pull" in command("--help").stdout and all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_the_file_arrives_and_is_said_how_to_run(shelf: HubServer, command: Command, tmp_path: Path) -> None:
+    ((name, blob),) = models(shelf).items()
+    done = value(command("pull", REPO, *ENOUGH, "-o", tmp_path / "here", "--json"))
+    assert done["chosen"] == name.removesuffix(".gguf") and done["path"] == str(tmp_path / "here" / name)
+    assert Path(done["path"]).read_bytes() == blob.content
+    assert done["launch_line"].startswith(f"llama-server -m {done['path']} -c ")
+    again = command("pull", REPO, *ENOUGH, "-o", tmp_path / "here")
+    assert again.exception is None and f"run it:  {done['launch_line']}\n" in again.stdout
+    assert len(shelf.asked("GET", re.escape(name))) == 1
+
+
+def test_without_a_folder_it_goes_to_the_cache_of_the_hub(shelf: HubServer, command: Command, tmp_path: Path) -> None:
+    done = value(command("pull", REPO, *ENOUGH, "--json"))
+    assert Path(done["path"]).is_relative_to(tmp_path / "cache" / "models--me--tiny-GGUF")
+    assert Path(done["path"]).is_file()
+
+
+def test_all_parts_of_a_split_file_arrive_and_load(
+    hub: HubServer, command: Command, tiny_fit: Fit, tmp_path: Path
+) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    words = ("publish", folder, REPO, "--license", "mit", "--yes", "--max-file-size", "400kB")
+    assert command(*words).exception is None
+    done = value(command("pull", REPO, *ENOUGH, "-o", tmp_path / "here", "--json"))
+    assert done["path"].endswith("-00001-of-00002.gguf") and done["path"] in done["launch_line"]
+    assert sorted(path.name for path in (tmp_path / "here").glob("*.gguf")) == sorted(models(hub))
+    tokens = [1, 5, 9, 3]
+    answers = []
+    for model in (Path(done["path"]), folder / str(tiny_fit.report.build["path"])):
+        with session(model, LAUNCH, None) as opened:
+            answers.append(opened.run(tokens).copy())
+    assert (answers[0] == answers[1]).all()
+
+
+def test_what_does_not_fit_is_told_by_how_much(shelf: HubServer, command: Command, tmp_path: Path) -> None:
+    done = command("pull", REPO, "--memory", "40MiB", "-o", tmp_path / "here")
+    message = failed(done, DoesNotFit)
+    assert done.exception is not None and done.exception.exit_code == 3  # type: ignore[attr-defined]
+    assert "fits 40.0 MiB of memory with" in message and "KV cache" in message
+    assert re.search(r"tiny-K6-\S+-IQ4_NL, short of +\d+\.\d MiB", message)
+    assert not (tmp_path / "here").exists() and shelf.asked("GET", r"\.gguf$") == []
+
+
+def test_a_dry_run_fetches_no_model(shelf: HubServer, command: Command) -> None:
+    done = value(command("pull", REPO, *ENOUGH, "--dry-run", "--json"))
+    assert [(row["fits"], row["short_bytes"]) for row in done["files"]] == [(True, 0)]
+    assert "path" not in done and shelf.asked("GET", r"\.gguf$") == []
+
+
+def test_a_download_that_broke_off_goes_on_where_it_was(
+    shelf: HubServer, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what arrives is written down in these steps
+    shelf.cut_after = 200_000
+    done = value(command("pull", REPO, *ENOUGH, "-o", tmp_path / "here", "--json"))
+    assert shelf.ranges and 0 < max(shelf.ranges) <= 200_000
+    assert Path(done["path"]).read_bytes() == next(iter(models(shelf).values())).content
+
+
+@pytest.mark.parametrize("words", [(), ("-o", "here")], ids=["cache", "folder"])
+def test_what_arrives_damaged_is_not_kept(words: tuple[str, ...], shelf: HubServer, command: Command) -> None:
+    shelf.damaged = True
+    assert "arrived damaged" in failed(command("pull", REPO, *ENOUGH, *words), BadFile)
+    assert not list(Path("here").rglob("*.gguf"))
+    shelf.damaged = False
+    done = value(command("pull", REPO, *ENOUGH, *words, "--json"))
+    assert Path(done["path"]).read_bytes() == next(iter(models(shelf).values())).content
+
+
+# Repositories of others.
+
+
+def test_without_an_index_names_and_sizes_are_looked_at(shelf: HubServer, command: Command) -> None:
+    content = next(iter(models(shelf).values())).content
+    shelf.repositories[REPO] = Repository()
+    put(
+        shelf,
+        {
+            "Tiny-Q4_K_M.gguf": content,
+            "Tiny-Q8_0-00001-of-00002.gguf": content + bytes(64),
+            "Tiny-Q8_0-00002-of-00002.gguf": content,
+            "Tiny-BF16-00001-of-00003.gguf": content + bytes(99),
+            "mmproj-Tiny-F16.gguf": content * 4,
+            "Tiny-imatrix.gguf": content * 4,
+            "README.md": b"Theirs.",
+        },
+    )
+    done = command("pull", REPO, *ENOUGH, "--dry-run", "--json")
+    assert "no edgeprune.json: files are judged by their names and sizes" in done.stderr
+    assert {row["name"] for row in value(done)["files"]} == {"Tiny-Q4_K_M", "Tiny-Q8_0"}
+    assert value(done)["chosen"] == "Tiny-Q8_0"  # the larger of those that fit
+    tight = command("pull", REPO, "--memory", "256.7MiB", "-o", "here", "--json")
+    # By its size it might have fitted; llama.cpp's own price is the last word.
+    assert value(tight)["chosen"] == "Tiny-Q4_K_M" and Path("here/Tiny-Q4_K_M.gguf").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parts": [{"path": "../../evil.gguf", "nbytes": 10, "sha256": "0" * 64}]},
+        {"parts": [{"path": "/etc/evil.gguf", "nbytes": 10, "sha256": "0" * 64}]},
+        {"parts": [{"path": "a\\..\\evil.gguf", "nbytes": 10, "sha256": "0" * 64}]},
+        {"parts": [{"path": "README.md", "nbytes": 10, "sha256": "0" * 64}]},
+        {"parts": []},
+        {"launch": {"kv_type": "$(reboot)"}},
+        {"kept": 9},
+        {"quality": {"kl_mean": "small", "kl_99": 0, "same_top": 0, "perplexity": 0}},
+        {"more": 1},
+    ],
+    ids=["way out", "root", "backslash", "no model", "no parts", "shell", "more than all", "text", "unknown key"],
+)
+def test_a_hostile_index_is_refused(changes: dict[str, Any], shelf: HubServer, command: Command) -> None:
+    index_with(shelf, **changes)
+    message = failed(command("pull", REPO, *ENOUGH, "-o", "here"), BadFile)
+    assert message.startswith("edgeprune.json of me/tiny-GGUF") and not Path("here").exists()
+
+
+def test_an_index_about_another_file_is_not_believed(shelf: HubServer, command: Command) -> None:
+    put(shelf, {next(iter(models(shelf))): b"GGUF" + bytes(499_964)})
+    done = command("pull", REPO, *ENOUGH, "-o", "here")
+    assert "holds no GGUF model" in failed(done, EdgepruneError) and "is left out" in done.stderr
+
+
+@pytest.mark.parametrize("token", ["", "hf_wrong"])
+def test_a_private_repository_is_not_there_for_strangers(
+    token: str, shelf: HubServer, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.repositories[REPO].private = True
+    assert command("pull", REPO, *ENOUGH, "--dry-run").exception is None
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert "no me/tiny-GGUF that may be seen" in failed(command("pull", REPO, *ENOUGH), EdgepruneError)
+
+
+def test_slips_of_the_pen(shelf: HubServer, command: Command) -> None:
+    assert "not a repository" in failed(command("pull", "tiny"), UsageError)
+    assert "no revision 'next'" in failed(command("pull", REPO, *ENOUGH, "--revision", "next"), UsageError)
+    assert "say two things" in failed(command("pull", REPO, *ENOUGH, "--memory", "8GiB"), UsageError)
+    assert "did you mean" in failed(command("pull", REPO, "--device", "cpu-9gb"), UsageError)
+    assert "is the longest" in failed(command("pull", REPO, *ENOUGH, "--context", "999999"), UsageError)
+
+
+# Choosing, by figures alone.
+
+
+def candidate(name: str, weights: float, nats: float | None, **changes: Any) -> Candidate:
+    """One of so many GiB of weights, with 1 GiB of cache at 4,096 tokens."""
+    made = Candidate(
+        name=name,
+        parts=(Stored(f"{name}.gguf", int(weights * GIB), "0" * 64),),
+        memory=Memory(int(weights * GIB), GIB, 300 << 20, 0, 100 << 20),
+        launch=Launch(context=4096),
+        types=("Q4_K",),
+        nats=nats,
+        context_length=32768,
+        known=nats is not None,
+    )
+    return replace(made, **changes)
+
+
+def test_the_nearest_to_its_source_is_chosen_of_those_that_fit() -> None:
+    profile = find_profile("cpu-16gb")
+    target = Target(profile, context=4096)
+    ladder = [candidate("a", 20, 0.01), candidate("b", 9, 0.05), candidate("c", 8, 0.04), candidate("d", 3, 0.2)]
+    assert choose([target.judge(each) for each in ladder], profile, REPO).candidate.name == "c"
+    unknown = [replace(each, nats=None) for each in ladder]
+    assert choose([target.judge(each) for each in unknown], profile, REPO).candidate.name == "b"
+
+
+def test_types_that_the_device_runs_badly_are_the_last_resort() -> None:
+    profile = replace(find_profile("cpu-16gb"), avoid=("IQ3_S",))
+    target = Target(profile, context=4096)
+    better, other = candidate("better", 8, 0.01, types=("IQ3_S", "Q4_K")), candidate("other", 8, 0.02)
+    assert choose([target.judge(better), target.judge(other)], profile, REPO).candidate.name == "other"
+    assert choose([target.judge(better)], profile, REPO).candidate.name == "better"
+
+
+def test_the_cache_grows_with_the_context_and_shrinks_with_its_type() -> None:
+    profile = find_profile("cpu-16gb")
+    one = candidate("a", 8, 0.1)
+    free = [
+        Target(profile, context=context, kv_type=kind).judge(one).short_bytes
+        for context, kind in ((4096, "f16"), (8192, "f16"), (8192, "q8_0"))
+    ]
+    assert free[1] - free[0] == pytest.approx(GIB, abs=2)
+    assert free[2] - free[0] == pytest.approx(2 * GIB * 34 / 64 - GIB, abs=2)
+
+
+def test_both_memories_of_a_machine_with_a_card_count() -> None:
+    profile = find_profile("rtx-4060-8gb")
+    assert profile.vram is not None
+    target = Target(profile, context=4096)
+    both = profile.usable_bytes / GIB - 1.5
+    assert target.judge(candidate("a", both, 0.1)).fits
+    assert both > profile.vram.total_bytes / GIB
+    assert not target.judge(candidate("a", both + 0.5, 0.1)).fits
