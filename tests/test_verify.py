@@ -31,15 +31,33 @@ def verify(fit: Fit, folder: Path, *words: str | Path) -> dict[str, Any]:
     return report
 
 
-def test_loops_and_depths_are_measured_and_stay_in_the_report_of_the_same_file(tiny_fit: Fit, folder: Path) -> None:
-    deeper = verify(tiny_fit, folder, "--loops", "1", "--depths", "0,300")["deeper"]
+def test_what_is_asked_for_is_measured_and_stays_in_the_report_of_the_same_file(
+    tiny_fit: Fit, folder: Path, tmp_path: Path
+) -> None:
+    task = tmp_path / "sums.jsonl"
+    record = {"question": "What is the sum?", "choices": ["3", "4", "5"], "answer": 1}
+    task.write_text("".join(json.dumps(record) + "\n" for _ in range(3)), encoding="utf-8")
+    base = tmp_path / "base.kld"
+    wished: tuple[str | Path, ...] = ("--loops", "1", "--depths", "0,300", "--task", task, "--questions", "2")
+    wished += ("--write-kld-base", base)
+    deeper = verify(tiny_fit, folder, *wished)["deeper"]
+    (asked,) = deeper["tasks"]
+    assert (asked["name"], asked["form"], asked["total"], sum(asked["right"].values())) == (
+        "sums.jsonl",
+        "mmlu",
+        3,
+        2,
+    )
     assert [probe["mode"] for probe in deeper["loops"]] == ["greedy", "sampled"]
     assert [speed["depth"] for speed in deeper["speeds"]] == [0, 300]
     assert read(folder / "report.json")["deeper"] == deeper
 
     ear = Ear()
-    report, _ = pipeline.verify(settings(tiny_fit, folder), ear, Wishes(depths=(64,)))
+    report, _ = pipeline.verify(settings(tiny_fit, folder), ear, Wishes(depths=(64,), base=base))
     assert [speed.depth for speed in report.deeper.speeds] == [64]
+    (against,) = report.deeper.bases
+    assert against.name == "base.kld"
+    assert 0.3 < against.quality["kl_mean"] / report.quality["kl_mean"] < 3  # the same text, in other windows
     assert json.loads(json.dumps(report.to_json()["deeper"]["loops"])) == deeper["loops"]
     assert not [stage for stage in ear.stages if stage.startswith("loops")]
 
@@ -58,6 +76,8 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(tiny_
     for wishes, message in (
         (Wishes(depths=(1 << 20,)), "more than the context"),
         (Wishes(loops=1000), "questions to ask"),
+        (Wishes(tasks=("nowhere.jsonl",)), "no task file"),
+        (Wishes(write_base=folder / "report.json"), "exists already"),
     ):
         ear = Ear()
         with pytest.raises(UsageError, match=message):

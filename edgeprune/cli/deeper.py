@@ -10,7 +10,7 @@ from edgeprune.units import format_seconds
 
 def lines(found: Deeper) -> list[str]:
     """Everything that was measured, each kind under a title of its own."""
-    return [*_speeds(found), *_loops(found)]
+    return [*_speeds(found), *_loops(found), *_tasks(found), *_bases(found)]
 
 
 def share(hits: int, count: int) -> str:
@@ -63,3 +63,33 @@ def _loops(found: Deeper) -> list[str]:
     title = f"loops in {first.looping.count} generations of at most {first.length} tokens, 95 % intervals"
     header = ("", "original", "built file", "points", "p", "repeated runs of 4 tokens")
     return ["", title, *table(rows, header)]
+
+
+def _tasks(found: Deeper) -> list[str]:
+    if not found.tasks:
+        return []
+    rows = [
+        (
+            task.name,
+            f"{task.right.count:,} of {task.total:,}",
+            share(task.right.original, task.right.count),
+            share(task.right.candidate, task.right.count),
+            change(task.right),
+            f"{task.right.p_value:.2g}",
+            f"{task.right.needed():,}",
+        )
+        for task in found.tasks
+    ]
+    header = ("", "asked", "original", "built file", "points", "p", "to see 1 point")
+    return ["", "questions answered rightly, 95 % intervals", *table(rows, header)]
+
+
+def _bases(found: Deeper) -> list[str]:
+    lines = []
+    for base in found.bases:
+        q = base.quality
+        lines.append(
+            f"against {base.name}: KL mean {q['kl_mean']:.5f}, 99.9 % {q['kl_999']:.4f}, max {q['kl_max']:.3f}, "
+            f"same top token {100 * q['same_top']:.1f} %"
+        )
+    return ["", *lines] if lines else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,6 +40,34 @@ DEEPER = (
         help="Let original and built file answer N questions at length and count who repeats himself. "
         "Costs 2,048 decoded tokens a question.",
     ),
+    click.option(
+        "--task",
+        "tasks",
+        multiple=True,
+        metavar="FILE[:FORMAT]",
+        help="Ask both the questions in FILE, JSON lines of hellaswag, arc, mmlu or gsm8k; repeatable. Costs twice "
+        "reading them; gsm8k 640 decoded tokens a question.",
+    ),
+    click.option(
+        "--questions",
+        type=click.IntRange(1),
+        default=200,
+        show_default=True,
+        metavar="N",
+        help="Most questions of each file, spread over it.",
+    ),
+    click.option(
+        "--kld-base",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Compare the built file with log-probabilities that llama-perplexity has written, too.",
+    ),
+    click.option(
+        "--write-kld-base",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write those of the original on the held-out text, for llama-perplexity --kl-divergence.",
+    ),
 )
 
 
@@ -46,4 +75,11 @@ def wishes(options: dict[str, Any]) -> Wishes:
     """What the options ask for."""
     from edgeprune.stages.deepening import Wishes
 
-    return Wishes(depths=options["depths"], loops=options["loops"] or 0)
+    return Wishes(
+        depths=options["depths"],
+        loops=options["loops"] or 0,
+        tasks=options["tasks"],
+        questions=options["questions"],
+        base=options["kld_base"],
+        write_base=options["write_kld_base"],
+    )

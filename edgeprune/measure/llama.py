@@ -383,6 +383,12 @@ class Session:
         first = int(binding.llama_vocab_bos(self.vocabulary))
         return tokens[1:] if framed and special and tokens[:2] == [first, first] else tokens
 
+    @property
+    def begins_with(self) -> int | None:
+        """The token that the model wants in front of every text, if it wants one."""
+        wanted = binding.llama_vocab_get_add_bos(self.vocabulary)
+        return int(binding.llama_vocab_bos(self.vocabulary)) if wanted else None
+
     def text(self, tokens: Sequence[int]) -> str:
         """What ``tokens`` say, without special ones; U+FFFD stands for a character that is cut off."""
         count, size = len(tokens), -16 * len(tokens)

@@ -46,7 +46,9 @@ def _launch(window: int, threads: int) -> Launch:
     return Launch(context=window, batch=window, threads=threads)
 
 
-def _chosen(opened: Session, texts: list[dict[str, str]], split: str, window: int, most: int) -> list[Window]:
+def chosen_windows(opened: Session, texts: list[dict[str, str]], split: str, window: int, most: int) -> list[Window]:
+    """The windows of ``split``, in the model's tokens."""
+
     def ids(document: Document) -> Sequence[int]:
         return document.tokens or opened.tokenize(document.text, special=document.special)
 
@@ -93,7 +95,7 @@ def collect(
     folder.mkdir(parents=True, exist_ok=True)
     observer = _Switch()
     with room_for(Path(output)), session(Path(model), _launch(window, threads), observer) as opened:
-        shards = _shards(_chosen(opened, texts, "calibration", window, most_tokens))
+        shards = _shards(chosen_windows(opened, texts, "calibration", window, most_tokens))
         kept = _kept_positions([part for shard in shards for part in shard], reservoir_tokens)
         total, done = sum(map(len, shards)), 0
         paths: list[Path] = []
@@ -153,7 +155,7 @@ def collect_layerwise(
 
     opened = Session(Path(model), Launch(), vocab_only=True)
     with contextlib.closing(opened):
-        shards = _shards(_chosen(opened, texts, "calibration", window, most_tokens))
+        shards = _shards(chosen_windows(opened, texts, "calibration", window, most_tokens))
     parts = [part for shard in shards for part in shard]
     text = Text(parts, _kept_positions(parts, reservoir_tokens))
     measure(
@@ -229,7 +231,7 @@ def reference(
     partial = Path(output + ".partial")
     partial.unlink(missing_ok=True)
     with room_for(Path(output)), session(Path(model), _launch(window, threads)) as opened:
-        chosen = _chosen(opened, texts, split, window, most_tokens)
+        chosen = chosen_windows(opened, texts, split, window, most_tokens)
         kept = Reference(partial, opened.vocabulary_size)
         require_space(partial.parent, kept.nbytes(part.tokens for part in chosen))
         for index, part in enumerate(chosen):
@@ -273,7 +275,7 @@ def divergence(
     results = []
     observer = _Switch()
     with session(Path(model), _launch(window, threads), observer) as opened:
-        chosen = _chosen(opened, texts, split, window, most_tokens)
+        chosen = chosen_windows(opened, texts, split, window, most_tokens)
         kept = Reference(Path(reference), opened.vocabulary_size)
         for number, mask in enumerate(masks):
             keep = {int(layer): ids for layer, ids in (mask or {}).items()}
@@ -334,7 +336,7 @@ def disturb(
     results = []
     observer = _Switch()
     with session(Path(model), _launch(window, threads), observer) as opened:
-        chosen = _chosen(opened, texts, split, window, most_tokens)
+        chosen = chosen_windows(opened, texts, split, window, most_tokens)
         kept = Reference(Path(reference), opened.vocabulary_size)
         for number, site in enumerate(sites):
             disturbance = Disturbance(

@@ -10,6 +10,7 @@ import numpy as np
 
 from edgeprune.errors import BadFile
 from edgeprune.files import check_keys, checked_int, checked_number
+from edgeprune.measure.divergence import Quality
 from edgeprune.prove.paired import Paired
 
 _RESAMPLES = 2_000
@@ -92,16 +93,61 @@ class Loops:
 
 
 @dataclass(frozen=True)
+class Task:
+    """Questions that original and candidate answered.
+
+    Attributes:
+        name: of the file.
+        form: its format.
+        total: questions in it, of which some were asked.
+        right: who answered which rightly.
+    """
+
+    name: str
+    form: str
+    total: int
+    right: Paired
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Task:
+        check_keys("a task", value, set(cls.__dataclass_fields__), set())
+        total = checked_int("total", value["total"], 1, 1 << 40)
+        return cls(str(value["name"]), str(value["form"]), total, Paired.from_json(value["right"]))
+
+
+@dataclass(frozen=True)
+class Base:
+    """Quality against a file of log-probabilities of llama-perplexity.
+
+    Attributes:
+        name: of the file.
+        quality: ``Quality`` as JSON.
+    """
+
+    name: str
+    quality: dict[str, Any]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Base:
+        check_keys("a base file", value, set(cls.__dataclass_fields__), set())
+        return cls(str(value["name"]), _quality(value["quality"]))
+
+
+@dataclass(frozen=True)
 class Deeper:
     """Everything of this kind that was measured of one file; what nobody asked for is empty.
 
     Attributes:
         speeds: by depth.
         loops: by mode.
+        tasks: by file.
+        bases: by file.
     """
 
     speeds: tuple[Speed, ...] = ()
     loops: tuple[Loops, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    bases: tuple[Base, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,6 +164,8 @@ class Deeper:
             return cls(
                 speeds=tuple(Speed.from_json(one) for one in value["speeds"]),
                 loops=tuple(Loops.from_json(one) for one in value["loops"]),
+                tasks=tuple(Task.from_json(one) for one in value["tasks"]),
+                bases=tuple(Base.from_json(one) for one in value["bases"]),
             )
         except (TypeError, ValueError, KeyError) as error:
             raise BadFile(f"the deeper verification is damaged: {error}") from error
@@ -129,6 +177,12 @@ NOTHING = Deeper()
 def _three(where: str, value: Sequence[Any]) -> tuple[float, float, float]:
     first, second, third = (checked_number(where, one) for one in value)
     return first, second, third
+
+
+def _quality(value: Mapping[str, Any]) -> dict[str, Any]:
+    names = set(Quality.__dataclass_fields__)
+    check_keys("a quality", value, names, set())
+    return {name: checked_number(name, value[name]) for name in names}
 
 
 def _mean_change(original: Sequence[float], candidate: Sequence[float]) -> tuple[float, float, float]:

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.errors import UsageError
 from edgeprune.measure import child
 from edgeprune.measure.answers import shipped_prompts
+from edgeprune.measure.kld_base import BaseFile
+from edgeprune.measure.questions import chosen_questions, parse_task
 from edgeprune.measure.repetition import LENGTH, MODES
-from edgeprune.prove.deeper import Deeper, Loops, Speed
+from edgeprune.prove.deeper import Base, Deeper, Loops, Speed, Task
+from edgeprune.prove.paired import Paired
+from edgeprune.units import format_bytes
 
 if TYPE_CHECKING:
     from edgeprune.prove.report import Report
@@ -29,10 +33,18 @@ class Wishes:
     Attributes:
         depths: where in the context speeds are measured, in tokens; None for quarters of it.
         loops: how many of the shipped questions are answered at length.
+        tasks: ``FILE`` or ``FILE:FORMAT`` with questions whose answers are known.
+        questions: how many of each are asked.
+        base: a file of llama-perplexity to compare with, or None.
+        write_base: where to write one of the source, or None.
     """
 
     depths: tuple[int, ...] | None = None
     loops: int = 0
+    tasks: tuple[str, ...] = ()
+    questions: int = 200
+    base: Path | None = None
+    write_base: Path | None = None
 
     def check(self, context: int) -> None:
         """Refuse what cannot be done, before anything is measured.
@@ -42,6 +54,7 @@ class Wishes:
 
         Raises:
             UsageError: says what.
+            BadFile: a line of a task that is no record of it, or a damaged base file.
         """
         if self.depths and max(self.depths) > context - _BLOCK - _GENERATED:
             raise UsageError(
@@ -50,6 +63,12 @@ class Wishes:
             )
         if self.loops > (most := len(shipped_prompts())):
             raise UsageError(f"--loops {self.loops}: there are {most} questions to ask")
+        for task in self.tasks:
+            chosen_questions(*parse_task(task), self.questions)
+        if self.base is not None:
+            BaseFile.read(self.base)
+        if self.write_base is not None and self.write_base.exists():
+            raise UsageError(f"--write-kld-base: {self.write_base} exists already", hint="choose another name")
 
 
 def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
@@ -64,6 +83,16 @@ def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
     keep(replace(report.deeper, speeds=_speeds(run, report, built, wishes.depths)))
     if wishes.loops:
         keep(replace(report.deeper, loops=_loops(run, built, wishes.loops)))
+    for value in wishes.tasks:
+        found = _task(run, built, value, wishes.questions)
+        others = [task for task in report.deeper.tasks if task.name != found.name]
+        keep(replace(report.deeper, tasks=(*others, found)))
+    if wishes.write_base is not None:
+        _write_base(run, wishes.write_base)
+    if wishes.base is not None:
+        compared = _base(run, built, wishes.base)
+        bases = [base for base in report.deeper.bases if base.name != compared.name]
+        keep(replace(report.deeper, bases=(*bases, compared)))
     return report
 
 
@@ -117,3 +146,28 @@ def _loops(run: Run, built: Path, count: int) -> tuple[Loops, ...]:
             found.append(child.call("edgeprune.measure.loops:loops", arguments, progress))
     original, candidate = found
     return tuple(Loops.of(mode, LENGTH, original[mode], candidate[mode]) for mode in MODES)
+
+
+def _task(run: Run, built: Path, value: str, most: int) -> Task:
+    path, form = parse_task(value)
+    questions, total = chosen_questions(path, form, most)
+    right = []
+    for name, model in (("original", run.source), ("built file", built)):
+        with run.listener.progress(f"{path.name}: answers of the {name}") as progress:
+            arguments = {"questions": [one.to_json() for one in questions], "name": str(path)}
+            answers = child.call("edgeprune.measure.answering:answer", {"model": str(model), **arguments}, progress)
+            right.append(answers)
+    return Task(path.name, form, total, Paired.of(*right))
+
+
+def _write_base(run: Run, path: Path) -> None:
+    with run.listener.progress(f"log-probabilities of the original for {path.name}") as progress:
+        arguments = {"model": str(run.source), "output": str(path.resolve()), **run.held_out_arguments()}
+        made = child.call("edgeprune.measure.against_base:write", arguments, progress)
+    run.listener.say(f"{path}: {made['chunks']} chunks, {format_bytes(made['nbytes'])}")
+
+
+def _base(run: Run, built: Path, path: Path) -> Base:
+    with run.listener.progress(f"quality against {path.name}") as progress:
+        arguments = {"model": str(built), "base": str(path)}
+        return Base(path.name, child.call("edgeprune.measure.against_base:compare", arguments, progress))

@@ -105,6 +105,10 @@ class TextStages(SourceStages):
             "most_tokens": tokens,
         }
 
+    def held_out_arguments(self) -> dict[str, Any]:
+        """Arguments of a task that reads the held-out text."""
+        return self._text_arguments("held_out")
+
     def _rendered(self, text: TextFile) -> TextFile:
         """``text`` with its chats as the model reads them, in a file of the scratch folder."""
         if text.form != CHATS:
