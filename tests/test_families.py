@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +17,15 @@ import toys
 import transformers
 from agreement import divergence, log_probabilities, token_windows, transformers_log_probabilities
 from families import FAMILIES
+from safetensors.torch import save_file
 
 from edgeprune.build import builder
 from edgeprune.decide.plan import Plan, Prediction
+from edgeprune.errors import Unsupported
 from edgeprune.files import data_folder
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import read_architecture
-from edgeprune.model.checkpoint import open_checkpoint
+from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
 from edgeprune.model.convert import SOURCE_KEY, convert
 from edgeprune.model.converter import load_converter
 from edgeprune.model.gguf import GgufFile
@@ -163,6 +167,104 @@ def test_the_language_model_of_llama_4_is_the_same_without_the_part_that_sees(ma
     (remark,) = convert(folder, tmp_path / "whole.gguf", "f32")
     assert remark.startswith("left out: the part that sees, 26 tensors")
     assert_same_file(gguf, tmp_path / "whole.gguf")
+
+
+# What a graph of llama.cpp does not compute is refused in one line, and what is no language model stays behind.
+
+REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "qwen2_moe": [({"norm_topk_prob": True}, "norm_topk_prob = True"), ({"mlp_only_layers": [1]}, "mlp_only_layers")],
+    "deepseek_v2": [
+        ({"topk_method": "group_limited_greedy"}, "topk_method = 'group_limited_greedy'"),
+        ({"norm_topk_prob": True}, "norm_topk_prob = True"),
+        ({"rope_parameters": {**families.YARN, "mscale": 1.0}}, "'yarn' with mscale = 1.0 and mscale_all_dim = 0.0"),
+    ],
+    "deepseek_v3": [
+        ({"rope_interleave": False}, "rope_interleave = False"),
+        ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+    ],
+    "glm4_moe": [({"topk_method": "greedy"}, "topk_method = 'greedy'")],
+    "glm4_moe_lite": [({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5")],
+    "dots1": [
+        ({"num_key_value_heads": 2}, r"num_key_value_heads = 2; llama\.cpp's dots1 assumes 4"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types = "),
+    ],
+    "minimax_m2": [
+        ({"qk_norm_type": "per_head"}, "qk_norm_type = 'per_head'"),
+        ({"attn_type_list": [1, 0]}, r"attn_type_list = \[1, 0\]; llama\.cpp's minimax-m2 assumes \[1, 1\]"),
+        ({"use_routing_bias": False}, "use_routing_bias = False"),
+    ],
+    "ernie4_5_moe": [({"use_bias": True}, "use_bias = True"), ({"moe_layer_interval": 2}, "moe_layer_interval = 2")],
+    "hunyuan_v1_moe": [
+        ({"use_cla": True}, "use_cla = True"),
+        ({"num_shared_expert": [1, 2]}, r"num_shared_expert = \[1, 2\]"),
+        ({"moe_topk": [2, 1]}, "moe_topk differs between layers"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "scaling 'dynamic' is not supported"),
+    ],
+    "gpt_oss": [
+        ({"swiglu_limit": 5.0}, "swiglu_limit = 5.0"),
+        ({"layer_types": ["full_attention", "full_attention"]}, "layer_types = "),
+        ({"rope_parameters": {**families.YARN, "beta_fast": 8.0}}, "'yarn' with beta_fast = 8.0"),
+    ],
+    "llama4": [
+        ({"attention_chunk_size": 4096}, "attention_chunk_size = 4096"),
+        ({"use_qk_norm": False}, r"use_qk_norm = False; llama\.cpp's llama4 assumes True"),
+        ({"no_rope_layers": [1, 1, 1, 1]}, r"no_rope_layers = \[1, 1, 1, 1\]"),
+        ({"rope_parameters": families.YARN}, "scaling 'yarn' is not supported"),
+    ],
+}
+CHANGES = [(name, changes, cause) for name, cases in REFUSED.items() for changes, cause in cases]
+
+
+def copied(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint whose small files may be changed; the weights are the same file."""
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        (os.link if path.suffix == ".safetensors" else shutil.copyfile)(path, folder / path.name)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "changes", "cause"), CHANGES, ids=[f"{n}, {', '.join(c)}" for n, c, _ in CHANGES])
+def test_configuration_that_the_graph_does_not_compute_is_refused(
+    name: str, changes: dict[str, Any], cause: str, made: Any, tmp_path: Path
+) -> None:
+    folder = copied(made(name)[0], tmp_path / "model")
+    toys.change_json(folder / "config.json", **changes)
+    with pytest.raises(Unsupported, match=cause) as refusal:
+        convert(folder, tmp_path / "model.gguf")
+    assert "\n" not in refusal.value.cause and not (tmp_path / "model.gguf").exists()
+
+
+EXTRA = {
+    "deepseek_v3": ("model.layers.3.eh_proj.weight", "num_nextn_predict_layers", "num_mtp_layers"),
+    "glm4_moe": ("model.layers.3.shared_head.norm.weight", "num_nextn_predict_layers", "num_mtp_layers"),
+    "glm4_moe_lite": ("model.layers.3.enorm.weight", "num_nextn_predict_layers", "num_mtp_layers"),
+}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_blocks_that_predict_further_tokens_are_left_out_with_a_remark(name: str, made: Any, tmp_path: Path) -> None:
+    checkpoint, gguf = made(name)
+    folder = copied(checkpoint, tmp_path / "model")
+    tensor, count, other = EXTRA[name]
+    save_file({tensor: torch.ones(256)}, folder / "extra.safetensors")
+    weight_map = dict.fromkeys(open_checkpoint(checkpoint).stored, SINGLE) | {tensor: "extra.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    toys.change_json(folder / "config.json", **{count: 1, other: ...})
+    remarks = convert(folder, tmp_path / "model.gguf", "f32")
+    assert remarks == ["left out: blocks that predict further tokens, 1 tensors of 1.00 KiB"]
+    assert_same_file(gguf, tmp_path / "model.gguf")
+    toys.change_json(folder / "config.json", **{count: 0})
+    with pytest.raises(Unsupported, match=f"1 tensors that {name} does not: {tensor}"):
+        convert(folder, tmp_path / "model.gguf", "f32")
+
+
+def test_experts_of_a_llama_4_with_128_of_them_stay(tmp_path: Path) -> None:
+    """llama.cpp goes by this number when it decides whether queries and keys are normalised."""
+    path = toys.synthetic_gguf(tmp_path / "maverick.gguf", "llama4", experts=128, used=1, expert_width=32)
+    assert "128" in read_architecture(GgufFile(path)).obstacle
+    path = toys.synthetic_gguf(tmp_path / "scout.gguf", "llama4", experts=16, used=1, expert_width=32)
+    assert not read_architecture(GgufFile(path)).obstacle
 
 
 # Converters are data; each must be complete.
