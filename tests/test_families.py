@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import torch
+import toys
 import transformers
 from agreement import divergence, log_probabilities, token_windows, transformers_log_probabilities
 from families import FAMILIES
+from safetensors.torch import save_file
 
 from edgeprune.build import builder
 from edgeprune.decide.plan import Plan, Prediction
+from edgeprune.errors import Unsupported
 from edgeprune.files import data_folder
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import read_architecture
-from edgeprune.model.checkpoint import open_checkpoint
+from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
 from edgeprune.model.convert import SOURCE_KEY, convert
 from edgeprune.model.converter import load_converter
 from edgeprune.model.gguf import GgufFile
+from edgeprune.model.rope import FREQUENCIES
 
 CASES = [(name, "") for name in FAMILIES] + [(name, case) for name in FAMILIES for case in FAMILIES[name].variants]
 CASE_NAMES = [f"{name}, {case}" if case else name for name, case in CASES]
-NEW = [name for name in FAMILIES if name not in ("qwen3_moe", "mixtral", "olmoe")]
-CheckpointMaker = Any
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +66,17 @@ def assert_same(expected: torch.Tensor, found: torch.Tensor) -> None:
     assert spread < 0.85 * torch.log(torch.tensor(float(expected.shape[-1])))  # not flat
     nats, same = divergence(expected, found)
     assert nats < 1e-5 and same == 1.0, (nats, same)
+
+
+def assert_same_file(one: Path, two: Path) -> None:
+    """The same tensors and metadata, but for the name and the digest of the checkpoint."""
+    first, second = GgufFile(one), GgufFile(two)
+    assert list(first.tensors) == list(second.tensors)
+    for tensor in first.tensors:
+        assert np.array_equal(first.raw(tensor), second.raw(tensor)), tensor
+    own = (SOURCE_KEY, "general.name")
+    left, right = ({k: e.raw for k, e in file.entries.items() if k not in own} for file in (first, second))
+    assert left == right
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=CASE_NAMES)
@@ -99,21 +116,156 @@ def test_half_of_the_experts_compute_what_transformers_computes_with_them(
     assert divergence(transformers_log_probabilities(loaded(name, checkpoint), tokens), found)[0] > 0.01
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].single])
 def test_both_layouts_of_experts_give_the_same_file(name: str, made: Any, tmp_path: Path) -> None:
     """transformers keeps the experts of a layer in one tensor, published checkpoints mostly one by one."""
     checkpoint, gguf = made(name)
     other = families.make_checkpoint(name, tmp_path / name, save_original_format=False)
     names = set(open_checkpoint(other).stored)
     assert names != set(open_checkpoint(checkpoint).stored)
-    convert(other, tmp_path / "other.gguf", "f32", name)
-    one, two = GgufFile(gguf), GgufFile(tmp_path / "other.gguf")
-    assert list(one.tensors) == list(two.tensors)
-    for tensor in one.tensors:
-        assert (one.raw(tensor) == two.raw(tensor)).all(), tensor
-    assert [e.raw for k, e in one.entries.items() if k != SOURCE_KEY] == [
-        e.raw for k, e in two.entries.items() if k != SOURCE_KEY
-    ]
+    convert(other, tmp_path / "other.gguf", "f32")
+    assert_same_file(gguf, tmp_path / "other.gguf")
+
+
+# What single families have of their own.
+
+# As published. llama.cpp rounds the bounds of YaRN's ramp to whole dimensions.
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
+
+
+def test_gpt_oss_differs_by_the_rounded_bounds_of_yarn_alone(tmp_path: Path) -> None:
+    checkpoint = families.make_checkpoint("gpt_oss", tmp_path / "model", {"rope_parameters": GPT_OSS_ROPE})
+    convert(checkpoint, tmp_path / "model.gguf", "f32")
+    tokens = token_windows(checkpoint, tmp_path)
+    found = log_probabilities(tmp_path / "model.gguf", tokens.tolist())
+    exact = transformers_log_probabilities(loaded("gpt_oss", checkpoint), tokens)
+    assert 1e-5 < divergence(exact, found)[0] < 5e-3
+    toys.change_json(checkpoint / "config.json", rope_parameters={**GPT_OSS_ROPE, "truncate": True})
+    assert_same(transformers_log_probabilities(loaded("gpt_oss", checkpoint), tokens), found)
+
+
+def test_the_language_model_of_llama_4_is_the_same_without_the_part_that_sees(made: Any, tmp_path: Path) -> None:
+    checkpoint, gguf = made("llama4")
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128,
+        "image_size": 28, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32,
+        "projector_output_dim": 32,
+    }  # fmt: skip
+    text = {**families.literal("llama4", {}), "model_type": "llama4_text"}
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    whole = transformers.Llama4ForConditionalGeneration(config)
+    whole.language_model.load_state_dict(loaded("llama4", checkpoint).state_dict())
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "whole", ignore=shutil.ignore_patterns("*.safetensors")))
+    whole.save_pretrained(folder)
+    (remark,) = convert(folder, tmp_path / "whole.gguf", "f32")
+    assert remark.startswith("left out: the part that sees, 26 tensors")
+    assert_same_file(gguf, tmp_path / "whole.gguf")
+
+
+# What a graph of llama.cpp does not compute is refused in one line, and what is no language model stays behind.
+
+REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "qwen2_moe": [({"norm_topk_prob": True}, "norm_topk_prob = True"), ({"mlp_only_layers": [1]}, "mlp_only_layers")],
+    "deepseek_v2": [
+        ({"topk_method": "group_limited_greedy"}, "topk_method = 'group_limited_greedy'"),
+        ({"norm_topk_prob": True}, "norm_topk_prob = True"),
+        ({"rope_parameters": {**families.YARN, "mscale": 1.0}}, "'yarn' with mscale = 1.0 and mscale_all_dim = 0.0"),
+    ],
+    "deepseek_v3": [
+        ({"rope_interleave": False}, "rope_interleave = False"),
+        ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+    ],
+    "glm4_moe": [({"topk_method": "greedy"}, "topk_method = 'greedy'")],
+    "glm4_moe_lite": [({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5")],
+    "dots1": [
+        ({"num_key_value_heads": 2}, r"num_key_value_heads = 2; llama\.cpp's dots1 assumes 4"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types = "),
+    ],
+    "minimax_m2": [
+        ({"qk_norm_type": "per_head"}, "qk_norm_type = 'per_head'"),
+        ({"attn_type_list": [1, 0]}, r"attn_type_list = \[1, 0\]; llama\.cpp's minimax-m2 assumes \[1, 1\]"),
+        ({"use_routing_bias": False}, "use_routing_bias = False"),
+    ],
+    "ernie4_5_moe": [({"use_bias": True}, "use_bias = True"), ({"moe_layer_interval": 2}, "moe_layer_interval = 2")],
+    "hunyuan_v1_moe": [
+        ({"use_cla": True}, "use_cla = True"),
+        ({"num_shared_expert": [1, 2]}, r"num_shared_expert = \[1, 2\]"),
+        ({"moe_topk": [2, 1]}, "moe_topk differs between layers"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "scaling 'dynamic' is not supported"),
+    ],
+    "gpt_oss": [
+        ({"swiglu_limit": 5.0}, "swiglu_limit = 5.0"),
+        ({"layer_types": ["full_attention", "full_attention"]}, "layer_types = "),
+        ({"rope_parameters": {**families.YARN, "beta_fast": 8.0}}, "'yarn' with beta_fast = 8.0"),
+    ],
+    "llama4": [
+        ({"attention_chunk_size": 4096}, "attention_chunk_size = 4096"),
+        ({"use_qk_norm": False}, r"use_qk_norm = False; llama\.cpp's llama4 assumes True"),
+        ({"no_rope_layers": [1, 1, 1, 1]}, r"no_rope_layers = \[1, 1, 1, 1\]"),
+        ({"rope_parameters": families.YARN}, "scaling 'yarn' is not supported"),
+    ],
+}
+CHANGES = [(name, changes, cause) for name, cases in REFUSED.items() for changes, cause in cases]
+
+
+def copied(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint whose small files may be changed; the weights are the same file."""
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        (os.link if path.suffix == ".safetensors" else shutil.copyfile)(path, folder / path.name)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "changes", "cause"), CHANGES, ids=[f"{n}, {', '.join(c)}" for n, c, _ in CHANGES])
+def test_configuration_that_the_graph_does_not_compute_is_refused(
+    name: str, changes: dict[str, Any], cause: str, made: Any, tmp_path: Path
+) -> None:
+    folder = copied(made(name)[0], tmp_path / "model")
+    toys.change_json(folder / "config.json", **changes)
+    with pytest.raises(Unsupported, match=cause) as refusal:
+        convert(folder, tmp_path / "model.gguf")
+    assert "\n" not in refusal.value.cause and not (tmp_path / "model.gguf").exists()
+
+
+EXTRA = {
+    "deepseek_v3": ("model.layers.3.eh_proj.weight", "num_nextn_predict_layers", "num_mtp_layers"),
+    "glm4_moe": ("model.layers.3.shared_head.norm.weight", "num_nextn_predict_layers", "num_mtp_layers"),
+    "glm4_moe_lite": ("model.layers.3.enorm.weight", "num_nextn_predict_layers", "num_mtp_layers"),
+}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_blocks_that_predict_further_tokens_are_left_out_with_a_remark(name: str, made: Any, tmp_path: Path) -> None:
+    checkpoint, gguf = made(name)
+    folder = copied(checkpoint, tmp_path / "model")
+    tensor, count, other = EXTRA[name]
+    save_file({tensor: torch.ones(256)}, folder / "extra.safetensors")
+    weight_map = dict.fromkeys(open_checkpoint(checkpoint).stored, SINGLE) | {tensor: "extra.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    toys.change_json(folder / "config.json", **{count: 1, other: ...})
+    remarks = convert(folder, tmp_path / "model.gguf", "f32")
+    assert remarks == ["left out: blocks that predict further tokens, 1 tensors of 1.00 KiB"]
+    assert_same_file(gguf, tmp_path / "model.gguf")
+    toys.change_json(folder / "config.json", **{count: 0})
+    with pytest.raises(Unsupported, match=f"1 tensors that {name} does not: {tensor}"):
+        convert(folder, tmp_path / "model.gguf", "f32")
+
+
+def test_experts_of_a_llama_4_with_128_of_them_stay(tmp_path: Path) -> None:
+    """llama.cpp goes by this number when it decides whether queries and keys are normalised."""
+    path = toys.synthetic_gguf(tmp_path / "maverick.gguf", "llama4", experts=128, used=1, expert_width=32)
+    assert "128" in read_architecture(GgufFile(path)).obstacle
+    path = toys.synthetic_gguf(tmp_path / "scout.gguf", "llama4", experts=16, used=1, expert_width=32)
+    assert not read_architecture(GgufFile(path)).obstacle
 
 
 # Converters are data; each must be complete.
@@ -138,7 +290,8 @@ def test_converter_accounts_for_every_tensor_of_its_model(name: str, made: Any) 
         if not any(fnmatch(key, pattern) for pattern in patterns)
     ]
     file = GgufFile(gguf)
-    assert read_architecture(file).parameters == sum(torch.Size(tensor.shape).numel() for tensor in stored)
+    written = sum(np.prod(tensor.shape) for tensor in file.tensors.values() if tensor.name != FREQUENCIES)
+    assert written == sum(np.prod(tensor.shape) for tensor in stored)
     assert converter.arch == FAMILIES[name].arch == file.get("general.architecture")
     required = {f"{converter.arch}.{key}" for key, field in converter.metadata.items() if not field.optional}
     assert required <= set(file.entries)
