@@ -21,6 +21,8 @@ _FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _SPOKEN_FOR = ("rope_type", "type", "rope_theta", *_KEYS)
 _LLAMA3 = ("low_freq_factor", "high_freq_factor")
 _POSITIONS = 4  # time, height, width, and one that llama.cpp has beside them
+_BY_FREQUENCY = ("llama3", "proportional")  # scalings that are a factor for each frequency
+_STILL = 1e30
 FREQUENCIES = "rope_freqs.weight"
 
 
@@ -75,7 +77,7 @@ def _log_multiplier(table: Mapping[str, Any], prefix: str) -> list[Entry]:
 
 def _scaling(rope: Rope, kind: str, table: Mapping[str, Any], prefix: str) -> list[Entry]:
     _check(rope, kind, table)
-    if kind == "llama3":
+    if kind in _BY_FREQUENCY:
         return []  # it is all in a tensor: see rope_tensors
     entries = [make_entry(f"{prefix}.scaling.type", "str", kind)]
     for key, (ours, form) in _KEYS.items():
@@ -121,12 +123,23 @@ def rope_tensors(settings: Settings) -> dict[str, list[float]]:
     """
     rope = settings.converter.rope
     table = _table(rope, settings.config) if rope.rotary else {}
-    if _kind(table) != "llama3" or "llama3" not in rope.scaling:
+    kind = _kind(table)
+    if kind not in _BY_FREQUENCY or kind not in rope.scaling:
         return {}
     try:
-        return {FREQUENCIES: _llama3_factors(table, _base(rope, table, settings.config), settings.sizes["rotary"])}
+        base, dimensions = _base(rope, table, settings.config), settings.sizes["rotary"]
+        if kind == "proportional":
+            return {FREQUENCIES: _proportional_factors(table, dimensions)}
+        return {FREQUENCIES: _llama3_factors(table, base, dimensions)}
     except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise _unusable(table) from error
+
+
+def _proportional_factors(table: Mapping[str, Any], dimensions: int) -> list[float]:
+    """Gemma 4's: the first frequencies of the whole width, the others so slow that they do not turn
+    (transformers, ``modeling_rope_utils._compute_proportional_rope_parameters``)."""
+    turning = int(float(table.get("partial_rotary_factor", 1.0)) * dimensions // 2)
+    return [float(table.get("factor") or 1.0)] * turning + [_STILL] * (dimensions // 2 - turning)
 
 
 def _llama3_factors(table: Mapping[str, Any], base: float, dimensions: int) -> list[float]:
