@@ -32,6 +32,8 @@ class Family:
         auto: transformers' class that makes the model from the configuration.
         nested: table of the configuration that the language model has for itself, "" for none.
         beside: configuration values beside that table.
+        model_type: of the toy's configuration, where it is not the family's name.
+        single: published checkpoints have the experts one by one.
         center: what norm weights vary around; 0 where one is added to them.
         seed: of the weights.
         prepare: further weights of the toy, set before it is saved.
@@ -47,6 +49,8 @@ class Family:
     auto: str = "AutoModelForCausalLM"
     nested: str = ""
     beside: Mapping[str, Any] = field(default_factory=dict)
+    model_type: str = ""
+    single: bool = True
     center: float = 1.0
     seed: int = 7
     prepare: Callable[[Any], None] | None = None
@@ -120,7 +124,17 @@ _LATENT = {
     "v_head_dim": 64,
     "first_k_dense_replace": 1,
 }
-
+_GLM = {
+    "num_hidden_layers": 3,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
 FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         "qwen3moe",
@@ -179,6 +193,7 @@ FAMILIES: dict[str, Family] = {
         },
         auto="AutoModelForImageTextToText",
         nested="text_config",
+        single=False,
         beside={
             "vision_config": {
                 "num_hidden_layers": 1,
@@ -336,6 +351,126 @@ FAMILIES: dict[str, Family] = {
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
     ),
+    "glm4_moe": Family(
+        "glm4moe",
+        ("GLM-4.5-Air", "GLM-4.5", "GLM-4.6"),
+        {
+            **_GLM,
+            "head_dim": 64,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+        },
+        variants={"without norms of query and key": {"use_qk_norm": False}},
+        experts="n_routed_experts",
+        note="blocks that predict further tokens are left out",
+    ),
+    "glm4_moe_lite": Family(
+        "deepseek2",
+        ("GLM-4.7-Flash",),
+        {
+            **{key: value for key, value in _LATENT.items() if key != "first_k_dense_replace"},
+            "q_lora_rank": 96,
+            "routed_scaling_factor": 1.8,
+            "rope_parameters": ROPE,
+        },
+        experts="n_routed_experts",
+        note="blocks that predict further tokens are left out",
+    ),
+    "dots1": Family(
+        "dots1",
+        ("dots.llm1",),
+        {
+            **_GLM,
+            "num_key_value_heads": 4,
+            "n_shared_experts": 2,
+            "norm_topk_prob": True,
+            "sliding_window": None,
+            "rope_parameters": ROPE,
+        },
+        experts="n_routed_experts",
+    ),
+    "minimax_m2": Family(
+        "minimax-m2",
+        ("MiniMax-M2", "MiniMax-M2.1"),
+        {
+            "head_dim": 64,
+            "intermediate_size": 256,
+            "num_local_experts": EXPERTS,
+            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+        },
+        experts="num_local_experts",
+    ),
+    "ernie4_5_moe": Family(
+        "ernie4_5-moe",
+        ("ERNIE-4.5-21B-A3B", "ERNIE-4.5-300B-A47B"),
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 512,
+            "moe_intermediate_size": 256,
+            "moe_num_experts": EXPERTS,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "rope_parameters": ROPE,
+        },
+        variants={"tied embeddings": {"tie_word_embeddings": True}},
+        experts="moe_num_experts",
+        tokenizer="sentencepiece",
+        note="blocks that predict further tokens are left out",
+    ),
+    "hunyuan_v1_moe": Family(
+        "hunyuan-moe",
+        ("Hunyuan-A13B",),
+        {
+            "head_dim": 64,
+            "intermediate_size": 256,
+            "num_experts": EXPERTS,
+            "moe_topk": 2,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
+        },
+        variants={"without alpha": {"rope_parameters": ROPE}},
+    ),
+    "gpt_oss": Family(
+        "gpt-oss",
+        ("gpt-oss-20b", "gpt-oss-120b"),
+        {
+            "head_dim": 64,
+            "intermediate_size": 256,
+            "num_local_experts": EXPERTS,
+            "sliding_window": 32,
+            "rope_parameters": {**YARN, "truncate": True},
+        },
+        single=False,
+        experts="num_local_experts",
+        note="MXFP4 experts are kept; llama.cpp rounds the bounds of YaRN's ramp, the original does not",
+    ),
+    "llama4": Family(
+        "llama4",
+        ("Llama-4-Scout", "Llama-4-Maverick"),
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 64,
+            "intermediate_size": 256,
+            "intermediate_size_mlp": 512,
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        variants={"experts in every layer": {"interleave_moe_layer_step": 1, "rope_parameters": ROPE}},
+        model_type="llama4_text",
+        single=False,
+        experts="num_local_experts",
+        note="the part that sees is left out; experts of Maverick cannot be dropped, see `inspect`",
+    ),
 }
 
 
@@ -350,7 +485,7 @@ def make_model(name: str, changes: Mapping[str, Any]) -> Any:
     """A model of transformers' own class for family ``name``, with the configuration as its class reads it."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(name, **literal(name, changes))
+    config = transformers.AutoConfig.for_model(FAMILIES[name].model_type or name, **literal(name, changes))
     return getattr(transformers, FAMILIES[name].auto).from_config(config)
 
 

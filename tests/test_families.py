@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import torch
+import toys
 import transformers
 from agreement import divergence, log_probabilities, token_windows, transformers_log_probabilities
 from families import FAMILIES
@@ -27,9 +30,6 @@ from edgeprune.model.rope import FREQUENCIES
 
 CASES = [(name, "") for name in FAMILIES] + [(name, case) for name in FAMILIES for case in FAMILIES[name].variants]
 CASE_NAMES = [f"{name}, {case}" if case else name for name, case in CASES]
-# The first three have such a test of their own; Gemma's experts are in one tensor everywhere.
-NEW = [name for name in FAMILIES if name not in ("qwen3_moe", "mixtral", "olmoe", "gemma4")]
-CheckpointMaker = Any
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +62,17 @@ def assert_same(expected: torch.Tensor, found: torch.Tensor) -> None:
     assert spread < 0.85 * torch.log(torch.tensor(float(expected.shape[-1])))  # not flat
     nats, same = divergence(expected, found)
     assert nats < 1e-5 and same == 1.0, (nats, same)
+
+
+def assert_same_file(one: Path, two: Path) -> None:
+    """The same tensors and metadata, but for the name and the digest of the checkpoint."""
+    first, second = GgufFile(one), GgufFile(two)
+    assert list(first.tensors) == list(second.tensors)
+    for tensor in first.tensors:
+        assert np.array_equal(first.raw(tensor), second.raw(tensor)), tensor
+    own = (SOURCE_KEY, "general.name")
+    left, right = ({k: e.raw for k, e in file.entries.items() if k not in own} for file in (first, second))
+    assert left == right
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=CASE_NAMES)
@@ -101,21 +112,58 @@ def test_half_of_the_experts_compute_what_transformers_computes_with_them(
     assert divergence(transformers_log_probabilities(loaded(name, checkpoint), tokens), found)[0] > 0.01
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].single])
 def test_both_layouts_of_experts_give_the_same_file(name: str, made: Any, tmp_path: Path) -> None:
     """transformers keeps the experts of a layer in one tensor, published checkpoints mostly one by one."""
     checkpoint, gguf = made(name)
     other = families.make_checkpoint(name, tmp_path / name, save_original_format=False)
     names = set(open_checkpoint(other).stored)
     assert names != set(open_checkpoint(checkpoint).stored)
-    convert(other, tmp_path / "other.gguf", "f32", name)
-    one, two = GgufFile(gguf), GgufFile(tmp_path / "other.gguf")
-    assert list(one.tensors) == list(two.tensors)
-    for tensor in one.tensors:
-        assert (one.raw(tensor) == two.raw(tensor)).all(), tensor
-    assert [e.raw for k, e in one.entries.items() if k != SOURCE_KEY] == [
-        e.raw for k, e in two.entries.items() if k != SOURCE_KEY
-    ]
+    convert(other, tmp_path / "other.gguf", "f32")
+    assert_same_file(gguf, tmp_path / "other.gguf")
+
+
+# What single families have of their own.
+
+# As published. llama.cpp rounds the bounds of YaRN's ramp to whole dimensions.
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
+
+
+def test_gpt_oss_differs_by_the_rounded_bounds_of_yarn_alone(tmp_path: Path) -> None:
+    checkpoint = families.make_checkpoint("gpt_oss", tmp_path / "model", {"rope_parameters": GPT_OSS_ROPE})
+    convert(checkpoint, tmp_path / "model.gguf", "f32")
+    tokens = token_windows(checkpoint, tmp_path)
+    found = log_probabilities(tmp_path / "model.gguf", tokens.tolist())
+    exact = transformers_log_probabilities(loaded("gpt_oss", checkpoint), tokens)
+    assert 1e-5 < divergence(exact, found)[0] < 5e-3
+    toys.change_json(checkpoint / "config.json", rope_parameters={**GPT_OSS_ROPE, "truncate": True})
+    assert_same(transformers_log_probabilities(loaded("gpt_oss", checkpoint), tokens), found)
+
+
+def test_the_language_model_of_llama_4_is_the_same_without_the_part_that_sees(made: Any, tmp_path: Path) -> None:
+    checkpoint, gguf = made("llama4")
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128,
+        "image_size": 28, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32,
+        "projector_output_dim": 32,
+    }  # fmt: skip
+    text = {**families.literal("llama4", {}), "model_type": "llama4_text"}
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    whole = transformers.Llama4ForConditionalGeneration(config)
+    whole.language_model.load_state_dict(loaded("llama4", checkpoint).state_dict())
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "whole", ignore=shutil.ignore_patterns("*.safetensors")))
+    whole.save_pretrained(folder)
+    (remark,) = convert(folder, tmp_path / "whole.gguf", "f32")
+    assert remark.startswith("left out: the part that sees, 26 tensors")
+    assert_same_file(gguf, tmp_path / "whole.gguf")
 
 
 # Converters are data; each must be complete.
@@ -140,9 +188,8 @@ def test_converter_accounts_for_every_tensor_of_its_model(name: str, made: Any) 
         if not any(fnmatch(key, pattern) for pattern in patterns)
     ]
     file = GgufFile(gguf)
-    computed = sum(torch.Size(file.tensors[key].shape).numel() for key in (FREQUENCIES,) if key in file.tensors)
-    parameters = sum(torch.Size(tensor.shape).numel() for tensor in stored)
-    assert read_architecture(file).parameters - computed == parameters
+    written = sum(np.prod(tensor.shape) for tensor in file.tensors.values() if tensor.name != FREQUENCIES)
+    assert written == sum(np.prod(tensor.shape) for tensor in stored)
     assert converter.arch == FAMILIES[name].arch == file.get("general.architecture")
     required = {f"{converter.arch}.{key}" for key, field in converter.metadata.items() if not field.optional}
     assert required <= set(file.entries)

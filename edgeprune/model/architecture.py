@@ -226,6 +226,8 @@ def _obstacle(file: GgufFile, arch: str, tensors: tuple[Tensor, ...]) -> str:
         return "some layers route by a token table"
     if _scalar(file, f"{arch}.nextn_predict_layers", 0) > 0:
         return "its multi-token-prediction blocks hold experts that text does not exercise"
+    if arch == "llama4" and _scalar(file, f"{arch}.expert_count", 0) == 128:
+        return "llama.cpp takes another number of experts than 128 for a Llama 4 that normalises queries and keys"
     if isinstance(file.get(f"{arch}.expert_used_count"), np.ndarray):
         return "its experts per token vary by layer"
     return ""

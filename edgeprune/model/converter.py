@@ -46,8 +46,10 @@ class Field:
         type: of the GGUF entry; one in brackets is an array with an element for each layer.
         config: configuration keys, tried in order.
         operation, operands: computed from keys and numbers when no key is there; one of ``OPERATIONS``.
+        layers_of: a kind, whose layers are counted.
         default: when neither is there; None for no default. A field with nothing else is a constant.
-        map: from the configuration's words to llama.cpp's numbers or words; others are refused.
+        map: from the configuration's words to llama.cpp's numbers or words; others are refused, unless ``*`` is
+            there.
         by_kind: for an array: the key or number for the layers of each kind, the first that fits.
         optional: may be absent.
     """
@@ -56,6 +58,7 @@ class Field:
     config: tuple[str, ...] = ()
     operation: str = ""
     operands: tuple[str | int | float, ...] = ()
+    layers_of: str = ""
     default: Any = None
     map: Mapping[str, Any] | None = None
     by_kind: Mapping[str, str | int | float] | None = None
@@ -64,11 +67,20 @@ class Field:
 
 @dataclass(frozen=True)
 class Requirement:
-    """Values of a configuration key that the target graph assumes; an absent key has the value ``default``."""
+    """Values of a configuration key that the target graph assumes.
+
+    Attributes:
+        allowed: one of these; or, where it is
+        cycle: for a list with an element for each layer, these over and over; an absent list is taken for right.
+        same_as: the value of another key.
+        default: the value of an absent key.
+    """
 
     key: str
-    allowed: tuple[Any, ...]
-    default: Any
+    allowed: tuple[Any, ...] = ()
+    cycle: tuple[Any, ...] = ()
+    same_as: str = ""
+    default: Any = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +221,7 @@ def _tensors(path: Path, table: dict[str, Any], kinds: Mapping[str, Rule]) -> di
 
 def _field(where: str, entry: Any, kinds: Mapping[str, Rule], kind: str | None = None) -> Field:
     """A field; its type is written in it, unless ``kind`` says it."""
-    optional = {"config", "value", "default", "map", "by_kind", "optional", *OPERATIONS}
+    optional = {"config", "value", "default", "map", "by_kind", "layers_of", "optional", *OPERATIONS}
     check_keys(where, entry, {"type"} if kind is None else set(), optional)
     kind = entry["type"] if kind is None else kind
     if not isinstance(kind, str) or (kind[1:-1] if kind.startswith("[") else kind) not in TYPE_IDS:
@@ -225,27 +237,35 @@ def _field(where: str, entry: Any, kinds: Mapping[str, Rule], kind: str | None =
         config=_texts(where, entry["config"]) if "config" in entry else (),
         operation=operations[0] if operations else "",
         operands=tuple(entry[operations[0]]) if operations else (),
+        layers_of=entry.get("layers_of", ""),
         default=entry.get("value", entry.get("default")),
         map=entry.get("map"),
         by_kind=by_kind,
         optional=bool(entry.get("optional", False)),
     )
-    if not (field.config or field.operation or field.by_kind or field.default is not None):
+    if field.layers_of and field.layers_of not in kinds:
+        raise BadFile(f"{where}: the unknown kind {field.layers_of}")
+    if not (field.config or field.operation or field.by_kind or field.layers_of or field.default is not None):
         raise BadFile(f"{where} has no source")
     return field
 
 
 def _requirement(where: str, key: str, entry: Any) -> Requirement:
     """``key = value``, or a table with what is allowed and what an absent key means."""
-    default = None
-    if isinstance(entry, dict):
-        check_keys(where, entry, set(), {"is", "one_of", "default"})
-        if ("is" in entry) == ("one_of" in entry):
-            raise BadFile(f"{where} needs one of: is, one_of")
-        allowed, default = entry.get("one_of", [entry.get("is")]), entry.get("default")
-    else:
-        allowed = [entry]
-    return Requirement(key, tuple(None if value == "null" else value for value in allowed), default)
+    if not isinstance(entry, dict):
+        entry = {"is": entry}
+    ways = ("is", "one_of", "cycle", "same_as")
+    check_keys(where, entry, set(), {*ways, "default"})
+    if not set(ways) & entry.keys() or {"is", "one_of"} <= entry.keys():
+        raise BadFile(f"{where} needs one of: {', '.join(ways)}")
+    allowed = entry.get("one_of", [entry["is"]] if "is" in entry else [])
+    return Requirement(
+        key=key,
+        allowed=tuple(None if value == "null" else value for value in allowed),
+        cycle=tuple(entry.get("cycle", ())),
+        same_as=entry.get("same_as", ""),
+        default=entry.get("default"),
+    )
 
 
 def _rule(where: str, entry: Any, earlier: Mapping[str, Rule]) -> Rule:

@@ -19,10 +19,15 @@ _KEYS = {
 }
 _FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _SPOKEN_FOR = ("rope_type", "type", "rope_theta", *_KEYS)
-_LLAMA3 = ("low_freq_factor", "high_freq_factor")
 _POSITIONS = 4  # time, height, width, and one that llama.cpp has beside them
 _BY_FREQUENCY = ("llama3", "proportional")  # scalings that are a factor for each frequency
 _STILL = 1e30
+# Further settings by kind of scaling. Those beside an alpha are leftovers that nothing reads.
+_OWN = {
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "proportional": ("partial_rotary_factor",),
+    "alpha": ("alpha", "mscale", "mscale_all_dim"),
+}
 FREQUENCIES = "rope_freqs.weight"
 
 
@@ -38,23 +43,30 @@ def _unusable(found: Any) -> BadFile:
 
 
 def _kind(table: Mapping[str, Any]) -> str:
-    return str(table.get("rope_type") or table.get("type") or "default")
+    """The kind of scaling; Hunyuan's is called dynamic, but a fixed alpha makes it another base and nothing else."""
+    kind = str(table.get("rope_type") or table.get("type") or "default")
+    return "alpha" if kind == "dynamic" and table.get("alpha") else kind
 
 
-def _base(rope: Rope, table: Mapping[str, Any], config: Mapping[str, Any]) -> float:
+def _base(settings: Settings, table: Mapping[str, Any]) -> float:
     """The base frequency; families differ in its default, so the checkpoint or the converter has to name it."""
+    rope = settings.converter.rope
     base = table.get("rope_theta")
-    base = lookup(config, ("rope_theta",)) if base is None else base
+    base = lookup(settings.config, ("rope_theta",)) if base is None else base
     base = rope.base if base is None else base
     if base is None:
         raise BadFile("config.json names no rope_theta, the base of the rotary embedding")
-    return float(base)
+    if _kind(table) != "alpha":
+        return float(base)
+    turned = settings.sizes["rotary"]
+    grown: float = float(base) * float(table["alpha"]) ** (turned / (turned - 2))
+    return grown
 
 
 def _check(rope: Rope, kind: str, table: Mapping[str, Any]) -> None:
     """Refuse a scaling, or a setting of one, that llama.cpp does not compute."""
     fixed = {**_FIXED, **(rope.fixed or {})}
-    own = {"llama3": _LLAMA3}.get(kind, ("mscale", "mscale_all_dim") if rope.log_multiplier else ())
+    own = _OWN.get(kind, ("mscale", "mscale_all_dim") if rope.log_multiplier else ())
     foreign = sorted(
         f"{key} = {value!r}"
         for key, value in table.items()
@@ -77,8 +89,8 @@ def _log_multiplier(table: Mapping[str, Any], prefix: str) -> list[Entry]:
 
 def _scaling(rope: Rope, kind: str, table: Mapping[str, Any], prefix: str) -> list[Entry]:
     _check(rope, kind, table)
-    if kind in _BY_FREQUENCY:
-        return []  # it is all in a tensor: see rope_tensors
+    if kind in _OWN:
+        return []  # it is all in a tensor, see rope_tensors, or in the base
     entries = [make_entry(f"{prefix}.scaling.type", "str", kind)]
     for key, (ours, form) in _KEYS.items():
         if table.get(key) is not None or key == "factor":
@@ -108,7 +120,7 @@ def rope_entries(settings: Settings) -> list[Entry]:
     kind = _kind(table)
     try:
         entries = [] if kind == "default" else _scaling(rope, kind, table, prefix)
-        base = make_entry(f"{prefix}.freq_base", "f32", _base(rope, table, settings.config))
+        base = make_entry(f"{prefix}.freq_base", "f32", _base(settings, table))
         return [base, *_sections(rope, table, prefix), *entries]
     except (AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
         raise _unusable(table) from error
@@ -127,7 +139,7 @@ def rope_tensors(settings: Settings) -> dict[str, list[float]]:
     if kind not in _BY_FREQUENCY or kind not in rope.scaling:
         return {}
     try:
-        base, dimensions = _base(rope, table, settings.config), settings.sizes["rotary"]
+        base, dimensions = _base(settings, table), settings.sizes["rotary"]
         if kind == "proportional":
             return {FREQUENCIES: _proportional_factors(table, dimensions)}
         return {FREQUENCIES: _llama3_factors(table, base, dimensions)}

@@ -74,12 +74,28 @@ def _halved(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
     return (shapes[0][0], shapes[0][1] // 2, *shapes[0][2:])
 
 
+def _turned(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    """Rows for columns in every matrix of a stack."""
+    experts, rows, columns = shapes[0]
+    return (experts, columns, rows)
+
+
+def _half_turned(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    experts, rows, columns = shapes[0]
+    return (experts, columns // 2, rows)
+
+
 def _flat(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
     return (math.prod(shapes[0]),)
 
 
 def _whole(weight: torch.Tensor, _: Sizes) -> Iterator[torch.Tensor]:
     yield weight
+
+
+def _each(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor, Sizes], Iterator[torch.Tensor]]:
+    """``change`` for every matrix of a stack."""
+    return lambda weight, _: (change(expert) for expert in weight)
 
 
 def _permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -111,10 +127,8 @@ def _value_of_latent(weight: torch.Tensor, sizes: Sizes) -> Iterator[torch.Tenso
     yield _latent(weight, sizes)[:, sizes["nope"] :]
 
 
-def _squeezed(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
-    """Without the extents of one in the middle and in front; [1, D] is a vector, [C, 1, K] a matrix."""
-    *outer, last = shapes[0]
-    return (*(extent for extent in outer if extent != 1), last)
+def _kernel(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    return (shapes[0][0], shapes[0][-1])
 
 
 def _half(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
@@ -163,12 +177,19 @@ TRANSFORMS: dict[str, Transform] = {
     # One row, or one column, as the vector that it is.
     "vector": Transform(_flat, lambda weight, _: iter((weight.reshape(-1),))),
     # [E, 2F, D] with the gate rows first: gate and up are separate tensors in GGUF.
-    "gate_of_gate_up": Transform(
-        _halved, lambda weight, _: (expert[: weight.shape[1] // 2] for expert in weight), moves_rows=True
-    ),
-    "up_of_gate_up": Transform(
-        _halved, lambda weight, _: (expert[weight.shape[1] // 2 :] for expert in weight), moves_rows=True
-    ),
+    "gate_of_gate_up": Transform(_halved, _each(lambda expert: expert[: len(expert) // 2]), moves_rows=True),
+    "up_of_gate_up": Transform(_halved, _each(lambda expert: expert[len(expert) // 2 :]), moves_rows=True),
+    # [E, D, 2F], each expert turned round, with the gate's columns first (Llama 4) or every other (gpt-oss).
+    "gate_of_columns": Transform(_half_turned, _each(lambda expert: expert[:, : expert.shape[1] // 2].T)),
+    "up_of_columns": Transform(_half_turned, _each(lambda expert: expert[:, expert.shape[1] // 2 :].T)),
+    "even_columns_turned": Transform(_half_turned, _each(lambda expert: expert[:, ::2].T)),
+    "odd_columns_turned": Transform(_half_turned, _each(lambda expert: expert[:, 1::2].T)),
+    "turned": Transform(_turned, _each(lambda expert: expert.T)),
+    # Rows and columns that take turns: [E, 2F, D] and, for biases, [E, 2F].
+    "even_rows": Transform(_halved, _each(lambda expert: expert[::2]), moves_rows=True),
+    "odd_rows": Transform(_halved, _each(lambda expert: expert[1::2]), moves_rows=True),
+    "even_columns": Transform(_halved, lambda weight, _: iter((weight[:, ::2],))),
+    "odd_columns": Transform(_halved, lambda weight, _: iter((weight[:, 1::2],))),
     # [2F, D] likewise, of a shared expert.
     "upper_rows": Transform(_half, _of(lambda weight, _: weight[: weight.shape[0] // 2]), moves_rows=True),
     "lower_rows": Transform(_half, _of(lambda weight, _: weight[weight.shape[0] // 2 :]), moves_rows=True),
@@ -179,8 +200,8 @@ TRANSFORMS: dict[str, Transform] = {
     "value_of_latent": Transform(lambda shapes, s: (s.query, s["value"], shapes[0][-1]), _value_of_latent),
     # Norms that multiply with one plus their weight; in float32, where the sum is exact enough.
     "plus_one": Transform(_same, _of(lambda weight, _: weight.float() + 1)),
-    # The kernel of a convolution by channel [C, 1, K]; the weights of a single output [1, D].
-    "squeeze": Transform(_squeezed, _of(lambda weight, _: weight.reshape(_squeezed((tuple(weight.shape),), _)))),
+    # The kernel [C, 1, K] of a convolution channel by channel.
+    "kernel": Transform(_kernel, _of(lambda weight, _: weight.flatten(1))),
     # State-space layers (Mamba 2).
     "column": Transform(_column, _of(lambda weight, _: weight.reshape(-1, 1))),
     "decay_rates": Transform(_same, _of(lambda weight, _: recurrent.decay_rates(weight))),
@@ -202,8 +223,7 @@ TRANSFORMS: dict[str, Transform] = {
         _same, _of(lambda weight, sizes: recurrent.tile_value_heads_of_qkv(weight, *_linear(sizes))), moves_rows=True
     ),
     "tile_value_heads_of_kernel": Transform(
-        _squeezed,
-        _of(lambda weight, sizes: recurrent.tile_value_heads_of_qkv(weight.squeeze(1), *_linear(sizes))),
+        _kernel, _of(lambda weight, sizes: recurrent.tile_value_heads_of_qkv(weight.flatten(1), *_linear(sizes)))
     ),
     "tile_value_columns": Transform(
         _same, _of(lambda weight, sizes: recurrent.tile_value_heads(weight.T, *_linear(sizes)[:2]).T)

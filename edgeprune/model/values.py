@@ -140,12 +140,18 @@ def _check(converter: Converter, requirement: Requirement, config: dict[str, Any
     value = lookup(config, (requirement.key,))
     if value is None:
         value = requirement.default
+    allowed = requirement.allowed
+    if requirement.same_as:
+        allowed = (*allowed, lookup(config, (requirement.same_as,)))
+    if requirement.cycle and (value is None or isinstance(value, list)):
+        length = len(value or ())
+        allowed = ((list(requirement.cycle) * length)[:length],)
     # An absent key without a default is off, empty or none; what a model needs switched on has to be written down.
-    if any(value == allowed or not (value or allowed) for allowed in requirement.allowed):
+    if any(value == wanted or not (value or wanted) for wanted in allowed):
         return
     raise Unsupported(
         f"this {converter.name} checkpoint has {requirement.key} = {repr(value)[:60]}; "
-        f"llama.cpp's {converter.arch} assumes {' or '.join(map(repr, requirement.allowed))}",
+        f"llama.cpp's {converter.arch} assumes {' or '.join(repr(wanted)[:60] for wanted in allowed)}",
         hint="a GGUF of it that someone else has made works without a converter",
     )
 
@@ -163,6 +169,8 @@ def _mapped(value: Any, field: Field, where: str) -> Any:
         return value
     if isinstance(value, list):
         return [_mapped(element, field, where) for element in value]
+    if _spelt(value) not in field.map and "*" in field.map:
+        return field.map["*"]
     if _spelt(value) not in field.map:
         known = ", ".join(field.map)
         raise Unsupported(f"{where} = {_spelt(value)[:60]!r} has no place in llama.cpp", hint=f"known: {known}")
@@ -241,6 +249,8 @@ def metadata_entries(settings: Settings, where: str) -> list[Entry]:
         label = field.config[0] if field.config else key
         if field.by_kind is not None:
             value: Any = _by_kind(field, settings, key)
+        elif field.layers_of:
+            value = sum(field.layers_of in kinds for kinds in settings.kinds)
         else:
             value = _evaluated(field, settings.config, f"{where}: {label}")
             if value is None and field.optional:
