@@ -35,6 +35,7 @@ class Family:
         model_type: of the toy's configuration, where it is not the family's name.
         single: published checkpoints have the experts one by one.
         center: what norm weights vary around; 0 where one is added to them.
+        seed: of the weights.
         prepare: further weights of the toy, set before it is saved.
         note: for the README: what is left out or refused.
     """
@@ -51,6 +52,7 @@ class Family:
     model_type: str = ""
     single: bool = True
     center: float = 1.0
+    seed: int = 7
     prepare: Callable[[Any], None] | None = None
     note: str = ""
 
@@ -70,6 +72,22 @@ SHARED = {
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def _rescaled(factors: Mapping[str, float]) -> Callable[[Path], None]:
+    """Multiplies tensors of a checkpoint, by the end of their names."""
+
+    def change(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        for name, weight in weights.items():
+            weight *= next((factor for end, factor in factors.items() if name.endswith(end)), 1.0)
+        save_file(weights, path, {"format": "pt"})
+
+    return change
+
 
 _GRANITE = {
     "intermediate_size": 256,
@@ -147,6 +165,53 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": False,
             "rope_parameters": ROPE,
         },
+    ),
+    "gemma4": Family(
+        "gemma4",
+        ("Gemma-4-26B-A4B",),
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 24,
+            "head_dim": 64,
+            "global_head_dim": 128,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "intermediate_size": 384,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": EXPERTS,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 224,
+            "final_logit_softcapping": 30.0,
+            "pad_token_id": 0,
+            "use_bidirectional_attention": "vision",
+            "rope_parameters": {
+                "sliding_attention": ROPE,
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+            },
+        },
+        auto="AutoModelForImageTextToText",
+        nested="text_config",
+        single=False,
+        beside={
+            "vision_config": {
+                "num_hidden_layers": 1,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 32,
+                "position_embedding_size": 16,
+            },
+            "audio_config": None,
+        },
+        # llama.cpp takes GELU from a table in F16, which is 1e-6 nats, and 1e-3 where two experts are so close for a
+        # router that it turns them round; with these weights none are.
+        seed=5,
+        # The model multiplies embeddings with the root of the width, and divides what routers see by it.
+        prepare=_rescaled({"embed_tokens.weight": 1 / 16, "router.proj.weight": 16}),
+        note="text only; vision and audio are left out",
     ),
     "granitemoe": Family(
         "granitemoe",
@@ -439,7 +504,7 @@ def make_checkpoint(
         toys.sentencepiece_tokenizer(folder)
     else:
         toys.byte_level_tokenizer(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], toys.QWEN2_PATTERN)
-    toys.save_model(model, folder, 7, dtype, save, family.center)
+    toys.save_model(model, folder, family.seed, dtype, save, family.center)
     if family.prepare is not None:
         family.prepare(folder)
     return folder

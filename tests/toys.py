@@ -146,7 +146,7 @@ def spread(model: Any, seed: int, center: float = 1.0) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    learned = ("correction_bias", "expert_bias")
+    learned = ("correction_bias", "expert_bias", "layer_scalar")
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(learned)]
     for name, parameter in [*model.named_parameters(), *buffers]:
         noise = torch.randn(parameter.shape, generator=generator)

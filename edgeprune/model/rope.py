@@ -20,9 +20,12 @@ _KEYS = {
 _FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _SPOKEN_FOR = ("rope_type", "type", "rope_theta", *_KEYS)
 _POSITIONS = 4  # time, height, width, and one that llama.cpp has beside them
+_BY_FREQUENCY = ("llama3", "proportional")  # scalings that are a factor for each frequency
+_STILL = 1e30
 # Further settings by kind of scaling. Those beside an alpha are leftovers that nothing reads.
 _OWN = {
     "llama3": ("low_freq_factor", "high_freq_factor"),
+    "proportional": ("partial_rotary_factor",),
     "alpha": ("alpha", "mscale", "mscale_all_dim"),
 }
 FREQUENCIES = "rope_freqs.weight"
@@ -132,12 +135,23 @@ def rope_tensors(settings: Settings) -> dict[str, list[float]]:
     """
     rope = settings.converter.rope
     table = _table(rope, settings.config) if rope.rotary else {}
-    if _kind(table) != "llama3" or "llama3" not in rope.scaling:
+    kind = _kind(table)
+    if kind not in _BY_FREQUENCY or kind not in rope.scaling:
         return {}
     try:
-        return {FREQUENCIES: _llama3_factors(table, _base(settings, table), settings.sizes["rotary"])}
+        base, dimensions = _base(settings, table), settings.sizes["rotary"]
+        if kind == "proportional":
+            return {FREQUENCIES: _proportional_factors(table, dimensions)}
+        return {FREQUENCIES: _llama3_factors(table, base, dimensions)}
     except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise _unusable(table) from error
+
+
+def _proportional_factors(table: Mapping[str, Any], dimensions: int) -> list[float]:
+    """Gemma 4's: the first frequencies of the whole width, the others so slow that they do not turn
+    (transformers, ``modeling_rope_utils._compute_proportional_rope_parameters``)."""
+    turning = int(float(table.get("partial_rotary_factor", 1.0)) * dimensions // 2)
+    return [float(table.get("factor") or 1.0)] * turning + [_STILL] * (dimensions // 2 - turning)
 
 
 def _llama3_factors(table: Mapping[str, Any], base: float, dimensions: int) -> list[float]:

@@ -127,10 +127,8 @@ def _value_of_latent(weight: torch.Tensor, sizes: Sizes) -> Iterator[torch.Tenso
     yield _latent(weight, sizes)[:, sizes["nope"] :]
 
 
-def _squeezed(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
-    """Without the extents of one in the middle and in front; [1, D] is a vector, [C, 1, K] a matrix."""
-    *outer, last = shapes[0]
-    return (*(extent for extent in outer if extent != 1), last)
+def _kernel(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
+    return (shapes[0][0], shapes[0][-1])
 
 
 def _half(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
@@ -202,8 +200,8 @@ TRANSFORMS: dict[str, Transform] = {
     "value_of_latent": Transform(lambda shapes, s: (s.query, s["value"], shapes[0][-1]), _value_of_latent),
     # Norms that multiply with one plus their weight; in float32, where the sum is exact enough.
     "plus_one": Transform(_same, _of(lambda weight, _: weight.float() + 1)),
-    # The kernel of a convolution by channel [C, 1, K]; the weights of a single output [1, D].
-    "squeeze": Transform(_squeezed, _of(lambda weight, _: weight.reshape(_squeezed((tuple(weight.shape),), _)))),
+    # The kernel [C, 1, K] of a convolution channel by channel.
+    "kernel": Transform(_kernel, _of(lambda weight, _: weight.flatten(1))),
     # State-space layers (Mamba 2).
     "column": Transform(_column, _of(lambda weight, _: weight.reshape(-1, 1))),
     "decay_rates": Transform(_same, _of(lambda weight, _: recurrent.decay_rates(weight))),
@@ -225,8 +223,7 @@ TRANSFORMS: dict[str, Transform] = {
         _same, _of(lambda weight, sizes: recurrent.tile_value_heads_of_qkv(weight, *_linear(sizes))), moves_rows=True
     ),
     "tile_value_heads_of_kernel": Transform(
-        _squeezed,
-        _of(lambda weight, sizes: recurrent.tile_value_heads_of_qkv(weight.squeeze(1), *_linear(sizes))),
+        _kernel, _of(lambda weight, sizes: recurrent.tile_value_heads_of_qkv(weight.flatten(1), *_linear(sizes)))
     ),
     "tile_value_columns": Transform(
         _same, _of(lambda weight, sizes: recurrent.tile_value_heads(weight.T, *_linear(sizes)[:2]).T)

@@ -56,11 +56,29 @@ def language_config(converter: Converter, config: dict[str, Any]) -> dict[str, A
     """The configuration of the language model, which models that see or hear have in a table of its own."""
     nested = config.get(converter.nested) if converter.nested else None
     merged = {**config, **nested} if isinstance(nested, dict) else dict(config)
+    merged["by_layer_type"] = _by_layer_type(merged)
     for key, field in converter.derived.items():
         value = _evaluated(field, merged, f"config.json: {key}")
         if value is not None:
             merged[key] = value
     return merged
+
+
+def _by_layer_type(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What transformers keeps by layer in ``per_layer_config``, by type of layer.
+
+    Raises:
+        Unsupported: layers of one type that differ.
+    """
+    by_layer, types = config.get("per_layer_config"), config.get("layer_types")
+    if not isinstance(by_layer, dict) or not isinstance(types, list):
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for layer, kind in enumerate(types):
+        own = by_layer.get(str(layer), {})
+        if found.setdefault(str(kind), own) != own:
+            raise Unsupported(f"config.json: layers of the type {str(kind)[:60]} differ in per_layer_config")
+    return found
 
 
 def read_settings(converter: Converter, checkpoint: Checkpoint) -> Settings:
