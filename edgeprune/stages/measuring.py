@@ -70,10 +70,16 @@ class MeasureStages(TextStages):
         """The same with what only the torch engine measures.
 
         Raises:
-            Unsupported: the source is no checkpoint, or one that the engine cannot run.
+            Unsupported: the source is no checkpoint, or one that the engine cannot run; or the other statistics were
+                merged, and would be of another text.
         """
         if self.settings.engine == TORCH:
             return self.statistics
+        if merged := self.statistics.made_from.get("merged"):
+            raise Unsupported(
+                f"the statistics are merged from {len(merged)} files, and gradients would be of another text",
+                hint="merge statistics measured with --engine torch, or compare in another folder with -o",
+            )
         path, made_from = self.folder.gradients, self._measured_with(TORCH)
         if path.is_file():
             with contextlib.suppress(BadFile):
@@ -245,10 +251,14 @@ class MeasureStages(TextStages):
         """Super experts by layer: never dropped, whatever a score says."""
         return super_experts(self.statistics.layers, self.architecture.layers)
 
+    def _measured(self, method: str) -> Statistics:
+        """What the score ``method`` looks at."""
+        return self.gradients if SCORES[method].differentiates else self.statistics
+
     def evidence(self, method: str, seed: int = 0) -> Iterator[Evidence]:
         """What ``method`` may look at, layer by layer; of a reservoir, which is large, one layer's at a time."""
         weights = self._weights() if SCORES[method].weighs else {}
-        measured = self.gradients if SCORES[method].differentiates else self.statistics
+        measured = self._measured(method)
         for layer in self.architecture.moe_layers:
             tokens = measured.reservoirs.get(layer) if SCORES[method].samples else None
             yield Evidence(layer, measured.layers[layer], tokens, weights.get(layer), seed)
@@ -271,7 +281,7 @@ class MeasureStages(TextStages):
         check_method(method)
         mixture = self.settings.mixture
         if method in SCORES:
-            domains = len(self.statistics.domains)
+            domains = len(self._measured(method).domains)
             order = rankings(self.evidence(method, seed), method, domains, mixture)
         elif method == HEALABLE:
             order = self._healable(stops)
@@ -333,8 +343,11 @@ class MeasureStages(TextStages):
         made_from = {"statistics": digest(self.statistics.made_from), **request}
         found = self._ranking(method, made_from, "edgeprune.decide.replaying:rank", request, "replay of every layer")
         order = {int(layer): np.array(ids, np.intp) for layer, ids in found["orders"].items()}
+        if greedy := sorted({count for counts in found.get("greedy", {}).values() for count in counts}, reverse=True):
+            numbers = ", ".join(map(str, greedy))
+            self.listener.say(f"{method} goes down to {numbers} experts greedily: there are too many subsets to try")
         if found["reasons"]:
-            score = rankings(self.evidence(FALLBACK), FALLBACK, len(self.statistics.domains))
+            score = rankings(self.evidence(FALLBACK), FALLBACK, len(self.statistics.domains), self.settings.mixture)
             for layer, reason in found["reasons"].items():
                 self.listener.say(f"layer {layer} is ranked by {FALLBACK}: {reason}")
                 order[int(layer)] = score[int(layer)]
