@@ -296,9 +296,7 @@ def random_layer(
         mass: the router's probabilities [R, E].
         domains: of the tokens [R], instead of one.
     """
-    model = toys.synthetic_gguf(
-        folder / "layer.gguf", layers=1, experts=experts, used=2, width=64, expert_width=32
-    )
+    model = toys.synthetic_gguf(folder / "layer.gguf", layers=1, experts=experts, used=2, width=64, expert_width=32)
     count = len(mass)
     ids = np.argsort(-mass, axis=1)[:, :2]
     gates = np.take_along_axis(mass, ids, axis=1)

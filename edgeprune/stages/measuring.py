@@ -18,7 +18,7 @@ from edgeprune.decide.keep import KeepSet, Order, check_method, keep_set, protec
 from edgeprune.decide.protection import super_experts
 from edgeprune.decide.scores import HEALABLE, METHODS, NAEE, SCORES
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
-from edgeprune.files import digest, file_digest, read_json, to_json, write_text
+from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.merging import merge
 from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
@@ -32,7 +32,7 @@ MOST_ENUMERATED = 16
 # The score of layers that cannot be replayed.
 FALLBACK = "reap"
 # Raised when a measurement changes its meaning, so that saved ones are made again.
-FORMAT = 3
+FORMAT = 4
 
 
 def tools(engine: str = LLAMA) -> str:
@@ -135,17 +135,43 @@ class MeasureStages(TextStages):
         """Statistics of this model over other texts, joined as if measured in one pass; they become the folder's own.
 
         Raises:
-            UsageError: a file that is not there.
-            BadFile: one that is damaged, or of another model.
+            UsageError: a file that is not there, or a text that would count twice.
+            BadFile: one that is damaged, of another model, or measured with other tools.
         """
+        merged: list[str] = []
         for path in files:
             if not path.is_file():
                 raise UsageError(f"no statistics {path}", hint="`edgeprune calibrate` makes statistics.safetensors")
-        merged = sorted(file_digest(path) for path in files)
-        made_from = {"model": self.fingerprint, "merged": merged, "tools": tools(self.settings.engine)}
-        merge(files, self.folder.statistics, made_from)
+            merged += self._merged_from(path, merged)
+        made_from = {"model": self.fingerprint, "merged": sorted(merged), "tools": tools(self.settings.engine)}
+        left_out = merge(files, self.folder.statistics, made_from, self.settings.reservoir_tokens)
+        if left_out:
+            self.listener.say(f"not in every file, and left out: {', '.join(left_out)}")
         self.folder.imatrix.unlink(missing_ok=True)
         return self._checked(Statistics.load(self.folder.statistics))
+
+    def _merged_from(self, path: Path, others: Sequence[str]) -> list[str]:
+        """Digests of the texts in ``path``: of its own, or those that it was merged from.
+
+        Raises:
+            UsageError: one of them is among the ``others``.
+            BadFile: they were made with other tools than this engine's.
+        """
+        made_from = Statistics.load(path).made_from
+        its, ours = str(made_from.get("tools")), tools(self.settings.engine)
+        if made_from.get("model") == self.fingerprint and its != ours:
+            raise BadFile(
+                f"{path} was measured with other tools",
+                rows=[("its tools", its), ("these tools", ours)],
+                hint="measure that text again, or give the --engine that all files were measured with",
+            )
+        own = [str(one) for one in made_from.get("merged", [made_from.get("text")])]
+        if set(own) & set(others):
+            raise UsageError(
+                f"{path} holds a text that another file holds too: it would count twice",
+                hint="give every text once",
+            )
+        return own
 
     @property
     def statistics_file(self) -> str:
