@@ -15,7 +15,7 @@ from observed import Family, Toy, collected, statistics, token_windows
 
 from edgeprune.decide import replaying
 from edgeprune.decide.elimination import Layer, Replay, eliminate, error_of
-from edgeprune.decide.replaying import rank, token_weights
+from edgeprune.decide.replaying import rank, sample, token_weights
 from edgeprune.measure import child
 from edgeprune.measure.activation import GATED
 from edgeprune.measure.replay import LayerExperts, outputs
@@ -287,25 +287,93 @@ def test_the_errors_of_real_layers_are_those_that_transformers_gives(
 MANY = 40  # experts, more than every token's list holds
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory, own_home: Path) -> tuple[Path, Path]:
-    """A layer of many experts, and statistics with a reservoir of random tokens and what the layer makes of them."""
-    folder = tmp_path_factory.mktemp("many")
-    extents = {"layers": 1, "experts": MANY, "used": 2, "width": 64, "expert_width": 32}
-    model = toys.synthetic_gguf(folder / "many.gguf", **extents)
-    random = np.random.default_rng(4)
-    mass = _softmax(random.standard_normal(MANY) + 2 * random.standard_normal((300, MANY)))
+def random_layer(
+    folder: Path, experts: int, mass: Doubles, domains: npt.NDArray[np.int16] | None = None
+) -> tuple[Path, Path]:
+    """A layer, and statistics with a reservoir of random tokens and what the layer makes of them.
+
+    Args:
+        mass: the router's probabilities [R, E].
+        domains: of the tokens [R], instead of one.
+    """
+    model = toys.synthetic_gguf(folder / "layer.gguf", layers=1, experts=experts, used=2, width=64, expert_width=32)
+    count = len(mass)
     ids = np.argsort(-mass, axis=1)[:, :2]
     gates = np.take_along_axis(mass, ids, axis=1)
     gates /= gates.sum(axis=1, keepdims=True)
-    x = random.standard_normal((300, 64)).astype(np.float32)
-    y, experts = np.zeros_like(x), layer_experts(model)
-    for token, slot in np.ndindex(ids.shape):
-        own = experts[ids[token, slot]]
-        y[token] += gates[token, slot] * (own.hidden(x[[token]], GATED["silu"]) @ own.down.T)[0]
-    tokens = replace(routed(mass, ids, gates), x=x, y=y, residual=np.full(300, 9, np.float32))
-    Statistics(["text"], 300, 64, {}, {}, {}, {0: tokens}).save(folder / "statistics.safetensors")
+    x = np.random.default_rng(4).standard_normal((count, 64)).astype(np.float32)
+    y, own = np.zeros_like(x), layer_experts(model)
+    for expert in range(experts):
+        token, slot = np.nonzero(ids == expert)
+        y[token] += gates[token, slot, None] * (own[expert].hidden(x[token], GATED["silu"]) @ own[expert].down.T)
+    tokens = replace(routed(mass, ids, gates), x=x, y=y, residual=np.full(count, 9, np.float32))
+    if domains is not None:
+        tokens = replace(tokens, domain=domains)
+    Statistics(["text"], count, 64, {}, {}, {}, {0: tokens}).save(folder / "statistics.safetensors")
     return model, folder / "statistics.safetensors"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, own_home: Path) -> tuple[Path, Path]:
+    """A layer of many experts."""
+    random = np.random.default_rng(4)
+    mass = _softmax(random.standard_normal(MANY) + 2 * random.standard_normal((300, MANY)))
+    return random_layer(tmp_path_factory.mktemp("many"), MANY, mass)
+
+
+# Tokens of the first domain, and experts of a layer of which each domain uses a half.
+FIRST, SECOND, FEW = 1_200, 400, 6
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory, own_home: Path) -> tuple[Path, Path]:
+    """A layer whose first three experts serve one domain, and the others another, which comes after it."""
+    domains = np.repeat([0, 1], [FIRST, SECOND]).astype(np.int16)
+    own = np.repeat([0, 1], FEW // 2)[None] == domains[:, None]
+    mass = _softmax(3.0 * own + np.random.default_rng(5).standard_normal((FIRST + SECOND, FEW)))
+    return random_layer(tmp_path_factory.mktemp("halves"), FEW, mass, domains)
+
+
+@pytest.mark.parametrize("mixture", ["pooled", "balanced"])
+def test_subsets_are_judged_on_the_tokens_of_all_domains(mixture: str, halves: tuple[Path, Path]) -> None:
+    found = rank(*map(str, halves), "naee", [4], {}, mixture)
+    file = GgufFile(halves[0])
+    tokens = Statistics.load(halves[1]).reservoirs[0]
+    ranker = replaying._Ranker(file, read_architecture(file), 0, tokens, mixture)
+
+    def error(kept: tuple[int, ...]) -> float:
+        flags = np.isin(np.arange(FEW), kept)
+        return error_of(ranker.first, flags, ranker.whole.target) / ranker._energy()
+
+    best = min(error(kept) for kept in combinations(range(FEW), 4))
+    assert found["errors"]["0"][0] <= 1.1 * best
+    assert found["greedy"] == {}
+
+
+def test_every_domain_keeps_its_best_where_they_take_turns(halves: tuple[Path, Path]) -> None:
+    model, statistics = map(str, halves)
+    by_mixture = {mix: rank(model, statistics, "replay", [4, 2], {}, mix) for mix in ("pooled", "coverage")}
+    order = by_mixture["coverage"]["orders"]["0"]
+    assert sorted(order) == list(range(FEW))
+    for stop in (2, 4):  # as many of either half
+        assert sum(expert < FEW // 2 for expert in order[:stop]) == stop // 2
+    assert sum(expert < FEW // 2 for expert in by_mixture["pooled"]["orders"]["0"][:2]) == 2  # three times the text
+    assert by_mixture["coverage"]["errors"]["0"][1] >= by_mixture["pooled"]["errors"]["0"][1]
+
+
+def test_an_enumeration_says_where_it_was_greedy(halves: tuple[Path, Path], many: tuple[Path, Path]) -> None:
+    assert rank(*map(str, many), "naee", [37, 20], {})["greedy"] == {"0": [20, 37]}  # 9,880 subsets for the first
+    assert rank(*map(str, halves), "naee", [4], {})["greedy"] == {}
+
+
+def test_a_sample_has_tokens_of_every_domain_in_proportion() -> None:
+    domain = np.repeat([2, 0, 1], [3_000, 1_000, 3])
+    rows, stands_for = sample(domain, 400)
+    assert np.bincount(domain[rows]).tolist() == [99, 1, 299]
+    np.testing.assert_allclose(np.bincount(domain[rows], stands_for), [1_000, 3, 3_000])
+    assert (np.diff(rows) > 0).all() and rows[-1] > 3_900
+    rows, stands_for = sample(domain[:50], 400)
+    assert rows.tolist() == list(range(50)) and set(stands_for) == {1.0}
 
 
 def layer_experts(model: Path) -> LayerExperts:

@@ -11,14 +11,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import toys
-from runs import Fit, Running, gone, read, run_edgeprune
+from runs import Ear, Fit, Running, gone, read, run_edgeprune
 
-from edgeprune.errors import Busy, UsageError
+from edgeprune import pipeline
+from edgeprune.errors import BadFile, Busy, UsageError
 from edgeprune.files import file_digest
+from edgeprune.measure import tasks
 from edgeprune.measure.statistics import Statistics
+from edgeprune.measure.text import TextFile, Window
 from edgeprune.model.gguf import GgufFile
+from edgeprune.pipeline import Settings
 from edgeprune.rundir import RunFolder, changed_fields
 
 pytest_plugins = ("demo_fixtures",)
@@ -333,6 +338,58 @@ def test_changed_fields_name_the_field_and_both_values() -> None:
     assert changed_fields(old, old) == []
 
 
+class _Killed(BaseException):
+    """As SIGKILL: nothing is tidied up."""
+
+
+def test_a_killed_calibration_of_the_usual_length_goes_on_within_a_domain(tmp_path: Path, own_home: Path) -> None:
+    model = toys.synthetic_gguf(tmp_path / "model.gguf", width=64, expert_width=32)
+    text = tmp_path / "own.txt"
+    text.write_text("".join(f"Sentence {n} of one long document. " for n in range(1_200)), encoding="utf-8")
+    usual = Settings("none")
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "scratch": str(tmp_path / "scratch"),
+        "texts": [TextFile("own", str(text), "calibration").to_json()],
+        "window": usual.window,
+        "most_tokens": usual.calibration_tokens,
+        "weights": ["output.weight"],
+        "experts": toys.EXPERTS,
+        "arch": "qwen3moe",
+        "made_from": {"model": "toy"},
+        "reservoir_tokens": 300,
+    }
+    seen: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) == 20:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        tasks.collect(output=str(tmp_path / "a"), progress=progress, **arguments)
+    assert seen == list(range(1, 21))
+    seen.clear()
+    tasks.collect(output=str(tmp_path / "a"), progress=lambda done, total: seen.append(done), **arguments)
+    assert seen[0] == 17 and seen[-1] == 48  # 16 windows, 8,192 tokens, were kept
+    assert list((tmp_path / "scratch").glob("*.safetensors")) == []
+    tasks.collect(output=str(tmp_path / "b"), **arguments)
+    again, whole = Statistics.load(tmp_path / "a"), Statistics.load(tmp_path / "b")
+    assert again.tokens == whole.tokens == usual.calibration_tokens
+    for layer, sums in whole.layers.items():
+        np.testing.assert_array_equal(again.layers[layer]["gated_norm_sum"], sums["gated_norm_sum"])
+        np.testing.assert_array_equal(again.reservoirs[layer].x, whole.reservoirs[layer].x)
+        assert len(whole.reservoirs[layer]) == 300
+
+
+def test_long_texts_have_no_more_shards() -> None:
+    parts = [Window(domain, (0,) * 512) for domain in "ab" for _ in range(1_000)]
+    shards = tasks._shards(parts)
+    assert len(shards) <= 18
+    assert [part for shard in shards for part in shard] == parts
+    assert all(len({part.domain for part in shard}) == 1 for shard in shards)
+
+
 def test_statistics_over_other_texts_are_merged_and_used(tiny_fit: Fit, tmp_path: Path, own_home: Path) -> None:
     source = tiny_fit.folder / "source.gguf"
     files = []
@@ -351,6 +408,17 @@ def test_statistics_over_other_texts_are_merged_and_used(tiny_fit: Fit, tmp_path
     assert (tmp_path / "both" / "imatrix.gguf").is_file()
     again = run_edgeprune("calibrate", source, "-o", tmp_path / "both")
     assert again.returncode == 0 and "merged from 2 files" in again.stderr
+    with pipeline.opened(Settings(str(source), output=str(tmp_path / "refused")), Ear()) as run:
+        for twice in ([files[0], files[0]], [tmp_path / "both" / "statistics.safetensors", files[1]]):
+            with pytest.raises(UsageError, match="would count twice"):
+                run.merge(twice)
+        parts[0].made_from["tools"] = "format 1, llama-cpp-python 0.1"
+        parts[0].save(tmp_path / "old.safetensors")
+        with pytest.raises(BadFile, match="was measured with other tools") as error:
+            run.merge([tmp_path / "old.safetensors", files[1]])
+        assert dict(error.value.rows)["its tools"] == "format 1, llama-cpp-python 0.1"
+    more = run_edgeprune("calibrate", source, "--merge", files[0], "--self", "2", "-o", tmp_path / "more")
+    assert more.returncode == 2 and "--self says what to measure" in more.stderr
     other = run_edgeprune("calibrate", "demo", "--merge", files[0], "-o", tmp_path / "other")
     assert other.returncode == 1 and "was measured with another model" in other.stderr
     missing = run_edgeprune("calibrate", source, "--merge", tmp_path / "none", "-o", tmp_path / "missing")

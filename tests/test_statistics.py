@@ -165,6 +165,59 @@ def test_merging_adds_domains_of_one_name_and_puts_others_side_by_side(tmp_path:
     np.testing.assert_allclose(tokens.y, y, atol=1e-3 * np.abs(y).max())
 
 
+def test_a_merged_reservoir_is_an_even_sample_of_all_texts(tmp_path: Path) -> None:
+    """Texts of 400 and 100 tokens: the kept tokens are four to one, whatever each file kept."""
+    paths = []
+    for name, tokens, kept in (("long", 400, 40), ("short", 100, 40)):
+        sums = {0: LayerStatistics.zeros(1, EXPERTS)}
+        made = Statistics([name], tokens, 64, sums, {}, {"model": "abc"}, {0: reservoir(kept, tokens)})
+        made.save(tmp_path / name)
+        paths.append(tmp_path / name)
+    for most, expected in ((30, [24, 6]), (1_000, [40, 10])):
+        assert merge(paths, tmp_path / "both", {"model": "abc"}, most) == []
+        tokens = Statistics.load(tmp_path / "both").reservoirs[0]
+        assert np.bincount(tokens.domain).tolist() == expected
+        whole = Statistics.load(paths[0]).reservoirs[0]
+        own = [np.flatnonzero((whole.ids == row).all(axis=1) & np.isclose(whole.residual, r)) for row, r in
+               zip(tokens.ids[: expected[0]], tokens.residual[: expected[0]], strict=True)]  # fmt: skip
+        positions = [int(found[0]) for found in own]
+        assert positions == sorted(set(positions))  # whole rows, in their order
+        first = (tmp_path / "both").read_bytes()
+        merge(paths, tmp_path / "both", {"model": "abc"}, most)
+        assert (tmp_path / "both").read_bytes() == first
+
+
+def test_what_not_every_file_has_is_left_out_and_named(tmp_path: Path) -> None:
+    whole, _ = part("code", 5, 0, tmp_path)
+    bare = {name: array for name, array in whole.layers[0].arrays.items() if name != "mask_gradient_sum"}
+    made = Statistics(["prose"], 5, 64, {0: LayerStatistics(bare)}, {}, {"model": "abc"})
+    made.save(tmp_path / "bare.safetensors")
+    left_out = merge(
+        [tmp_path / "code0.safetensors", tmp_path / "bare.safetensors"], tmp_path / "both", made.made_from
+    )
+    assert left_out == ["mask_gradient_sum", "output.weight", "the reservoir"]
+    both = Statistics.load(tmp_path / "both")
+    assert "mask_gradient_sum" not in both.layers[0] and "routed" in both.layers[0] and not both.reservoirs
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"GGUF\x03\0\0\0", "this is a GGUF"),
+        (b"PK\x03\x04", "was not made by `edgeprune calibrate`"),
+        (None, "`edgeprune calibrate` makes statistics.safetensors"),
+    ],
+    ids=["imatrix", "something else", "missing"],
+)
+def test_another_file_is_not_to_be_deleted(content: bytes | None, hint: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadFile) as error:
+        Statistics.load(path)
+    assert hint in error.value.hint and "delete" not in str(error.value)
+
+
 def test_merging_does_not_depend_on_the_order_of_sums(tmp_path: Path) -> None:
     paths = [part("code", 5, 0, tmp_path)[1], part("code", 3, 1, tmp_path)[1]]
     for name, order in (("a", paths), ("b", paths[::-1])):

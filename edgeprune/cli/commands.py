@@ -251,6 +251,13 @@ def calibrate(source: str, merge: tuple[Path, ...], **options: Any) -> None:
     from edgeprune.cli import show
     from edgeprune.cli.console import Console
 
+    ignored = [name for name in ("text", "eval_text", "self_answers", "tokens") if merge and options.get(name)]
+    if ignored:
+        option = "--self" if ignored[0] == "self_answers" else f"--{ignored[0].replace('_', '-')}"
+        raise UsageError(
+            f"--merge joins what was measured before, and {option} says what to measure",
+            hint="calibrate on that text in a folder of its own, then merge both",
+        )
     settings = _settings(source, {**options, "device": "auto"})
     with pipeline.opened(settings, Console()) as run:
         statistics = run.merge(merge) if merge else run.statistics

@@ -51,10 +51,10 @@ class Replay:
     def experts(self) -> int:
         return int(self.all_mass.shape[1])
 
-    def some(self, most: int) -> Replay:
-        """The first ``most`` tokens alone."""
+    def rows(self, which: Ids) -> Replay:
+        """The tokens at the positions ``which`` alone."""
         names = ("lists", "mass", "outputs", "all_mass", "weight", "cut")
-        return replace(self, **{name: getattr(self, name)[:most] for name in names})
+        return replace(self, **{name: getattr(self, name)[which] for name in names})
 
 
 class Layer:

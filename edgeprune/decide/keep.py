@@ -44,13 +44,18 @@ def _balanced(score: Callable[[Evidence], Doubles], evidence: Evidence, domains:
 
 def _coverage(score: Callable[[Evidence], Doubles], evidence: Evidence, domains: int) -> Doubles:
     orders = [np.argsort(-score(evidence.of_domain(domain)), kind="stable") for domain in range(domains)]
+    result = np.zeros(evidence.experts)
+    for place, expert in enumerate(in_turns(orders)):
+        result[expert] = evidence.experts - place
+    return result
+
+
+def in_turns(orders: Iterable[Iterable[int]]) -> list[int]:
+    """One order of several of the same experts: each in turn names the best of its own that is not yet named."""
     taken: dict[int, None] = {}
     for turn in zip(*orders, strict=True):
         taken.update(dict.fromkeys(int(expert) for expert in turn))
-    result = np.zeros(evidence.experts)
-    for place, expert in enumerate(taken):
-        result[expert] = evidence.experts - place
-    return result
+    return list(taken)
 
 
 # How the domains of the text are put together: added up as they come; each domain's score made to sum to one first,

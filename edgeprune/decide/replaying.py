@@ -1,8 +1,16 @@
-"""Ranking experts by replays of every layer: greedy elimination, or all subsets of a small layer (NAEE)."""
+"""Ranking experts by replays of every layer: greedy elimination, or all subsets of a small layer (NAEE).
+
+The authors of NAEE (arXiv 2402.14800) try all subsets of one size. Here sets are nested, so that every number of
+experts is served by one order: from each number to the next smaller one the subsets of what is left are tried, never
+less than half of it at once. Where these are more than 5,000, or the router has groups, the step is greedy, as in
+``replay``; the result names such steps.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from math import comb
 from pathlib import Path
@@ -11,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune.decide.elimination import Layer, Replay, eliminate, error_of
+from edgeprune.decide.elimination import Ids, Layer, Replay, eliminate, error_of
+from edgeprune.decide.keep import in_turns
 from edgeprune.decide.scores import NAEE
 from edgeprune.measure.activation import Activation
 from edgeprune.measure.replay import (
@@ -58,16 +67,18 @@ def rank(
         method: ``replay`` or ``naee``.
         stops: numbers of experts for which the sets are made as good as can be, descending.
         protected: experts that stay, by layer (as text, JSON has no integer keys).
-        mixture: ``pooled``: every token counts the same; ``balanced``: every domain does.
+        mixture: ``pooled``: every token counts the same; ``balanced``: every domain does; ``coverage``: every
+            domain has an order of its own, and they take turns in naming experts to keep.
 
     Returns:
         ``orders``: by layer, for those that could be replayed; ``reasons``: by layer, why not, for the others;
-        ``errors``: by layer, relative squared error of the output at each stop.
+        ``errors``: by layer, relative squared error of the output at each stop; ``greedy``: by layer, numbers of
+        experts to which NAEE came greedily because there are too many subsets.
     """
     file = GgufFile(Path(model))
     architecture = read_architecture(file)
     measured = Statistics.load(Path(statistics))
-    found: dict[str, Any] = {"orders": {}, "reasons": {}, "errors": {}}
+    found: dict[str, Any] = {"orders": {}, "reasons": {}, "errors": {}, "greedy": {}}
     layers = architecture.moe_layers
     for number, layer in enumerate(layers):
         if layer not in measured.reservoirs:
@@ -77,8 +88,10 @@ def rank(
             if ranker.obstacle:
                 found["reasons"][str(layer)] = ranker.obstacle
             else:
-                order, errors = ranker.rank(method, stops, protected.get(str(layer), []))
+                order, errors = ranker.mixed(method, stops, protected.get(str(layer), []))
                 found["orders"][str(layer)], found["errors"][str(layer)] = order, errors
+                if ranker.greedy:
+                    found["greedy"][str(layer)] = sorted(ranker.greedy)
             del ranker  # a layer's tokens and outputs go before the next one's are read
         if progress is not None:
             progress(number + 1, len(layers))
@@ -112,17 +125,40 @@ def _normalised(weight: Doubles, energy: Doubles) -> Doubles:
     return weight / total if total > 0 else weight
 
 
+def sample(domain: npt.NDArray[np.integer], most: int) -> tuple[Ids, Doubles]:
+    """About ``most`` tokens, evenly spread over those of each domain, one of each at least.
+
+    Args:
+        domain: of every token [R].
+
+    Returns:
+        their positions, ascending, and how many tokens each of them stands for.
+    """
+    if len(domain) <= most:
+        return np.arange(len(domain)), np.ones(len(domain))
+    rows, stands_for = [], []
+    for index in np.unique(domain):
+        own = np.flatnonzero(domain == index)
+        count = max(1, len(own) * most // len(domain))
+        rows.append(own[np.arange(count) * len(own) // count])
+        stands_for.append(np.full(count, len(own) / count))
+    order = np.argsort(np.concatenate(rows), kind="stable")
+    return np.concatenate(rows)[order], np.concatenate(stands_for)[order]
+
+
 class _Ranker:
     """Replays one layer.
 
     Attributes:
         obstacle: why it cannot be replayed, or "".
+        greedy: numbers of experts to which an enumeration came greedily.
     """
 
     def __init__(
         self, file: GgufFile, architecture: Architecture, layer: int, tokens: Reservoir, mixture: str
     ) -> None:
-        self.architecture, self.tokens = architecture, tokens
+        self.architecture, self.tokens, self.mixture = architecture, tokens, mixture
+        self.greedy: set[int] = set()
         self.weight = token_weights(tokens, balanced=mixture == "balanced")
         self.experts = LayerExperts(file, architecture, layer)
         rule, activation = rule_of(tokens), activation_of(self.experts, tokens)
@@ -165,9 +201,40 @@ class _Ranker:
             cut=(lists[:, -1] >= 0) & (length < left),
         )
 
+    def mixed(self, method: str, stops: Sequence[int], protected: Sequence[int]) -> tuple[list[int], list[float]]:
+        """(experts from best to worst, relative squared error at each stop), domains put together as asked for."""
+        domains = np.unique(self.tokens.domain)
+        if self.mixture != "coverage" or len(domains) == 1:
+            return self.rank(method, stops, protected)
+        parts = [self._of(np.flatnonzero(self.tokens.domain == index)) for index in domains]
+        order = in_turns([part.rank(method, stops, protected)[0] for part in parts])
+        return order, [self._error(order, stop) / self._energy() for stop in sorted(stops, reverse=True)]
+
+    def _of(self, rows: Ids) -> _Ranker:
+        """The same layer with the tokens at ``rows`` alone."""
+        part = copy.copy(self)
+        part.tokens = self.tokens.rows(rows)
+        part.weight = token_weights(part.tokens)
+        part.rule = replace(self.rule, mass=self.rule.mass[rows])
+        part.first = replace(self.first.rows(rows), weight=part.weight)
+        part.whole = Layer(part.first, self.whole.kept)
+        return part
+
+    def _energy(self) -> float:
+        return float((self.weight @ np.square(self.whole.target)).sum(dtype=np.float64)) or 1.0
+
+    def _error(self, order: Sequence[int], count: int) -> float:
+        """Squared error with the first ``count`` experts of ``order``, equal numbers per routing group."""
+        groups = self.architecture.groups
+        size = self.architecture.experts // groups
+        kept = np.zeros(self.architecture.experts, bool)
+        for group in range(groups):
+            kept[[e for e in order if e // size == group][: count // groups]] = True
+        return Layer(self._replay(kept, self.first), kept, self.whole.target).error
+
     def rank(self, method: str, stops: Sequence[int], protected: Sequence[int]) -> tuple[list[int], list[float]]:
-        """(experts from best to worst, relative squared error at each stop)."""
-        energy = float((self.weight @ np.square(self.whole.target)).sum(dtype=np.float64)) or 1.0
+        """(experts from best to worst, relative squared error at each stop), all tokens together."""
+        energy = self._energy()
         removed: list[int] = []
         errors: list[float] = []
         layer = self.whole
@@ -187,7 +254,10 @@ class _Ranker:
         return [*left, *reversed(removed)], errors
 
     def _step(self, method: str, layer: Layer, stop: int, protected: Sequence[int]) -> list[int]:
-        if method == NAEE and (subset := self._best_subset(layer, stop, protected)) is not None:
+        subset = self._best_subset(layer, stop, protected) if method == NAEE else None
+        if method == NAEE and subset is None:
+            self.greedy.add(stop)
+        if subset is not None:
             gone = [e for e in np.flatnonzero(layer.kept) if e not in subset]
             for expert in gone:
                 layer.remove(int(expert))
@@ -199,8 +269,10 @@ class _Ranker:
         kept = np.flatnonzero(layer.kept).tolist()
         if self.architecture.groups > 1 or comb(len(kept), stop) > _MOST_SUBSETS:
             return None
-        replay = layer.replay.some(_SUBSET_TOKENS)
-        target = layer.target[: len(replay.lists)]
+        rows, stands_for = sample(self.tokens.domain, _SUBSET_TOKENS)
+        replay = layer.replay.rows(rows)
+        replay = replace(replay, weight=(replay.weight * stands_for).astype(np.float32))
+        target = layer.target[rows]
         best: tuple[float, set[int]] = (np.inf, set(kept))
         for subset in combinations(kept, stop):
             if not set(protected) <= set(subset):

@@ -349,6 +349,8 @@ class Statistics:
         """
         try:
             file = ArrayFile(path)
+            if "edgeprune" not in file.metadata:
+                raise BadFile(f"{path} holds arrays of another kind")
             about = json.loads(file.metadata["edgeprune"])
             layers = {
                 layer: LayerStatistics(_Under(file, f"layer.{layer}.")) for layer in _numbers(file, "layer", "routed")
@@ -363,7 +365,18 @@ class Statistics:
                 _StoredReservoirs(file),
             )
         except (BadFile, KeyError, ValueError, TypeError) as error:
-            raise BadFile(f"cannot read the statistics in {path}: {error}", hint="delete the file") from error
+            raise BadFile(f"cannot read the statistics in {path}: {error}", hint=_way_out(path)) from error
+
+
+def _way_out(path: Path) -> str:
+    """What helps where ``path`` holds no statistics; it may well be another file of the user's."""
+    if not path.is_file():
+        return "`edgeprune calibrate` makes statistics.safetensors"
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    if start == b"GGUF":
+        return "this is a GGUF; `edgeprune calibrate` leaves statistics.safetensors beside its imatrix.gguf"
+    return "it is damaged, or was not made by `edgeprune calibrate`, which writes statistics.safetensors"
 
 
 def write_imatrix(statistics: Statistics, path: Path) -> None:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 _FILL_SECONDS = 20.0
-_SHARD_TOKENS = 1 << 16
+# A shard is what a killed pass loses at most; but every one of them is as large on the disk as all statistics.
+_SHARD_TOKENS, _MOST_SHARDS = 1 << 13, 16
 
 
 def _texts(rows: list[dict[str, str]]) -> list[TextFile]:
@@ -164,15 +165,17 @@ def collect_layerwise(
 
 
 def _shards(chosen: list[Window]) -> list[list[Window]]:
-    """The windows of each domain, in runs of at most ``_SHARD_TOKENS`` tokens or one window."""
+    """The windows of each domain, in runs of at most ``_SHARD_TOKENS`` tokens or one window; of long texts in longer
+    runs, so that there are no more than about ``_MOST_SHARDS``."""
+    most = max(_SHARD_TOKENS, sum(len(part.tokens) for part in chosen) // _MOST_SHARDS)
     by_domain: dict[str, list[Window]] = {}
     for part in chosen:
         by_domain.setdefault(part.domain, []).append(part)
     shards: list[list[Window]] = []
     for own in by_domain.values():
-        tokens = _SHARD_TOKENS
+        tokens = most
         for part in own:
-            if tokens + len(part.tokens) > _SHARD_TOKENS:
+            if tokens + len(part.tokens) > most:
                 shards.append([])
                 tokens = 0
             shards[-1].append(part)

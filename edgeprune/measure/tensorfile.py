@@ -90,10 +90,10 @@ class ArrayFile(Mapping[str, Array]):
                 length = int.from_bytes(stream.read(8), "little")
                 table = json.loads(stream.read(length))
         except (OSError, safetensors.SafetensorError) as error:
-            raise BadFile(f"cannot read {path}: {error}", hint="delete the file") from error
+            raise BadFile(f"cannot read {path}: {error}") from error
         self.metadata: dict[str, str] = table.pop("__metadata__", None) or {}
         if unknown := sorted({entry["dtype"] for entry in table.values()} - _TYPES.keys()):
-            raise BadFile(f"cannot read {path}: it holds arrays of the type {unknown[0]}", hint="delete the file")
+            raise BadFile(f"cannot read {path}: it holds arrays of the type {unknown[0]}")
         self._table: dict[str, Any] = table
         self._start = 8 + length
 
@@ -115,7 +115,7 @@ class ArrayFile(Mapping[str, Array]):
                 raise BadFile(f"{self.path} was replaced while it was in use", hint="run the same command again")
             values: Array = np.fromfile(stream, dtype, count, offset=offset)
         if len(values) != count:
-            raise BadFile(f"cannot read {self.path}: it ends within {name}", hint="delete the file")
+            raise BadFile(f"cannot read {self.path}: it ends within {name}", hint="it is damaged; make it again")
         return values
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from edgeprune.decide.keep import KeepSet, Order, check_method, keep_set, protec
 from edgeprune.decide.protection import super_experts
 from edgeprune.decide.scores import HEALABLE, METHODS, NAEE, SCORES
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
-from edgeprune.files import digest, file_digest, read_json, to_json, write_text
+from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.merging import merge
 from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
@@ -32,7 +32,7 @@ MOST_ENUMERATED = 16
 # The score of layers that cannot be replayed.
 FALLBACK = "reap"
 # Raised when a measurement changes its meaning, so that saved ones are made again.
-FORMAT = 3
+FORMAT = 4
 
 
 def tools(engine: str = LLAMA) -> str:
@@ -70,10 +70,16 @@ class MeasureStages(TextStages):
         """The same with what only the torch engine measures.
 
         Raises:
-            Unsupported: the source is no checkpoint, or one that the engine cannot run.
+            Unsupported: the source is no checkpoint, or one that the engine cannot run; or the other statistics were
+                merged, and would be of another text.
         """
         if self.settings.engine == TORCH:
             return self.statistics
+        if merged := self.statistics.made_from.get("merged"):
+            raise Unsupported(
+                f"the statistics are merged from {len(merged)} files, and gradients would be of another text",
+                hint="merge statistics measured with --engine torch, or compare in another folder with -o",
+            )
         path, made_from = self.folder.gradients, self._measured_with(TORCH)
         if path.is_file():
             with contextlib.suppress(BadFile):
@@ -129,17 +135,43 @@ class MeasureStages(TextStages):
         """Statistics of this model over other texts, joined as if measured in one pass; they become the folder's own.
 
         Raises:
-            UsageError: a file that is not there.
-            BadFile: one that is damaged, or of another model.
+            UsageError: a file that is not there, or a text that would count twice.
+            BadFile: one that is damaged, of another model, or measured with other tools.
         """
+        merged: list[str] = []
         for path in files:
             if not path.is_file():
                 raise UsageError(f"no statistics {path}", hint="`edgeprune calibrate` makes statistics.safetensors")
-        merged = sorted(file_digest(path) for path in files)
-        made_from = {"model": self.fingerprint, "merged": merged, "tools": tools(self.settings.engine)}
-        merge(files, self.folder.statistics, made_from)
+            merged += self._merged_from(path, merged)
+        made_from = {"model": self.fingerprint, "merged": sorted(merged), "tools": tools(self.settings.engine)}
+        left_out = merge(files, self.folder.statistics, made_from, self.settings.reservoir_tokens)
+        if left_out:
+            self.listener.say(f"not in every file, and left out: {', '.join(left_out)}")
         self.folder.imatrix.unlink(missing_ok=True)
         return self._checked(Statistics.load(self.folder.statistics))
+
+    def _merged_from(self, path: Path, others: Sequence[str]) -> list[str]:
+        """Digests of the texts in ``path``: of its own, or those that it was merged from.
+
+        Raises:
+            UsageError: one of them is among the ``others``.
+            BadFile: they were made with other tools than this engine's.
+        """
+        made_from = Statistics.load(path).made_from
+        its, ours = str(made_from.get("tools")), tools(self.settings.engine)
+        if made_from.get("model") == self.fingerprint and its != ours:
+            raise BadFile(
+                f"{path} was measured with other tools",
+                rows=[("its tools", its), ("these tools", ours)],
+                hint="measure that text again, or give the --engine that all files were measured with",
+            )
+        own = [str(one) for one in made_from.get("merged", [made_from.get("text")])]
+        if set(own) & set(others):
+            raise UsageError(
+                f"{path} holds a text that another file holds too: it would count twice",
+                hint="give every text once",
+            )
+        return own
 
     @property
     def statistics_file(self) -> str:
@@ -247,10 +279,14 @@ class MeasureStages(TextStages):
         """Super experts by layer: never dropped, whatever a score says."""
         return super_experts(self.statistics.layers, self.architecture.layers)
 
+    def _measured(self, method: str) -> Statistics:
+        """What the score ``method`` looks at."""
+        return self.gradients if SCORES[method].differentiates else self.statistics
+
     def evidence(self, method: str, seed: int = 0) -> Iterator[Evidence]:
         """What ``method`` may look at, layer by layer; of a reservoir, which is large, one layer's at a time."""
         weights = self._weights() if SCORES[method].weighs else {}
-        measured = self.gradients if SCORES[method].differentiates else self.statistics
+        measured = self._measured(method)
         for layer in self.architecture.moe_layers:
             tokens = measured.reservoirs.get(layer) if SCORES[method].samples else None
             yield Evidence(layer, measured.layers[layer], tokens, weights.get(layer), seed)
@@ -273,7 +309,7 @@ class MeasureStages(TextStages):
         check_method(method)
         mixture = self.settings.mixture
         if method in SCORES:
-            domains = len(self.statistics.domains)
+            domains = len(self._measured(method).domains)
             order = rankings(self.evidence(method, seed), method, domains, mixture)
         elif method == HEALABLE:
             order = self._healable(stops)
@@ -335,8 +371,11 @@ class MeasureStages(TextStages):
         made_from = {"statistics": digest(self.statistics.made_from), **request}
         found = self._ranking(method, made_from, "edgeprune.decide.replaying:rank", request, "replay of every layer")
         order = {int(layer): np.array(ids, np.intp) for layer, ids in found["orders"].items()}
+        if greedy := sorted({count for counts in found.get("greedy", {}).values() for count in counts}, reverse=True):
+            numbers = ", ".join(map(str, greedy))
+            self.listener.say(f"{method} goes down to {numbers} experts greedily: there are too many subsets to try")
         if found["reasons"]:
-            score = rankings(self.evidence(FALLBACK), FALLBACK, len(self.statistics.domains))
+            score = rankings(self.evidence(FALLBACK), FALLBACK, len(self.statistics.domains), self.settings.mixture)
             for layer, reason in found["reasons"].items():
                 self.listener.say(f"layer {layer} is ranked by {FALLBACK}: {reason}")
                 order[int(layer)] = score[int(layer)]
