@@ -56,9 +56,8 @@ class RunFolder:
     def healing(self) -> Path:
         return self.path / "healing.json"
 
-    @property
-    def teacher(self) -> Path:
-        return self.scratch / "teacher.safetensors"
+    def teacher(self, tokens: int) -> Path:
+        return self.scratch / f"teacher-{tokens}.safetensors"
 
     @property
     def imatrix(self) -> Path:

@@ -51,7 +51,7 @@ class Settings:
         engine: what the statistics are measured with, one of ``ENGINES``; ``torch`` needs a checkpoint.
         heal: whether the down projections of changed experts are fitted anew.
         heal_stages: most groups of layers that this is done in, or 0 for the default.
-        healing_tokens: how much text is used for it.
+        healing_tokens: how much text is used for it where experts are dropped; half of that where all stay.
         limit_seconds: most time for encoding what changes type, or 0 for any.
         output: run directory, or None for the default.
         window: tokens per calibration window.

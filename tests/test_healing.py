@@ -168,8 +168,11 @@ def test_nothing_is_computed_beyond_the_layers_that_are_looked_at(toy_gguf: Toy,
     assert not any(name.endswith("-1") for name in seen)
 
 
-def healed_toy(model: Path, folder: Path, kept: int, types: dict[str, str]) -> tuple[dict[str, Any], Path, Plan]:
+def healed_toy(
+    model: Path, folder: Path, kept: int, types: dict[str, str], *, tokens_only: bool = False
+) -> tuple[dict[str, Any], Path, Plan]:
     """A toy model healed in one stage over two thousand random tokens; what was found, and where its tensors are."""
+    folder.mkdir(exist_ok=True)
     architecture = read_architecture(GgufFile(model))
     plan, store = plan_for(model, kept, types), folder / "store"
     text = folder / "text.txt"
@@ -182,6 +185,7 @@ def healed_toy(model: Path, folder: Path, kept: int, types: dict[str, str]) -> t
         "weights": [t.name for t in architecture.tensors if t.is_expert],
         "arch": architecture.arch,
         "reservoir_tokens": 2_048,
+        "tokens_only": tokens_only,
     }
     teacher, student, prefix = folder / "teacher", folder / "student", folder / "prefix.gguf"
     made: dict[str, Any] = {"model": "a"}
@@ -226,6 +230,24 @@ def test_low_bits_are_answered_by_the_down_projection(toy_gguf: Toy, tmp_path: P
         assert ggml.library().ggml_validate_row_data(
             ggml.BY_NAME[types[name]].id, healed.raw(name).ctypes.data, healed.raw(name).nbytes
         )
+
+
+def test_layers_lean_towards_the_originals_residual_stream(toy_gguf: Toy, tmp_path: Path) -> None:
+    """Passes that look at tokens alone keep the stream; half of what it lost is asked of the next layer."""
+    model = toy_gguf("qwen3_moe")
+    plain, _, _ = healed_toy(model, tmp_path / "plain", 6, {})
+    leaning, _, _ = healed_toy(model, tmp_path / "leaning", 6, {}, tokens_only=True)
+    kept = [Statistics.load(tmp_path / "leaning" / name).reservoirs for name in ("teacher", "student")]
+    for reservoirs in kept:
+        for tokens in reservoirs.values():
+            assert tokens.stream is not None
+            np.testing.assert_allclose(np.linalg.norm(tokens.stream, axis=1), tokens.residual, rtol=2e-3)
+    teacher, student = (own[1].stream for own in kept)
+    assert teacher is not None and student is not None and np.abs(teacher - student).max() > 1e-3
+    assert Statistics.load(tmp_path / "plain" / "teacher").reservoirs[1].stream is None
+    # Nothing is lost before the first layer, so its target is the same; the second has more to put right.
+    assert leaning["0"]["before"] == pytest.approx(plain["0"]["before"], rel=1e-5)
+    assert leaning["1"]["before"] != pytest.approx(plain["1"]["before"], rel=1e-3)
 
 
 def test_tokens_of_another_text_are_refused(toy_gguf: Toy, tmp_path: Path) -> None:

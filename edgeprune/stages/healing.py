@@ -6,7 +6,6 @@ import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,29 +45,31 @@ def groups(layers: Sequence[int], count: int) -> list[tuple[int, int]]:
 class HealStages(MeasureStages):
     """What the original answers, and the down projections that answer the same in the smaller model."""
 
-    def _parts(self) -> list[tuple[list[dict[str, str]], int]]:
-        """Text to heal on and how many tokens of it: the calibration text, and as much general text beside a text of
-        the user's, because layers that are fitted to one domain alone forget the others."""
-        most = self._most_tokens
+    def _parts(self, most: int) -> list[tuple[list[dict[str, str]], int]]:
+        """Text to heal on and how many of its tokens, ``most`` in all: the calibration text, and as much general text
+        beside a text of the user's, because layers that are fitted to one domain alone forget the others."""
         own: list[dict[str, str]] = self._text_arguments("calibration")["texts"]
         if not self.settings.texts:
             return [(own, most)]
         return [(own, most // 2), ([text.to_json() for text in shipped_texts()], most // 2)]
 
-    @property
-    def _most_tokens(self) -> int:
+    def healing_tokens(self, *, dropping: bool) -> int:
         """As many as were asked for, or as the disk is to hold: every layer keeps what goes in and comes out and the
-        residual stream, at two bytes a channel, and what the router saw, at twice four bytes an expert."""
+        residual stream, at two bytes a channel, and what the router saw, at twice four bytes an expert.
+
+        Where all experts stay, the error of their types is small and even, and half of the tokens tell as much.
+        """
         architecture = self.architecture
         token_bytes = len(architecture.moe_layers) * (6 * architecture.width + 8 * architecture.experts)
-        return min(self.settings.healing_tokens, MOST_BYTES // max(token_bytes, 1))
+        wanted = self.settings.healing_tokens if dropping else self.settings.healing_tokens // 2
+        return min(wanted, MOST_BYTES // max(token_bytes, 1))
 
-    def _healing_made_from(self) -> dict[str, Any]:
+    def _healing_made_from(self, tokens: int) -> dict[str, Any]:
         return {
             "model": self.fingerprint,
             "text": self.text_digest,
             "general": texts_digest(shipped_texts()) if self.settings.texts else None,
-            "tokens": self._most_tokens,
+            "tokens": tokens,
             "window": self.settings.window,
             "tools": tools(),
         }
@@ -76,20 +77,19 @@ class HealStages(MeasureStages):
     @property
     def healing(self) -> str:
         """Digest of everything that healing depends on beside the plan."""
-        return digest({**self._healing_made_from(), "stages": self._most_stages})
+        return digest({**self._healing_made_from(self.settings.healing_tokens), "stages": self._most_stages})
 
     @property
     def _most_stages(self) -> int:
         return self.settings.heal_stages or MOST_STAGES
 
-    @cached_property
-    def teacher(self) -> Path:
-        """Statistics of the source over the healing text, with every token kept."""
-        made_from, path = self._healing_made_from(), self.folder.teacher
+    def teacher(self, tokens: int) -> Path:
+        """Statistics of the source over ``tokens`` of the healing text, with every token kept."""
+        made_from, path = self._healing_made_from(tokens), self.folder.teacher(tokens)
         with contextlib.suppress(BadFile):
             if path.is_file() and Statistics.load(path).made_from == made_from:
                 return path
-        self._tokens(self.source, path, made_from, self.architecture.experts, "what the original answers")
+        self._tokens(self.source, path, made_from, tokens, self.architecture.experts, "what the original answers")
         return path
 
     def _tokens(
@@ -97,17 +97,18 @@ class HealStages(MeasureStages):
         model: Path,
         output: Path,
         made_from: dict[str, Any],
+        most: int,
         experts: int,
         title: str,
         layers: tuple[int, int] | None = None,
     ) -> None:
-        """Statistics of ``model`` over the healing text with all tokens, in ``layers`` alone if given."""
+        """Statistics of ``model`` over ``most`` tokens of the healing text, in ``layers`` alone if given."""
         looked_at = range(*layers) if layers else range(self.architecture.layers)
         # The products with these weights show what goes into the experts.
         roles = ("expert_gate", "expert_up", "expert_gate_up")
         wanted = [t.name for t in self.architecture.tensors if t.role in roles and t.layer in looked_at]
         parts = []
-        for number, (texts, tokens) in enumerate(self._parts()):
+        for number, (texts, tokens) in enumerate(self._parts(most)):
             part = self.folder.scratch / f"{output.stem}-{number}.safetensors"
             with self.listener.progress(title) as progress:
                 child.call(
@@ -170,7 +171,8 @@ class HealStages(MeasureStages):
         self.folder.scratch.mkdir(parents=True, exist_ok=True)
         prefix = self.folder.scratch / "prefix.gguf"
         student = self.folder.scratch / "student.safetensors"
-        teacher = self.teacher
+        tokens = self.healing_tokens(dropping=bool(plan.keep))
+        teacher = self.teacher(tokens)
         statistics = self.statistics_file if plan.types else ""
         with self.listener.progress(f"{name}: build what comes before") as progress:
             child.call(
@@ -179,7 +181,7 @@ class HealStages(MeasureStages):
                 progress,
             )
         made_from = {"model": plan.digest, "stage": list(stage)}
-        self._tokens(prefix, student, made_from, plan.kept, f"{name}: observe", stage)
+        self._tokens(prefix, student, made_from, tokens, plan.kept, f"{name}: observe", stage)
         with self.listener.progress(f"{name}: fit") as progress:
             found: dict[str, Any] = child.call(
                 "edgeprune.build.staged:heal_layers",

@@ -215,7 +215,9 @@ def main() -> None:
     columns = "size of | bytes | its KL | plan | healed | ratio | predicted | K | bits per weight | build"
     print(f"| {columns} |\n|{'---|' * 10}", flush=True)
     with pipeline.opened(settings, Console()) as run:
-        _ = run.statistics, run.sensitivity, run.teacher
+        _ = run.statistics, run.sensitivity
+        for dropping in (False, True):
+            run.teacher(run.healing_tokens(dropping=dropping))
         names, flat = arguments.presets.split(","), None
         for name in names:
             flat = preset(run, run, name)
