@@ -182,7 +182,9 @@ def healed_toy(
         "texts": [{"domain": "a", "path": str(text), "split": "calibration"}],
         "window": 64,
         "most_tokens": 2_048,
-        "weights": [t.name for t in architecture.tensors if t.is_expert],
+        "weights": [
+            t.name for t in architecture.tensors if t.is_expert and not (tokens_only and t.role == "expert_down")
+        ],
         "arch": architecture.arch,
         "reservoir_tokens": 2_048,
         "tokens_only": tokens_only,
