@@ -168,6 +168,7 @@ class Expected:
             "share_sum": each(g / g.sum(dim=-1, keepdim=True)),
             "gate_sum": each(g),
             "gate_square": each(g**2),
+            "factor_sum": each(g),
             "norm_sum": each(norm),
             "norm_square": each(norm**2),
             "gated_norm_sum": each(gated),

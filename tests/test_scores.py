@@ -40,7 +40,14 @@ def summed(tokens: list[list[tuple[int, float, list[float]]]]) -> LayerStatistic
         for expert, gate, output in rows:
             vector = np.array(output)
             norm = float(np.linalg.norm(vector))
-            values = {"routed": 1, "gate_sum": gate, "prob_sum": gate / 2, "share_sum": gate, "norm_sum": norm}
+            values = {
+                "routed": 1,
+                "gate_sum": gate,
+                "factor_sum": gate,
+                "prob_sum": gate / 2,
+                "share_sum": gate,
+                "norm_sum": norm,
+            }
             values |= {"norm_square": norm**2, "gated_norm_sum": gate * norm, "gated_square": (gate * norm) ** 2}
             for name, value in values.items():
                 arrays[name][domain, expert] += value

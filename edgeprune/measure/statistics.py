@@ -57,6 +57,7 @@ ACCUMULATORS: dict[str, Accumulator] = {
     "share_sum": Accumulator("E"),
     "gate_sum": Accumulator("E"),
     "gate_square": Accumulator("E"),
+    "factor_sum": Accumulator("E"),
     "norm_sum": Accumulator("E"),
     "norm_square": Accumulator("E"),
     "gated_norm_sum": Accumulator("E"),
@@ -113,6 +114,7 @@ class LayerStatistics:
     - ``routed`` [E]: number of tokens routed to the expert.
     - ``prob_sum``, ``share_sum`` [E]: sums of p, and of g as a share of the token's sum of g.
     - ``gate_sum``, ``gate_square`` [E]: sums of g and g^2.
+    - ``factor_sum`` [E]: sum of what f is multiplied with, which is g.
     - ``norm_sum``, ``norm_square``, ``gated_norm_sum``, ``gated_square`` [E]: sums of |f|, |f|^2, g|f|, g^2|f|^2.
     - ``norm_max``, ``peak`` [E]: largest |f|, and largest absolute value of a channel of f.
     - ``angle_sum`` [E]: sum of g|f| (1 - cos(x, f)).
@@ -130,6 +132,9 @@ class LayerStatistics:
     - ``gate_square_sum``, ``up_square_sum`` [E, F]: sums of the squared gate and up products.
     - ``gate_slope``, ``up_slope`` [E, F]: sums of (g da/dgate)^2 and (g da/dup)^2.
     - ``input_square``, ``gated_input_square`` [E, D]: sums of x^2 and g^2 x^2.
+
+    Where the router's coefficient multiplies the expert's input (Llama 4), ``gate_sum``, ``gate_square``,
+    ``share_sum`` and ``ratio_histogram`` are of it, and in all others g is 1: x, a and f contain it already.
 
     With L the cross-entropy of the next tokens in nats, summed over a window, and by the layerwise engine only:
 

@@ -62,8 +62,8 @@ class Sums:
     Args:
         experts: routed experts per layer (E).
         arena: where the sums live.
-        gates_input: the router weights multiply the expert's input (Llama 4), so that the expert's output is its
-            whole contribution, and nothing can be replayed.
+        gates_input: the router weights multiply the expert's input (Llama 4), so that all inside the expert contains
+            them, its output is its whole contribution, and nothing can be replayed.
         capacity: tokens of the reservoir in all; 0 for none.
         backward: gradients are shown as well.
         tokens_only: nothing is added up but how often each expert is chosen; for passes that only the reservoir and
@@ -125,8 +125,16 @@ class Sums:
             return
         sums = self._of(layer, window, width=x.shape[1])
         self._add(layer, sums, input_square=window.x_square)
-        if window.gates is not None:
-            self._add(layer, sums, gated_input_square=window.slots.sums(square, np.square(window.gates)))
+        factors = self._factors(window)
+        if factors is not None:
+            self._add(layer, sums, gated_input_square=window.slots.sums(square, np.square(factors)))
+
+    def _factors(self, window: LayerWindow) -> Floats | None:
+        """What the experts' outputs are multiplied with [T, k]."""
+        if window.gates is None:
+            return None
+        factors: Floats = np.ones_like(window.gates) if self.gates_input else np.abs(window.gates)
+        return factors
 
     def activation(
         self, layer: int, window: LayerWindow, gate: Floats, up: Floats, slopes: tuple[Any, Any] | None
@@ -141,9 +149,10 @@ class Sums:
         sums = self._of(layer, window, hidden=gate.shape[1])
         self._add(layer, sums, gate_square_sum=slots.sums(np.square(gate)))
         self._add(layer, sums, up_square_sum=slots.sums(np.square(up)))
-        if slopes is not None and window.gates is not None:
+        factors = self._factors(window)
+        if slopes is not None and factors is not None:
             value, slope = slopes
-            weights = np.square(window.gates)
+            weights = np.square(factors)
             self._add(layer, sums, up_slope=slots.sums(np.square(value), weights))
             self._add(layer, sums, gate_slope=slots.sums(np.square(slope * up), weights))
 
@@ -155,12 +164,12 @@ class Sums:
         square, size = np.square(hidden), np.abs(hidden)
         plain = slots.sums(square)
         self._add(layer, sums, hidden_square=plain, hidden_abs=slots.sums(size))
-        if window.gates is None:
+        factors = self._factors(window)
+        if factors is None:
             return plain
-        gates = np.abs(window.gates)
-        weights = np.square(gates)
+        weights = np.square(factors)
         self._add(layer, sums, gated_hidden_square=slots.sums(square, weights))
-        size *= gates.reshape(-1, 1)
+        size *= factors.reshape(-1, 1)
         self._add(layer, sums, gated_hidden_max=slots.largest(size))
         if window.residual is not None:
             scale = np.square(window.residual)[:, None]
@@ -179,19 +188,16 @@ class Sums:
             self._add(layer, sums, tokens=np.float64(slots.tokens), routed=slots.counts)
             self._keep(layer, window, weighted.sum(axis=1), None)
             return
-        gates = np.abs(window.gates)
+        gates, factors = np.abs(window.gates), self._factors(window)
+        assert factors is not None
         rows = weighted.reshape(-1, weighted.shape[2])
         gated = np.sqrt(np.einsum("tkd,tkd->tk", weighted, weighted))
-        # f is the contribution by its coefficient, unless that went into the input.
-        inverse = (
-            np.ones_like(gates)
-            if self.gates_input
-            else np.divide(1, gates, out=np.zeros_like(gates), where=gates > 0)
-        )
+        inverse = np.divide(1, factors, out=np.zeros_like(factors), where=factors > 0)
         norms = gated * inverse
         sums = self._of(layer, window, width=rows.shape[1])
         self._add(layer, sums, tokens=np.float64(slots.tokens), routed=slots.counts)
         self._add(layer, sums, gate_sum=slots.totals(gates), gate_square=slots.totals(np.square(gates)))
+        self._add(layer, sums, factor_sum=slots.totals(factors))
         self._add(layer, sums, norm_sum=slots.totals(norms), norm_square=slots.totals(np.square(norms)))
         self._add(layer, sums, gated_norm_sum=slots.totals(gated), gated_square=slots.totals(np.square(gated)))
         self._add(layer, sums, norm_max=slots.largest(norms.reshape(-1)))
