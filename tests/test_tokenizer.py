@@ -308,7 +308,7 @@ UNSUPPORTED: dict[str, tuple[Change, str]] = {
     ),
     "dropout": (set_path("model", "dropout", value=0.1), "no BPE with dropout"),
     "suffixes of words": (set_path("model", "end_of_word_suffix", value="</w>"), "no BPE with end_of_word_suffix"),
-    "another algorithm": (set_path("model", "type", value="Unigram"), "Unigram tokenizers are not supported"),
+    "another algorithm": (set_path("model", "type", value="WordPiece"), "WordPiece tokenizers are not supported"),
 }
 
 
@@ -362,6 +362,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "no model": (set_path("model", value=None), "not a tokenizer definition"),
     "a vocabulary that is a list": (set_path("model", "vocab", value=["a"]), "not a tokenizer definition"),
+    "pieces without scores": (set_path("model", "type", value="Unigram"), "not a tokenizer definition"),
     "ids that are texts": (set_path("model", "vocab", "zzz", value="7"), "not a tokenizer definition"),
     "merges that are numbers": (set_path("model", "merges", value=[1, 2]), "not a tokenizer definition"),
     "merges of unknown tokens": (set_path("model", "merges", 0, value=["日", "本"]), "not a tokenizer definition"),

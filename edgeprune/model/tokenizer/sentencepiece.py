@@ -47,26 +47,18 @@ def sentencepiece_entries(
     normalized = {token["content"] for token in added if token.get("normalized")}
     table = sentencepiece_types(table, definition["model"].get("unk_token"), normalized, where)
     pairs = merges(definition["model"])
-    entries = [
-        make_entry("tokenizer.ggml.tokens", "[str]", table.texts),
-        make_entry("tokenizer.ggml.token_type", "[i32]", table.types),
-    ]
     strange = _joined_without_merge(pairs, table)
     if strange and has_first and not prefix and not any(_crosses_lines(text) for text in table.texts):
-        entries += [
+        entries = [
             make_entry("tokenizer.ggml.model", "str", "gemma4"),
+            make_entry("tokenizer.ggml.tokens", "[str]", table.texts),
+            make_entry("tokenizer.ggml.token_type", "[i32]", table.types),
             make_entry("tokenizer.ggml.merges", "[str]", pairs),
         ]
         return entries, notes
     if strange:
         notes.append(f"llama.cpp joins pieces by the scores of tokens, and not as the merges say for {some(strange)}")
-    entries += [
-        make_entry("tokenizer.ggml.model", "str", "llama"),
-        make_entry("tokenizer.ggml.pre", "str", "default"),
-        make_entry("tokenizer.ggml.scores", "[f32]", _scores(pairs, table)),
-        make_entry("tokenizer.ggml.add_space_prefix", "bool", prefix),
-    ]
-    return entries, notes
+    return score_entries(table, _scores(pairs, table), prefix), notes
 
 
 def sentencepiece_types(table: TokenTable, unknown: str | None, normalized: set[str], where: str) -> TokenTable:
@@ -88,6 +80,16 @@ def sentencepiece_types(table: TokenTable, unknown: str | None, normalized: set[
             types[index] = UNKNOWN
         elif types[index] == USER_DEFINED and text in normalized:
             texts[index] = text.replace(SPACE, " ")
+    require_bytes(texts, where)
+    return TokenTable(texts, types, table.notes)
+
+
+def require_bytes(texts: list[str], where: str) -> None:
+    """llama.cpp spells what has no token in bytes, by tokens for bytes or by letters.
+
+    Raises:
+        Unsupported: a byte has neither, at which llama.cpp would abort.
+    """
     known = set(texts)
     missing = [
         f"<0x{byte:02X}>"
@@ -96,7 +98,23 @@ def sentencepiece_types(table: TokenTable, unknown: str | None, normalized: set[
     ]
     if missing:
         raise Unsupported(f"{where}: {len(missing)} of the 256 byte tokens are missing, the first one {missing[0]}")
-    return TokenTable(texts, types, table.notes)
+
+
+def score_entries(table: TokenTable, scores: list[float], prefix: bool) -> list[Entry]:
+    """Entries of the tokenizer that joins by scores.
+
+    Args:
+        scores: of every token, [vocabulary]; the pair whose union has the highest is joined first.
+        prefix: a space is put in front of a text, and after every special token.
+    """
+    return [
+        make_entry("tokenizer.ggml.model", "str", "llama"),
+        make_entry("tokenizer.ggml.pre", "str", "default"),
+        make_entry("tokenizer.ggml.tokens", "[str]", table.texts),
+        make_entry("tokenizer.ggml.scores", "[f32]", scores),
+        make_entry("tokenizer.ggml.token_type", "[i32]", table.types),
+        make_entry("tokenizer.ggml.add_space_prefix", "bool", prefix),
+    ]
 
 
 def _made(pair: str) -> str:

@@ -75,13 +75,16 @@ def _is_id(value: Any, texts: list[str]) -> bool:
 def frame(definition_path: Path, settings: dict[str, Any], ids: dict[str, int]) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before and after every text.
 
-    The settings rule over the post-processor in ``tokenizer.json``, as in transformers.
+    The settings rule over the post-processor in ``tokenizer.json``, as in transformers; where there is neither, a
+    Llama or Gemma tokenizer begins every text.
 
     Raises:
         BadFile: the definition is none.
     """
     tokenizer = _loaded(definition_path) if definition_path.is_file() else None
     flags = [settings.get("add_bos_token"), settings.get("add_eos_token")]
+    if tokenizer is None and flags[0] is None:
+        flags[0] = str(settings.get("tokenizer_class")).startswith(("Llama", "Gemma"))
     if tokenizer is None or any(isinstance(flag, bool) for flag in flags):
         first, last = (
             [ids[name]] if flag and name in ids else [] for flag, name in zip(flags, ("bos", "eos"), strict=True)
