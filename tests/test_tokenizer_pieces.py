@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +195,148 @@ def test_rules_in_program_code_are_refused_with_the_way_out(name: str, tmp_path:
     with pytest.raises(Unsupported, match=cause) as refusal:
         write_vocabulary(tmp_path)
     assert "convert_hf_to_gguf.py" in refusal.value.hint
+
+
+# Unigram models.
+
+
+def double_array(words: dict[bytes, int]) -> list[int]:
+    """Units of a double-array trie as darts-clone writes it: each word, and the value it leads to.
+
+    The children of a node lie at its base, each moved by exclusive or with its byte; byte 0 is the value.
+    """
+    tree: dict[int, Any] = {}
+    for word, value in words.items():
+        node = tree
+        for byte in word:
+            node = node.setdefault(byte, {})
+        node[0] = value
+    units, taken, free = {0: 0}, {0}, 1
+
+    def place(index: int, node: dict[int, Any]) -> None:
+        nonlocal free
+        base = next(b for b in range(free, 1 << 20) if all(b ^ byte not in taken for byte in node) and b ^ index)
+        taken.update(base ^ byte for byte in node)
+        units[index] |= (base ^ index) << 10 | (0 in node) << 8
+        for byte, below in node.items():
+            if byte:
+                units[base ^ byte] = byte
+                place(base ^ byte, below)
+            else:
+                units[base] = 1 << 31 | below
+
+    place(0, tree)
+    return [units.get(index, 0) for index in range(max(taken) + 256)]
+
+
+def character_map(folded: dict[str, str]) -> bytes:
+    """The compiled map of a SentencePiece normalizer: length of the trie, the trie, and the texts it leads to."""
+    texts, words = b"", {}
+    for source, target in folded.items():
+        words[source.encode()] = len(texts)
+        texts += target.encode() + b"\0"
+    units = double_array(words)
+    return struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + texts
+
+
+FOLDED = {"\ufb01": "fi", "\uff21": "A", "\t": " ", "\n": " ", "\u00bd": "1/2", "\u200b": ""}
+
+
+def unigram_definition(folder: Path, *, fold: bool = True, merge: bool = True, scheme: str = "always") -> Tokenizer:
+    from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    steps = [normalizers.Precompiled(character_map(FOLDED))] if fold else []
+    steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip(left=False)] if merge else []
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=900, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(toys.training_lines()[::4], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = '{"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "add_eos_token": true}'
+    (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    return tokenizer
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("merge", [True, False])
+def test_unigram_model_cuts_text_like_the_original(fold: bool, merge: bool, tmp_path: Path) -> None:
+    tokenizer = unigram_definition(tmp_path, fold=fold, merge=merge)
+    file = write_vocabulary(tmp_path)
+    assert file.get("tokenizer.ggml.add_eos_token") and not file.get("tokenizer.ggml.add_bos_token")
+    texts = [
+        "hello world",
+        "two  spaces   here",
+        "\ufb01ne \uff21\u00bd x\u200by",
+        "日本 \U0001f44d\U0001f44d a",
+        "a",
+        "",
+    ]
+    texts += [" one first", "at the end  "] if merge else []
+    texts += [line.rstrip() for line in toys.training_lines()[::60] if line[:1] > " "]
+    assert len(texts) > 10
+    for text, ids in zip(texts, native_ids(file, texts, special=True), strict=True):
+        assert ids == [*tokenizer.encode(text).ids, file.get("tokenizer.ggml.eos_token_id")], text
+    told = [] if merge else ["llama.cpp puts a space before a text even where one is"]
+    assert file.get(DIFFERENCES_KEY, []) == told
+    assert (native_ids(file, [" a"]) == [tokenizer.encode(" a").ids]) == merge
+
+
+def test_unigram_model_of_pieces_is_read(tmp_path: Path) -> None:
+    (tmp_path / "definition").mkdir()
+    tokenizer = unigram_definition(tmp_path / "definition")
+    definition = json.loads((tmp_path / "definition" / "tokenizer.json").read_text(encoding="utf-8"))
+    types = {"<unk>": 2, "<pad>": 3, "</s>": 3}
+    pieces = [(text, score, types.get(text, 1)) for text, score in definition["model"]["vocab"]]
+    trainer = {3: 1, 40: 2, 41: -1, 42: 1, 43: 0}
+    (tmp_path / "tokenizer.model").write_bytes(piece_model(pieces, trainer, {2: character_map(FOLDED)}))
+    file = write_vocabulary(tmp_path)
+    texts = ["hello world", " two  spaces   here ", "\ufb01ne \uff21\u00bd x\u200by\tz", "日本 a"]
+    assert native_ids(file, texts) == [tokenizer.encode(text).ids for text in texts]
+    assert file.get("tokenizer.ggml.padding_token_id") == 0 and file.get("tokenizer.ggml.bos_token_id") is None
+
+
+UNIGRAM_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "lower case": ({"normalizer": {"type": "Lowercase"}}, "no normalizer Lowercase"),
+    "words cut out": ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer .'Whitespace'"),
+    "nothing cut": ({"pre_tokenizer": None}, "pre-tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", UNIGRAM_REFUSED)
+def test_unigram_rules_that_llama_cpp_lacks_are_an_error(case: str, tmp_path: Path) -> None:
+    change, cause = UNIGRAM_REFUSED[case]
+    unigram_definition(tmp_path)
+    toys.change_json(tmp_path / "tokenizer.json", **change)
+    with pytest.raises(Unsupported, match=cause):
+        write_vocabulary(tmp_path)
+
+
+def test_characters_spelled_in_bytes_are_told(tmp_path: Path) -> None:
+    unigram_definition(tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["model"]["vocab"] += [[f"<0x{byte:02X}>", -20.0] for byte in range(256)]
+    definition["model"]["byte_fallback"] = True
+    toys.change_json(tmp_path / "tokenizer.json", model=definition["model"])
+    assert "spells unknown characters in bytes" in write_vocabulary(tmp_path).get(DIFFERENCES_KEY)[0]
+
+
+DAMAGED_MAPS = {
+    "cut off": b"\0\0\0",
+    "no texts": struct.pack("<II", 4, 0),
+    "a wild trie": struct.pack("<II", 4, 1 << 30) + b"a\0",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED_MAPS)
+def test_damaged_map_of_characters_is_refused(what: str, tmp_path: Path) -> None:
+    unigram_definition(tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content = base64.b64encode(DAMAGED_MAPS[what]).decode()
+    definition["normalizer"]["normalizers"][0]["precompiled_charsmap"] = content
+    toys.change_json(tmp_path / "tokenizer.json", normalizer=definition["normalizer"])
+    with pytest.raises(BadFile) as refusal:
+        write_vocabulary(tmp_path)
+    assert "\n" not in refusal.value.cause

@@ -22,7 +22,7 @@ from edgeprune.model.tokenizer.sentencepiece import is_sentencepiece, sentencepi
 from edgeprune.model.tokenizer.special import frame, optional_json, special_entries, special_ids
 from edgeprune.model.tokenizer.template import template_entries
 from edgeprune.model.tokenizer.tokens import token_table
-from edgeprune.model.tokenizer.unigram import Spaces, unigram_entries, unigram_spaces, unigram_types
+from edgeprune.model.tokenizer.unigram import Spaces, sound_map, unigram_entries, unigram_spaces, unigram_types
 
 # What llama.cpp does otherwise than the original tokenizer, one sentence each.
 DIFFERENCES_KEY = "edgeprune.tokenizer_differences"
@@ -51,7 +51,8 @@ def tokenizer_entries(folder: Path, config: dict[str, Any], vocabulary: int) -> 
         BadFile: no or broken tokenizer files, or more tokens than embeddings.
         Unsupported: a tokenizer that llama.cpp cannot reproduce.
     """
-    settings = optional_json(folder / "tokenizer_config.json")
+    # Older checkpoints name their special tokens in a file of its own.
+    settings = optional_json(folder / "special_tokens_map.json") | optional_json(folder / "tokenizer_config.json")
     found = _Found(folder, settings, config, vocabulary)
     path = tokenizer_file(folder)
     try:
@@ -73,9 +74,10 @@ def _from_definition(found: _Found, path: Path) -> list[Entry]:
     table = token_table(vocabulary, definition.get("added_tokens") or [], found.vocabulary, where)
     special = _special(found, table.texts)
     if kind == "Unigram":
-        table, notes = unigram_types(table, model["unk_id"])
+        spaces = unigram_spaces(definition, where)
+        table, notes = unigram_types(table, model["unk_id"], spaces)
         scores = [score for _, score in ranked] + [0.0] * (found.vocabulary - len(ranked))
-        entries = unigram_entries(table, scores, unigram_spaces(definition, where))
+        entries = unigram_entries(table, scores, spaces)
     elif is_sentencepiece(definition):
         entries, notes = sentencepiece_entries(
             definition, table, has_first=special.adds_first, has_template=bool(special.templates), where=where
@@ -93,8 +95,9 @@ def _from_pieces(found: _Found, path: Path) -> list[Entry]:
     table, scores = piece_table(model, added, found.vocabulary, str(path))
     special = _special(found, table.texts, model.ids)
     if model.kind == UNIGRAM:
-        table, notes = unigram_types(table, model.ids["unknown"])
-        entries = unigram_entries(table, scores, Spaces(prefix, model.merges_spaces, model.characters))
+        spaces = Spaces(prefix, model.merges_spaces, sound_map(model.characters, str(path)))
+        table, notes = unigram_types(table, model.ids["unknown"], spaces)
+        entries = unigram_entries(table, scores, spaces)
     else:
         entries, notes = piece_entries(model, table, scores, prefix, str(path))
     return _joined(entries, special, [*table.notes, *special.notes, *notes])

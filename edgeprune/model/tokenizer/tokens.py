@@ -90,6 +90,8 @@ def _remarks(text_of: dict[int, str], added: list[dict[str, Any]], size: int) ->
             f"the tokenizer drops white space beside {some(padded)}; llama.cpp keeps it, except behind the special "
             "tokens of models with phi-3 in their name"
         )
+    if words := [token["content"] for token in added if token.get("single_word")]:
+        yield f"the tokenizer looks for {some(words)} as whole words only; llama.cpp finds them within words too"
 
 
 def _unused(index: int, taken: set[str]) -> str:

@@ -11,7 +11,7 @@ import base64
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.errors import Unsupported
+from edgeprune.errors import BadFile, Unsupported
 from edgeprune.model.gguf import Entry, make_entry
 from edgeprune.model.tokenizer.sentencepiece import SPACE
 from edgeprune.model.tokenizer.tokens import BYTE, UNKNOWN, TokenTable, is_byte
@@ -52,22 +52,35 @@ def unigram_entries(table: TokenTable, scores: list[float], spaces: Spaces) -> l
     return entries
 
 
-def unigram_types(table: TokenTable, unknown: int) -> tuple[TokenTable, list[str]]:
-    """The tokens with byte tokens and the unknown token marked, and what that means, one sentence each."""
+def unigram_types(table: TokenTable, unknown: int, spaces: Spaces) -> tuple[TokenTable, list[str]]:
+    """The tokens with bytes and the unknown one marked, and what llama.cpp does otherwise, one sentence each."""
     types = [BYTE if is_byte(text) else kind for text, kind in zip(table.texts, table.types, strict=True)]
     types[unknown] = UNKNOWN
-    notes = (
-        ["the tokenizer spells unknown characters in bytes; llama.cpp takes them for unknown"]
-        if BYTE in types
-        else []
-    )
+    notes = []
+    if BYTE in types:
+        notes.append("the tokenizer spells unknown characters in bytes; llama.cpp takes them for unknown")
+    if spaces.prefix and not spaces.merged:
+        notes.append("llama.cpp puts a space before a text even where one is")
     return TokenTable(table.texts, types, table.notes), notes
+
+
+def sound_map(characters: bytes, where: str) -> bytes:
+    """The compiled map of characters itself: the length of a trie in bytes, the trie, and the texts it leads to.
+
+    Raises:
+        BadFile: it is cut off.
+    """
+    length = int.from_bytes(characters[:4], "little")
+    if characters and (length % 4 or not 0 < length < len(characters) - 4 or characters[-1]):
+        raise BadFile(f"{where}: the map of characters is damaged: {len(characters)} bytes, a trie of {length}")
+    return characters
 
 
 def unigram_spaces(definition: dict[str, Any], where: str) -> Spaces:
     """The rules in ``tokenizer.json``.
 
     Raises:
+        BadFile: a damaged map of characters.
         Unsupported: rules that llama.cpp does not have.
     """
     normalizer = definition.get("normalizer") or {}
@@ -75,7 +88,7 @@ def unigram_spaces(definition: dict[str, Any], where: str) -> Spaces:
     for step in normalizer.get("normalizers", [normalizer] if normalizer else []):
         kind = step.get("type")
         if kind == "Precompiled":
-            characters = base64.b64decode(step["precompiled_charsmap"] or "", validate=True)
+            characters = sound_map(base64.b64decode(step["precompiled_charsmap"] or "", validate=True), where)
         elif kind == "Replace" and step.get("pattern") == {"Regex": " {2,}"} and step.get("content") in (" ", SPACE):
             merged = True
         elif kind != "Strip" or step.get("strip_left"):
