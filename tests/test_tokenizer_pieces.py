@@ -114,15 +114,15 @@ def test_what_a_piece_model_leaves_out_is_as_its_definition_says(tmp_path: Path)
     assert read_piece_model(written(tmp_path, [])).kind == PAIRS
 
 
-def test_spaces_that_the_original_merges_are_told(tmp_path: Path) -> None:
-    written(tmp_path, [], normalizer={3: 1, 4: 1})
-    assert "makes one space of several" in write_vocabulary(tmp_path).get(DIFFERENCES_KEY)[0]
+def test_spaces_that_the_original_merges_and_characters_that_it_folds_are_told(tmp_path: Path) -> None:
+    written(tmp_path, [], normalizer={2: character_map(FOLDED), 3: 1, 4: 1})
+    folds, merges = write_vocabulary(tmp_path).get(DIFFERENCES_KEY)
+    assert "folds characters" in folds and "makes one space of several" in merges
 
 
 REFUSED = {
     "words": ({"trainer": {3: 3}}, "kind 3"),
     "spaces behind words": ({"trainer": {3: 2, 24: 1}}, "spaces belong to the word before"),
-    "folded characters": ({"normalizer": {2: b"map", 4: 0}}, "folds no characters"),
 }
 
 

@@ -17,7 +17,7 @@ from edgeprune.model.gguf import Entry, make_entry
 from edgeprune.model.tokenizer.byte_level import byte_level_entries
 from edgeprune.model.tokenizer.found import added_tokens, tokenizer_file
 from edgeprune.model.tokenizer.piece_model import UNIGRAM, read_piece_model
-from edgeprune.model.tokenizer.pieces import piece_entries, piece_table
+from edgeprune.model.tokenizer.pieces import LAST, piece_entries, piece_table
 from edgeprune.model.tokenizer.sentencepiece import is_sentencepiece, sentencepiece_entries
 from edgeprune.model.tokenizer.special import frame, optional_json, special_entries, special_ids
 from edgeprune.model.tokenizer.template import template_entries
@@ -76,7 +76,7 @@ def _from_definition(found: _Found, path: Path) -> list[Entry]:
     if kind == "Unigram":
         spaces = unigram_spaces(definition, where)
         table, notes = unigram_types(table, model["unk_id"], spaces)
-        scores = [score for _, score in ranked] + [0.0] * (found.vocabulary - len(ranked))
+        scores = [score for _, score in ranked] + [LAST] * (found.vocabulary - len(ranked))
         entries = unigram_entries(table, scores, spaces)
     elif is_sentencepiece(definition):
         entries, notes = sentencepiece_entries(

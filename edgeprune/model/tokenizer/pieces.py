@@ -7,10 +7,10 @@ from typing import Any
 from edgeprune.errors import Unsupported
 from edgeprune.model.gguf import Entry
 from edgeprune.model.tokenizer.piece_model import PAIRS, UNIGRAM, PieceModel
-from edgeprune.model.tokenizer.sentencepiece import SPACE, require_bytes, score_entries
+from edgeprune.model.tokenizer.sentencepiece import FOLDS, SPACE, require_bytes, score_entries
 from edgeprune.model.tokenizer.tokens import USER_DEFINED, TokenTable, token_table
 
-_LAST = -1e9
+LAST = -1e9  # the score of what is no piece
 
 
 def piece_table(
@@ -39,7 +39,7 @@ def piece_table(
     table = token_table(pieces, added, size, where)
     own = {index: model.types[index] for index in pieces.values()}
     types = [own.get(index, kind) for index, kind in enumerate(table.types)]
-    scores = [model.scores[index] if index in own else _LAST for index in range(size)]
+    scores = [model.scores[index] if index in own else LAST for index in range(size)]
     return TokenTable(table.texts, types, table.notes), scores
 
 
@@ -53,12 +53,12 @@ def piece_entries(
         prefix: a space is put in front of a text.
 
     Raises:
-        Unsupported: characters are folded, or a byte has no token.
+        Unsupported: a byte has no token.
     """
-    if model.characters:
-        raise Unsupported(f"{where}: llama.cpp folds no characters in SentencePiece models of pairs")
     require_bytes(table.texts, where)
     notes = []
+    if model.characters:
+        notes.append(FOLDS)
     if model.merges_spaces:
         notes.append("the tokenizer makes one space of several; llama.cpp keeps them")
     return score_entries(table, scores, prefix), notes

@@ -6,7 +6,8 @@ scores of a SentencePiece model say the same. In ``gemma4`` merges are worked of
 ends, a token begins every text, and no space is put in front.
 
 What llama.cpp does otherwise: a space in front of the text is put there whether the text begins with one or not, and
-after every special token; ``Metaspace`` puts none before a space, and if so told only at the very start.
+after every special token; ``Metaspace`` puts none before a space, and if so told only at the very start. The map of
+characters that a SentencePiece model may have is left out.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from edgeprune.model.tokenizer.byte_level import merges
 from edgeprune.model.tokenizer.tokens import BYTE, NORMAL, UNKNOWN, USER_DEFINED, TokenTable, is_byte, some
 
 SPACE = "\u2581"
+FOLDS = "the tokenizer folds characters, such as full-width ones; llama.cpp takes them as they are"
 
 
 def is_sentencepiece(definition: dict[str, Any]) -> bool:
@@ -162,6 +164,7 @@ def _spaces(definition: dict[str, Any], has_template: bool, where: str) -> tuple
     """Whether to put a space in front of a text, and what that is other than in the original, one sentence each."""
     normalizer = definition.get("normalizer") or {}
     replaced = prepended = False
+    notes = []
     for step in normalizer.get("normalizers", [normalizer] if normalizer else []):
         if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
             prepended = True
@@ -169,12 +172,15 @@ def _spaces(definition: dict[str, Any], has_template: bool, where: str) -> tuple
             step.get("type") == "Replace" and step.get("content") == SPACE and step.get("pattern") == {"String": " "}
         ):
             replaced = True
+        elif step.get("type") == "Precompiled":
+            notes.append(FOLDS)
         else:
             raise Unsupported(f"{where}: llama.cpp has no normalizer {step.get('type')} for SentencePiece tokenizers")
     rules = definition.get("pre_tokenizer") or {}
     kind = rules.get("type")
     if kind == "Metaspace" and not rules.get("split", True):
-        return _metaspace(rules, has_template)
+        prefix, told = _metaspace(rules, has_template)
+        return prefix, notes + told
     # A cut at spaces of which none are left.
     cuts_nothing = kind == "Split" and replaced and rules.get("pattern") in ({"String": " "}, {"Regex": " "})
     if kind is not None and not cuts_nothing:
@@ -183,7 +189,7 @@ def _spaces(definition: dict[str, Any], has_template: bool, where: str) -> tuple
         )
     if not replaced:
         raise Unsupported(f"{where}: a SentencePiece tokenizer that does not replace spaces")
-    return prepended, []
+    return prepended, notes
 
 
 def _metaspace(rules: dict[str, Any], has_template: bool) -> tuple[bool, list[str]]:
