@@ -250,6 +250,20 @@ def test_added_tokens_without_an_embedding_are_left_out_and_told(folder: Path) -
 NO_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
+def test_tokens_that_are_words_only_as_a_whole_are_told(folder: Path) -> None:
+    change_definition(folder, set_path("added_tokens", 2, "single_word", value=True))
+    (told,) = write_vocabulary(folder).get(DIFFERENCES_KEY)
+    assert "'<|im_end|>' as whole words only" in told
+
+
+def test_special_tokens_may_be_named_in_the_older_file(folder: Path) -> None:
+    toys.change_json(folder / "tokenizer_config.json", eos_token=..., bos_token=...)
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|im_start|>", "bos_token": null}')
+    file = write_vocabulary(folder)
+    assert file.get("tokenizer.ggml.tokens")[file.get("tokenizer.ggml.eos_token_id")] == "<|im_start|>"
+    assert file.get("tokenizer.ggml.bos_token_id") is None
+
+
 def test_white_space_that_tokens_swallow_is_told(folder: Path) -> None:
     change_definition(folder, set_path("added_tokens", 2, "rstrip", value=True))
     (told,) = write_vocabulary(folder).get(DIFFERENCES_KEY)
@@ -308,7 +322,7 @@ UNSUPPORTED: dict[str, tuple[Change, str]] = {
     ),
     "dropout": (set_path("model", "dropout", value=0.1), "no BPE with dropout"),
     "suffixes of words": (set_path("model", "end_of_word_suffix", value="</w>"), "no BPE with end_of_word_suffix"),
-    "another algorithm": (set_path("model", "type", value="Unigram"), "Unigram tokenizers are not supported"),
+    "another algorithm": (set_path("model", "type", value="WordPiece"), "WordPiece tokenizers are not supported"),
 }
 
 
@@ -362,6 +376,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "no model": (set_path("model", value=None), "not a tokenizer definition"),
     "a vocabulary that is a list": (set_path("model", "vocab", value=["a"]), "not a tokenizer definition"),
+    "pieces without scores": (set_path("model", "type", value="Unigram"), "not a tokenizer definition"),
     "ids that are texts": (set_path("model", "vocab", "zzz", value="7"), "not a tokenizer definition"),
     "merges that are numbers": (set_path("model", "merges", value=[1, 2]), "not a tokenizer definition"),
     "merges of unknown tokens": (set_path("model", "merges", 0, value=["日", "本"]), "not a tokenizer definition"),

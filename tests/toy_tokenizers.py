@@ -7,6 +7,7 @@ cut would cut: accents, spaces, digits, scripts.
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -512,3 +513,41 @@ def write_sentencepiece(folder: Path, family: str) -> Pieces:
     }
     _write(folder, rules, definition)
     return rules
+
+
+def field_bytes(number: int, value: int | float | str | bytes) -> bytes:
+    """One field of a protocol buffer."""
+
+    def varint(rest: int) -> bytes:
+        rest %= 1 << 64
+        return bytes([rest & 0x7F | 0x80]) + varint(rest >> 7) if rest > 0x7F else bytes([rest])
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    raw = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(raw)) + raw
+
+
+def piece_model(pieces: list[tuple[str, float, int]], trainer: dict[int, Any], normalizer: dict[int, Any]) -> bytes:
+    """A SentencePiece model: text, score and type of each piece, and fields of its specifications."""
+    message = b""
+    for text, score, kind in pieces:
+        piece = field_bytes(1, text) + field_bytes(2, float(score)) + (field_bytes(3, kind) if kind != 1 else b"")
+        message += field_bytes(1, piece)
+    message += field_bytes(2, b"".join(field_bytes(*each) for each in trainer.items()))
+    return message + field_bytes(3, b"".join(field_bytes(*each) for each in normalizer.items()))
+
+
+def write_piece_model(folder: Path, family: str, **settings: Any) -> None:
+    """The family's tokenizer as ``tokenizer.model``, with no ``tokenizer.json``."""
+    tokens, joined = pieces_of(family)
+    rank = {text: -float(index) for index, text in enumerate(joined)}
+    types = [3] * len(SENTENCEPIECE[family].before) + [6] * 256
+    types += [1] * (len(tokens) - len(types))
+    types[tokens.index("<unk>")] = 2
+    pieces = [(text, rank.get(text, -float(len(tokens) + n)), types[n]) for n, text in enumerate(tokens)]
+    trainer = {3: 2, 40: tokens.index("<unk>"), 41: 1, 42: 2, 43: -1}
+    (folder / "tokenizer.model").write_bytes(piece_model(pieces, trainer, {1: "identity", 3: 1, 4: 0}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

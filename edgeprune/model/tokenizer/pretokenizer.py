@@ -16,9 +16,11 @@ with characters of every Unicode category. What llama.cpp cuts otherwise:
 - ``deepseek-llm``: as ``deepseek-coder``, but for U+3000.
 
 A cut more or less matters only where a token reaches across it, so a cut less never does to a vocabulary that was
-trained under the rule. Rules that llama.cpp does not work off in code of its
-own but by ``std::regex`` overflow the stack on a text of more than some 20,000 letters (or spaces) without a break:
-all but ``gpt-2``, ``qwen2``, ``qwen35``, ``llama-bpe``, ``glm4``, ``dbrx``, ``chatglm-bpe`` and ``kimi-k2``.
+trained under the rule.
+
+Rules that llama.cpp does not work off in code of its own but by ``std::regex`` overflow the stack on more than some
+20,000 letters (or spaces) without a break: all but ``gpt-2``, ``qwen2``, ``qwen35``, ``llama-bpe``, ``glm4``,
+``dbrx``, ``chatglm-bpe`` and ``kimi-k2``.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ _KIMI = (
 )
 _BAILING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+# DeepSeek's letters: those with case, written out.
 _DEEPSEEK_LETTERS = (
     "A-Za-z\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
     "\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
@@ -72,6 +75,7 @@ _DEEPSEEK3_WORDS = (
 )
 _SEED = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
+_MOST_SHOWN = 400
 # Steps that are no regular expression of the tokenizer's own: each digit alone, and GPT-2's rule within ByteLevel.
 DIGIT, GPT2 = "each digit", "GPT-2's words"
 _NO_MARKS = "combining marks are cut off their letters, and only English letters have case"
@@ -135,7 +139,7 @@ def pre_tokenizer(definition: dict[str, Any], has_first: bool, where: str) -> tu
     known = PRE_TOKENIZERS.get(steps)
     if known is None:
         raise Unsupported(
-            f"{where}: unknown pre-tokenizer rules {list(steps)}",
+            f"{where}: unknown pre-tokenizer rules {str(list(steps))[:_MOST_SHOWN]}",
             hint="if llama.cpp has them, add them to PRE_TOKENIZERS in edgeprune/model/tokenizer/pretokenizer.py",
         )
     words_first = bool(definition["model"].get("ignore_merges"))

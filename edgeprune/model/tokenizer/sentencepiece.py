@@ -6,7 +6,8 @@ scores of a SentencePiece model say the same. In ``gemma4`` merges are worked of
 ends, a token begins every text, and no space is put in front.
 
 What llama.cpp does otherwise: a space in front of the text is put there whether the text begins with one or not, and
-after every special token; ``Metaspace`` puts none before a space, and if so told only at the very start.
+after every special token; ``Metaspace`` puts none before a space, and if so told only at the very start. The map of
+characters that a SentencePiece model may have is left out.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from edgeprune.model.tokenizer.byte_level import merges
 from edgeprune.model.tokenizer.tokens import BYTE, NORMAL, UNKNOWN, USER_DEFINED, TokenTable, is_byte, some
 
 SPACE = "\u2581"
+FOLDS = "the tokenizer folds characters, such as full-width ones; llama.cpp takes them as they are"
 
 
 def is_sentencepiece(definition: dict[str, Any]) -> bool:
@@ -47,26 +49,18 @@ def sentencepiece_entries(
     normalized = {token["content"] for token in added if token.get("normalized")}
     table = sentencepiece_types(table, definition["model"].get("unk_token"), normalized, where)
     pairs = merges(definition["model"])
-    entries = [
-        make_entry("tokenizer.ggml.tokens", "[str]", table.texts),
-        make_entry("tokenizer.ggml.token_type", "[i32]", table.types),
-    ]
     strange = _joined_without_merge(pairs, table)
     if strange and has_first and not prefix and not any(_crosses_lines(text) for text in table.texts):
-        entries += [
+        entries = [
             make_entry("tokenizer.ggml.model", "str", "gemma4"),
+            make_entry("tokenizer.ggml.tokens", "[str]", table.texts),
+            make_entry("tokenizer.ggml.token_type", "[i32]", table.types),
             make_entry("tokenizer.ggml.merges", "[str]", pairs),
         ]
         return entries, notes
     if strange:
         notes.append(f"llama.cpp joins pieces by the scores of tokens, and not as the merges say for {some(strange)}")
-    entries += [
-        make_entry("tokenizer.ggml.model", "str", "llama"),
-        make_entry("tokenizer.ggml.pre", "str", "default"),
-        make_entry("tokenizer.ggml.scores", "[f32]", _scores(pairs, table)),
-        make_entry("tokenizer.ggml.add_space_prefix", "bool", prefix),
-    ]
-    return entries, notes
+    return score_entries(table, _scores(pairs, table), prefix), notes
 
 
 def sentencepiece_types(table: TokenTable, unknown: str | None, normalized: set[str], where: str) -> TokenTable:
@@ -88,6 +82,16 @@ def sentencepiece_types(table: TokenTable, unknown: str | None, normalized: set[
             types[index] = UNKNOWN
         elif types[index] == USER_DEFINED and text in normalized:
             texts[index] = text.replace(SPACE, " ")
+    require_bytes(texts, where)
+    return TokenTable(texts, types, table.notes)
+
+
+def require_bytes(texts: list[str], where: str) -> None:
+    """llama.cpp spells what has no token in bytes, by tokens for bytes or by letters.
+
+    Raises:
+        Unsupported: a byte has neither, at which llama.cpp would abort.
+    """
     known = set(texts)
     missing = [
         f"<0x{byte:02X}>"
@@ -96,7 +100,23 @@ def sentencepiece_types(table: TokenTable, unknown: str | None, normalized: set[
     ]
     if missing:
         raise Unsupported(f"{where}: {len(missing)} of the 256 byte tokens are missing, the first one {missing[0]}")
-    return TokenTable(texts, types, table.notes)
+
+
+def score_entries(table: TokenTable, scores: list[float], prefix: bool) -> list[Entry]:
+    """Entries of the tokenizer that joins by scores.
+
+    Args:
+        scores: of every token, [vocabulary]; the pair whose union has the highest is joined first.
+        prefix: a space is put in front of a text, and after every special token.
+    """
+    return [
+        make_entry("tokenizer.ggml.model", "str", "llama"),
+        make_entry("tokenizer.ggml.pre", "str", "default"),
+        make_entry("tokenizer.ggml.tokens", "[str]", table.texts),
+        make_entry("tokenizer.ggml.scores", "[f32]", scores),
+        make_entry("tokenizer.ggml.token_type", "[i32]", table.types),
+        make_entry("tokenizer.ggml.add_space_prefix", "bool", prefix),
+    ]
 
 
 def _made(pair: str) -> str:
@@ -144,6 +164,7 @@ def _spaces(definition: dict[str, Any], has_template: bool, where: str) -> tuple
     """Whether to put a space in front of a text, and what that is other than in the original, one sentence each."""
     normalizer = definition.get("normalizer") or {}
     replaced = prepended = False
+    notes = []
     for step in normalizer.get("normalizers", [normalizer] if normalizer else []):
         if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
             prepended = True
@@ -151,12 +172,15 @@ def _spaces(definition: dict[str, Any], has_template: bool, where: str) -> tuple
             step.get("type") == "Replace" and step.get("content") == SPACE and step.get("pattern") == {"String": " "}
         ):
             replaced = True
+        elif step.get("type") == "Precompiled":
+            notes.append(FOLDS)
         else:
             raise Unsupported(f"{where}: llama.cpp has no normalizer {step.get('type')} for SentencePiece tokenizers")
     rules = definition.get("pre_tokenizer") or {}
     kind = rules.get("type")
     if kind == "Metaspace" and not rules.get("split", True):
-        return _metaspace(rules, has_template)
+        prefix, told = _metaspace(rules, has_template)
+        return prefix, notes + told
     # A cut at spaces of which none are left.
     cuts_nothing = kind == "Split" and replaced and rules.get("pattern") in ({"String": " "}, {"Regex": " "})
     if kind is not None and not cuts_nothing:
@@ -165,7 +189,7 @@ def _spaces(definition: dict[str, Any], has_template: bool, where: str) -> tuple
         )
     if not replaced:
         raise Unsupported(f"{where}: a SentencePiece tokenizer that does not replace spaces")
-    return prepended, []
+    return prepended, notes
 
 
 def _metaspace(rules: dict[str, Any], has_template: bool) -> tuple[bool, list[str]]:

@@ -1,4 +1,8 @@
-"""Special tokens: their ids, which of them frame a text, and which end an answer."""
+"""Special tokens: their ids, which of them frame a text, and which end an answer.
+
+llama.cpp also has keys for the tokens of fill-in-the-middle. No file of a checkpoint says which they are, and
+llama.cpp finds the known ones by their text, so they are left to it.
+"""
 
 from __future__ import annotations
 
@@ -75,32 +79,37 @@ def _is_id(value: Any, texts: list[str]) -> bool:
 def frame(definition_path: Path, settings: dict[str, Any], ids: dict[str, int]) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before and after every text.
 
-    The settings rule over the post-processor in ``tokenizer.json``, as in transformers.
+    The settings rule over the post-processor in ``tokenizer.json``, as in transformers; where there is neither, a
+    Llama or Gemma tokenizer begins every text.
 
     Raises:
         BadFile: the definition is none.
     """
-    tokenizer = _loaded(definition_path) if definition_path.is_file() else None
+    bare, framed = _encoded(definition_path, "a") if definition_path.is_file() else ([], [])
     flags = [settings.get("add_bos_token"), settings.get("add_eos_token")]
-    if tokenizer is None or any(isinstance(flag, bool) for flag in flags):
+    if not definition_path.is_file() and flags[0] is None:
+        flags[0] = str(settings.get("tokenizer_class")).startswith(("Llama", "Gemma"))
+    if any(isinstance(flag, bool) for flag in flags):
         first, last = (
             [ids[name]] if flag and name in ids else [] for flag, name in zip(flags, ("bos", "eos"), strict=True)
         )
         return first, last
-    framed = tokenizer.encode("a").ids
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
     for start in range(len(framed) - len(bare) + 1):
         if bare and framed[start : start + len(bare)] == bare:
             return framed[:start], framed[start + len(bare) :]
     return [], []
 
 
-def _loaded(path: Path) -> Any:
+def _encoded(path: Path, text: str) -> tuple[list[int], list[int]]:
+    """Ids of the text alone, and with what the post-processor adds."""
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
+        tokenizer = Tokenizer.from_file(str(path))
+        return tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.encode(text).ids
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing more specific, and its panics are no Exception
         raise BadFile(f"{path} is not a tokenizer definition: {str(error)[:200]!r}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ def some(texts: list[str]) -> str:
     return shown + f" and {len(texts) - _SHOWN} more" * (len(texts) > _SHOWN)
 
 
-def token_table(definition: dict[str, Any], vocabulary: dict[str, int], size: int, where: str) -> TokenTable:
+def token_table(vocabulary: dict[str, int], added: list[dict[str, Any]], size: int, where: str) -> TokenTable:
     """Tokens of ids 0 to ``size`` - 1: those of the model, over them the added ones; ids without a token are unused.
 
     Special tokens are control tokens, which llama.cpp finds in a text only when it is asked to parse them; the other
@@ -47,55 +48,50 @@ def token_table(definition: dict[str, Any], vocabulary: dict[str, int], size: in
     and gpt-oss's marks of channels. It shows only in plain text in which special tokens are not to be parsed.
 
     Args:
-        definition: contents of ``tokenizer.json``.
         vocabulary: text to id of the tokens of the model.
+        added: the added tokens, as ``tokenizer.json`` has them.
         size: rows of the embedding matrix.
         where: the file, for messages.
 
     Raises:
         BadFile: a token of the model without an embedding, or one text with two ids.
     """
-    largest = max(vocabulary.values(), default=-1)
-    if largest >= size:
-        raise BadFile(f"{where} has token id {largest}, the model {size} embeddings")
-    texts: list[str | None] = [None] * size
-    types = [UNUSED] * size
-    for text, index in vocabulary.items():
+    for index in vocabulary.values():
+        if index >= size:
+            raise BadFile(f"{where} has token id {max(vocabulary.values())}, the model {size} embeddings")
         if index < 0:
             raise BadFile(f"{where} has token id {index}")
-        texts[index], types[index] = text, NORMAL
-    beyond, notes = [], []
-    for added in definition.get("added_tokens") or []:
-        index, text = added["id"], str(added["content"])
-        if not 0 <= index < size:
-            beyond.append(text)
-            continue
+    text_of = {index: text for text, index in vocabulary.items()}
+    type_of = dict.fromkeys(text_of, NORMAL)
+    for token in added:
+        index, text = token["id"], str(token["content"])
         if vocabulary.get(text, index) != index:
             raise BadFile(f"{where} has the token {text[:40]!r} as id {vocabulary[text]} and as id {index}")
-        texts[index], types[index] = text, CONTROL if added.get("special") else USER_DEFINED
-    # llama.cpp reads a text up to its first zero character.
-    if cut := [text for text in texts if text is not None and "\0" in text]:
-        notes.append(f"tokens with a zero character are left out: {some(cut)}")
-        texts = [None if text is not None and "\0" in text else text for text in texts]
-        types = [UNUSED if text is None else kind for text, kind in zip(texts, types, strict=True)]
-    taken = {text for text in texts if text is not None}
-    if len(taken) != sum(text is not None for text in texts):
+        text_of[index], type_of[index] = text, CONTROL if token.get("special") else USER_DEFINED
+    kept = {index: text for index, text in text_of.items() if 0 <= index < size and "\0" not in text}
+    taken = set(kept.values())
+    if len(taken) < len(kept):
         raise BadFile(f"{where} has one added token under two ids")
-    if beyond:
-        notes.append(f"added tokens beyond the {size} embeddings are left out: {some(beyond)}")
-    if padded := [added["content"] for added in definition.get("added_tokens") or [] if _swallows(added)]:
-        # In llama.cpp only the name of the model switches it on (src/llama-vocab.cpp, per token attributes).
-        notes.append(
-            f"the tokenizer drops white space beside {some(padded)}; llama.cpp keeps it, except behind the special "
-            "tokens of models with phi-3 in their name"
-        )
     return TokenTable(
-        [_unused(index, taken) if text is None else text for index, text in enumerate(texts)], types, tuple(notes)
+        [kept[index] if index in kept else _unused(index, taken) for index in range(size)],
+        [type_of[index] if index in kept else UNUSED for index in range(size)],
+        tuple(_remarks(text_of, added, size)),
     )
 
 
-def _swallows(added: dict[str, Any]) -> bool:
-    return bool(added.get("lstrip") or added.get("rstrip"))
+def _remarks(text_of: dict[int, str], added: list[dict[str, Any]], size: int) -> Iterator[str]:
+    if beyond := [text for index, text in text_of.items() if not 0 <= index < size]:
+        yield f"added tokens beyond the {size} embeddings are left out: {some(beyond)}"
+    if cut := [text for text in text_of.values() if "\0" in text]:  # llama.cpp reads a text up to there
+        yield f"tokens with a zero character are left out: {some(cut)}"
+    if padded := [token["content"] for token in added if token.get("lstrip") or token.get("rstrip")]:
+        # In llama.cpp only the name of the model switches it on (src/llama-vocab.cpp, per token attributes).
+        yield (
+            f"the tokenizer drops white space beside {some(padded)}; llama.cpp keeps it, except behind the special "
+            "tokens of models with phi-3 in their name"
+        )
+    if words := [token["content"] for token in added if token.get("single_word")]:
+        yield f"the tokenizer looks for {some(words)} as whole words only; llama.cpp finds them within words too"
 
 
 def _unused(index: int, taken: set[str]) -> str:
