@@ -1,4 +1,4 @@
-"""Toy GGUFs of nearly every Mixture-of-Experts architecture that llama.cpp loads.
+"""Toy GGUFs of every language model with experts that llama.cpp loads.
 
 ``architectures.json`` has, for each of them, the metadata beyond those in ``COMMON`` and the tensors, with ``*`` for
 every block. It was made by asking llama.cpp's loader (0.5.0-dev, as llama-cpp-python 0.3.36 has it): load a header,
@@ -34,12 +34,6 @@ COMMON: dict[str, tuple[str, Any]] = {
     "expert_feed_forward_length": ("u32", EXPERT_WIDTH),
 }
 KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("architectures.json").read_text(encoding="utf-8"))
-# Of llama.cpp's architectures with experts those that are not there: it computes them only with particular sizes, or
-# they are no language models (an encoder, a draft).
-MISSING = {
-    "afmoe", "deepseek32", "dflash", "dots3note", "glm-dsa", "glm5-next", "llama-embed", "minicpm", "nomic-bert-moe",
-    "refact", "step35",
-}  # fmt: skip
 # Those whose loader takes gate and up projections in one tensor (``create_tensor_gate_up_exps``).
 FUSED = ["cohere2moe", "deepseek2", "deepseek2-ocr", "gemma4", "granite_swa", "hy_v3", "qwen35moe", "qwen3next"]
 # Those whose graph multiplies the experts' products with scales.
