@@ -64,7 +64,7 @@ class Repository:
         files: by path.
         revisions: commit by branch or tag.
         token: that is needed for access; "" for none.
-        gated: access is refused to every token.
+        gated: access to its files is refused to every token; what they are called is public.
     """
 
     files: dict[str, Stored]
@@ -157,12 +157,16 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Error-Code": code, "X-Error-Message": message} if code else {}
         self._send(status, json.dumps({"error": message}).encode(), {**headers, **further})
 
-    def _repository(self, repo: str, revision: str, token: str) -> tuple[Repository, str] | None:
-        """The repository and the commit, or None after an answer that says why not."""
+    def _repository(self, repo: str, revision: str, token: str, *, files: bool) -> tuple[Repository, str] | None:
+        """The repository and the commit, or None after an answer that says why not.
+
+        Args:
+            files: its files are wanted, not only what is said of it.
+        """
         found = self.hub.repositories.get(repo)
         if found is None:
             self._refuse(401, "RepoNotFound", "Repository not found")
-        elif found.gated:
+        elif found.gated and files:
             self._refuse(403 if token else 401, "GatedRepo", f"Access to model {repo} is restricted")
         elif found.token and token != found.token:
             self._refuse(401, "RepoNotFound", "Repository not found")
@@ -173,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _information(self, repo: str, revision: str, token: str) -> None:
-        found = self._repository(repo, revision, token)
+        found = self._repository(repo, revision, token, files=False)
         if found is None:
             return
         siblings = []
@@ -188,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _file(self, repo: str, revision: str, path: str, token: str) -> None:
-        found = self._repository(repo, revision, token)
+        found = self._repository(repo, revision, token, files=True)
         if found is None:
             return
         repository, commit = found

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from runs import run_edgeprune
 
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
+from edgeprune.inspection import inspect_model
 from edgeprune.model import download
 from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
@@ -276,13 +277,27 @@ def test_token_opens_a_private_repository_and_stays_with_the_hub(
     assert {request.token for request in hub.requests if "/resolve/" in request.path} == {"hf_secret"}
 
 
-def test_gated_with_a_token_is_no_other_error(
-    hub: hub_files.Hub, gguf: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("token", ["", "hf_secret"])
+def test_gated_repository_is_called_so_with_and_without_a_token(
+    token: str, hub: hub_files.Hub, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add(REPO, {FILE: gguf}, gated=True)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with pytest.raises(EdgepruneError, match="is gated"):
-        get(REPO)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    for look in (get, inspect_model):
+        with pytest.raises(EdgepruneError, match="is gated"):
+            look(REPO)
+
+
+@pytest.mark.parametrize("status", [403, 404, 429, 500])
+def test_trouble_with_a_file_is_told(
+    status: int, hub: hub_files.Hub, repository: hub_files.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_files._Handler, "_from_store", lambda self, path: self._refuse(status, "", "trouble"))
+    for look in (get, inspect_model):
+        with pytest.raises(EdgepruneError) as refusal:
+            look(f"{REPO}:Q8_0")
+        assert "\n" not in refusal.value.cause
 
 
 @pytest.mark.parametrize(("status", "cause"), [(500, "HTTP 500"), (403, "refuses access"), (429, "no more requests")])

@@ -28,6 +28,8 @@ _EXPERT_WEIGHT = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight")
 _EXPERT_VECTOR = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(bias|scale|input_scale)")
 # gemma4's ffn_gate_inp.scale is a vector over the model width, not over experts.
 _ROUTER = re.compile(r"ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?|exp_probs_b_vl\.bias")
+# Architectures with experts whose outputs are no next tokens that could be compared.
+_NO_LANGUAGE_MODELS = {"nomic-bert-moe": "is an encoder", "dflash": "drafts for another model"}
 # Hard limits of llama.cpp (src/llama-hparams.h); beyond them it aborts its process.
 MOST_EXPERTS = 1024
 MOST_LAYERS = 512
@@ -224,7 +226,9 @@ def _obstacle(file: Header, arch: str, tensors: tuple[Tensor, ...]) -> str:
         return "its experts share chunk experts (grovemoe)"
     if any("tid2eid" in name for name in names):
         return "some layers route by a token table"
-    if _scalar(file, f"{arch}.nextn_predict_layers", 0) > 0:
+    layers = _scalar(file, f"{arch}.block_count", 0) - _scalar(file, f"{arch}.nextn_predict_layers", 0)
+    # Such blocks may be dense, or left out of the file.
+    if any(tensor.is_expert and tensor.layer >= layers for tensor in tensors):
         return "its multi-token-prediction blocks hold experts that text does not exercise"
     if arch == "llama4" and _scalar(file, f"{arch}.expert_count", 0) == 128:
         return "llama.cpp takes another number of experts than 128 for a Llama 4 that normalises queries and keys"
@@ -252,6 +256,8 @@ def read_architecture(file: Header) -> Architecture:
             f"{file.path.name} is a dense {arch} model: it has no experts to choose from",
             hint="use llama-quantize for dense models",
         )
+    if arch in _NO_LANGUAGE_MODELS:
+        raise Unsupported(f"{file.path.name} is a {arch} model, which {_NO_LANGUAGE_MODELS[arch]}")
     used = _scalar(file, f"{arch}.expert_used_count", 0)
     groups = _scalar(file, f"{arch}.expert_group_count", 1)
     groups_used = _scalar(file, f"{arch}.expert_group_used_count", 0)

@@ -8,6 +8,7 @@ is fetched (``remote``).
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +42,8 @@ SCALARS = {
     F64: "<d",
 }
 _SIZES = {kind: struct.calcsize(form) for kind, form in SCALARS.items()}
+# What llama-gguf-split appends, and what says how tensors are aligned.
+_LATE = ("split.no", "split.count", "split.tensors.count", "general.alignment")
 # Arrays of more elements count tokens, not layers.
 _KEPT = 1024
 # Strings of an array are walked over in pieces of so many bytes.
@@ -53,6 +56,10 @@ class Readable(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: slice, /) -> bytes: ...
+
+
+# Of (bytes, start of an array of texts, how many, number of tensors): where the first tensor is described, or None.
+Locate = Callable[[Readable, int, int, int], int | None]
 
 
 @dataclass(frozen=True)
@@ -202,18 +209,61 @@ class _Cursor:
 class _Reader:
     """One pass over a header."""
 
-    def __init__(self, data: Readable, path: Path, skim: bool) -> None:
-        self.data, self.path, self.skim = data, path, skim
+    def __init__(self, data: Readable, path: Path, locate: Locate | None) -> None:
+        self.data, self.path, self.locate, self.skim = data, path, locate, locate is not None
         self.cursor = _Cursor(data, path)
 
     def read(self) -> Header:
         tensor_count, entry_count = self._preamble()
-        entries = self._entries(entry_count)
+        entries: dict[str, Entry] = {}
+        for _ in range(entry_count):
+            key = self.cursor.name("metadata key", LONGEST_KEY)
+            if key in entries:
+                raise self.cursor.fail(f"the metadata key {shown(key)} twice")
+            if self.locate is not None and (found := self._leap(entries, tensor_count)) is not None:
+                return found
+            entries[key] = self._entry(key)
+        return self._rest(entries, tensor_count)
+
+    def _rest(self, entries: dict[str, Entry], tensor_count: int) -> Header:
         alignment = self._alignment(entries)
         described = self._described(tensor_count)
         data_offset = align(self.cursor.position, alignment)
         tensors = self._placed(described, alignment, data_offset)
         return Header(self.path, entries, tensors, alignment, data_offset, len(self.data))
+
+    def _leap(self, entries: dict[str, Entry], tensor_count: int) -> Header | None:
+        """The header without what follows from here to the table of tensors, if a vocabulary begins here and the
+        table is found behind it and accounts for every byte of the file."""
+        here, start = self.cursor.position, self.data[self.cursor.position : self.cursor.position + 16]
+        kind, element, count = struct.unpack("<IIQ", start) if len(start) == 16 else (0, 0, 0)
+        locate = self.locate
+        if (kind, element) != (ARRAY, STRING) or not _KEPT < count < LARGEST_COUNT or locate is None:
+            return None
+        self.locate = None  # it is tried once
+        try:
+            table = locate(self.data, here + 16, count, tensor_count)
+            if table is not None:
+                self.cursor.position = table
+                found = self._rest({**entries, **self._late(table)}, tensor_count)
+                if _adds_up(found):
+                    return found
+        except BadFile:
+            pass
+        self.cursor.position = here
+        return None
+
+    def _late(self, table: int) -> dict[str, Entry]:
+        """Entries that matter here and that tools append behind all others, in front of the ``table``."""
+        begin = max(table - _PIECE, 0)
+        body, found = self.data[begin:table], {}
+        for key in _LATE:
+            at = body.rfind(struct.pack("<Q", len(key)) + key.encode())
+            if at >= 0:
+                self.cursor.position = begin + at + 8 + len(key)
+                found[key] = self._entry(key)
+        self.cursor.position = table
+        return found
 
     def _preamble(self) -> tuple[int, int]:
         """Numbers of tensors and of metadata entries."""
@@ -233,15 +283,6 @@ class _Reader:
                 f"truncated or corrupt GGUF: claims {tensor_count:,} tensors and {entry_count:,} metadata entries"
             )
         return tensor_count, entry_count
-
-    def _entries(self, count: int) -> dict[str, Entry]:
-        entries: dict[str, Entry] = {}
-        for _ in range(count):
-            key = self.cursor.name("metadata key", LONGEST_KEY)
-            if key in entries:
-                raise self.cursor.fail(f"the metadata key {shown(key)} twice")
-            entries[key] = self._entry(key)
-        return entries
 
     def _entry(self, key: str) -> Entry:
         cursor = self.cursor
@@ -318,15 +359,25 @@ class _Reader:
         return tensors
 
 
-def read_header(data: Readable, path: Path, *, skim: bool = False) -> Header:
+def _adds_up(header: Header) -> bool:
+    """Whether the tensors end where the file does, and the metadata that were read are those that they need."""
+    arch = header.get("general.architecture")
+    experts = any("_exps." in name for name in header.tensors)
+    needed = [f"{arch}.block_count", *([f"{arch}.expert_count"] if experts else [])]
+    end = max((info.offset + info.nbytes for info in header.tensors.values()), default=0)
+    return all(key in header.entries for key in needed) and 0 <= header.size - end < header.alignment
+
+
+def read_header(data: Readable, path: Path, locate: Locate | None = None) -> Header:
     """The header of the GGUF file ``data``.
 
     Args:
         path: what the file is called in messages.
-        skim: arrays with more elements than a model can have layers, such as the vocabulary, are not kept.
+        locate: finds the table of tensors behind a vocabulary, for a file that is far away: arrays with more
+            elements than a model can have layers are not kept then, nor is what follows a vocabulary.
 
     Raises:
         BadFile: not a GGUF, truncated, corrupt or hostile; says where.
         Unsupported: GGUF version 1.
     """
-    return _Reader(data, path, skim).read()
+    return _Reader(data, path, locate).read()

@@ -17,11 +17,12 @@ from edgeprune.model.headers import Header, read_header
 from edgeprune.model.hub import HubFile, Listing, Unreachable
 from edgeprune.model.parts import joined, names_of_parts
 from edgeprune.model.selection import CONFIG, Gguf, weights_of
+from edgeprune.model.table import find_table
 from edgeprune.units import format_bytes
 
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 # Of one request; a header that goes on is fetched in ever larger steps.
-_FIRST_STEP, _LARGEST_STEP = 1 << 16, 4 << 20
+_FIRST_STEP, _LARGEST_STEP = 1 << 14, 4 << 20
 # Of all headers of a model. The largest that are known, vocabularies of 260,000 tokens, take 16 MiB.
 MOST_BYTES = 96 << 20
 
@@ -142,7 +143,7 @@ def remote_header(listing: Listing, model: Gguf, budget: Budget) -> Header:
 
 def _header(listing: Listing, file: HubFile, budget: Budget) -> Header:
     data = RemoteBytes(listing, file, budget)
-    return read_header(data, Path(f"{listing.name.repo}/{file.path}"), skim=True)
+    return read_header(data, Path(f"{listing.name.repo}/{file.path}"), find_table)
 
 
 def _weights(listing: Listing, budget: Budget) -> list[HubFile]:

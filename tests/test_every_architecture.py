@@ -1,0 +1,110 @@
+"""Every architecture with experts: a file without half of them computes what a mask on the router does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import architectures
+import numpy as np
+import pytest
+import toys
+from test_observers import logits, sliced, token_windows
+
+from edgeprune.errors import Unsupported
+from edgeprune.measure.observers import RouterMask
+from edgeprune.model.architecture import read_architecture
+from edgeprune.model.gguf import Entry, GgufFile, TensorShape, make_entry
+
+OBSTACLES = {"grovemoe": "chunk experts", "deepseek4": "token table"}
+# (tokens, vocabulary): rounding of a sum in another order; most are equal to the last bit.
+TOLERANCE = 1e-4
+
+
+def halves(path: Path, groups: int = 1) -> dict[int, list[int]]:
+    """Half of the experts of every layer, chosen at random, equally many of each group."""
+    architecture = read_architecture(GgufFile(path))
+    random = np.random.default_rng(1)
+    size = architecture.experts // groups
+    return {
+        layer: sorted(
+            int(group * size + expert) for group in range(groups) for expert in random.permutation(size)[: size // 2]
+        )
+        for layer in architecture.moe_layers
+    }
+
+
+def require_same(path: Path, keep: dict[int, list[int]], folder: Path) -> None:
+    """Without the experts that are not in ``keep``, the file computes what it computes when they are masked."""
+    architecture = read_architecture(GgufFile(path))
+    assert architecture.obstacle == "" and architecture.count_allowed(architecture.experts // 2)
+    windows = token_windows(architectures.VOCABULARY, 1)
+    whole = logits(path, windows)[0]
+    masked = logits(path, windows, RouterMask(keep, architecture.experts))[0]
+    dropped = logits(sliced(path, keep, folder / "half.gguf"), windows)[0]
+    assert np.isfinite(whole).all() and np.abs(whole - dropped).max() > 0.01  # dropping these experts is felt
+    np.testing.assert_allclose(masked, dropped, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in architectures.KNOWN if arch not in OBSTACLES])
+def test_half_of_the_experts_equals_a_mask(arch: str, tmp_path: Path) -> None:
+    path = architectures.toy(tmp_path / "toy.gguf", arch)
+    require_same(path, halves(path), tmp_path)
+
+
+@pytest.mark.parametrize("arch", architectures.FUSED)
+def test_half_of_the_experts_with_gate_and_up_in_one_tensor_equals_a_mask(arch: str, tmp_path: Path) -> None:
+    shapes = architectures.fused(architectures.tensors(arch))
+    assert any("gate_up_exps" in name for name in shapes)
+    path = architectures.toy(tmp_path / "toy.gguf", arch, shapes)
+    require_same(path, halves(path), tmp_path)
+
+
+@pytest.mark.parametrize("arch", architectures.SCALED)
+def test_half_of_the_experts_with_scales_equals_a_mask(arch: str, tmp_path: Path) -> None:
+    path = architectures.toy(tmp_path / "toy.gguf", arch, architectures.scaled(architectures.tensors(arch)))
+    file = GgufFile(path)
+    assert any(tensor.role == "expert_vector" for tensor in read_architecture(file).tensors)
+    require_same(path, halves(path), tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["bailingmoe2", "deepseek2", "dots1", "exaone-moe", "glm4moe", "kimi-linear"])
+def test_half_of_every_group_equals_a_mask(arch: str, tmp_path: Path) -> None:
+    metadata = {"expert_group_count": ("u32", 2), "expert_group_used_count": ("u32", 1)}
+    path = architectures.toy(tmp_path / "toy.gguf", arch, **metadata)
+    require_same(path, halves(path, groups=2), tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["cohere2moe", "deepseek2", "glm4moe", "hy_v3", "mimo2"])
+def test_blocks_of_multi_token_prediction_that_are_not_in_the_file_are_no_obstacle(arch: str, tmp_path: Path) -> None:
+    metadata = {"nextn_predict_layers": ("u32", 1), "block_count": ("u32", architectures.LAYERS + 1)}
+    path = architectures.toy(tmp_path / "toy.gguf", arch, architectures.tensors(arch), **metadata)
+    require_same(path, halves(path), tmp_path)
+
+
+@pytest.mark.parametrize("arch", OBSTACLES)
+def test_what_cannot_be_pruned_safely_says_why(arch: str, tmp_path: Path) -> None:
+    found = read_architecture(GgufFile(architectures.toy(tmp_path / "toy.gguf", arch)))
+    assert OBSTACLES[arch] in found.obstacle
+    assert found.allowed_counts() == (8,) and not found.count_allowed(4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "reason"), [("nomic-bert-moe", "an encoder"), ("dflash", "drafts for another model")]
+)
+def test_what_is_no_language_model_is_refused(arch: str, reason: str, tmp_path: Path) -> None:
+    renamed = rename(architectures.toy(tmp_path / "toy.gguf", "qwen3moe"), arch)
+    with pytest.raises(Unsupported, match=reason):
+        read_architecture(GgufFile(renamed))
+
+
+def rename(path: Path, arch: str) -> Path:
+    """The model ``path`` under the name of another architecture."""
+    file = GgufFile(path)
+    entries = [make_entry("general.architecture", "str", arch)]
+    entries += [
+        Entry(key.replace("qwen3moe.", f"{arch}."), entry.kind, entry.element, entry.count, entry.raw)
+        for key, entry in file.entries.items()
+        if key != "general.architecture"
+    ]
+    pairs = [(TensorShape(t.name, t.shape, t.type), file.raw(t.name)) for t in file.tensors.values()]
+    return toys.write_gguf(path.with_name("renamed.gguf"), entries, pairs)
