@@ -182,7 +182,8 @@ def _about(sheet: Sheet, alone: bool) -> list[str]:
     for caption, path in sheet.pictures.items():
         lines += [f"![{caption}]({path})", ""]
     lines += _dropped(report)
-    lines += ["```", *report.folded, "```", ""]
+    folded = [line.replace("`", "'") for line in report.folded]  # a tensor's name may hold anything, too
+    lines += ["```", *folded, "```", ""]
     page, plan_file = sheet.path("report.html"), sheet.path("plan.json")
     lines += [
         f"[`report.html`]({page}) has the rest; [`plan.json`]({plan_file}) the experts and types.",
