@@ -91,6 +91,13 @@ class RunFolder:
     def scratch(self) -> Path:
         return self.path / "scratch"
 
+    @property
+    def measured(self) -> list[Path]:
+        """Files about the model alone, which every run over the same text may use; some may be missing."""
+        more = [self.path / name for name in ("rankings.json", "weights.safetensors")]
+        own = [self.source, self.answers, self.statistics, self.gradients, self.imatrix, self.sensitivity]
+        return [*own, *more]
+
     def owner(self) -> str:
         """The model whose run directory it is.
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from edgeprune.errors import BadFile, BrokenPromise, EdgepruneError, UsageError
 from edgeprune.files import file_digest, to_json
 from edgeprune.model.splitting import part_name
 from edgeprune.prove.report import Promise, Report
+from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.index import read_index
+from edgeprune.share.origin import Origin
 
 pytest_plugins = ("demo_fixtures", "publish_fixtures")
 # huggingface_hub gives a file to its HTTP library in a way that the library no longer likes.
@@ -117,6 +120,25 @@ def test_the_card_says_what_the_hub_and_its_readers_want(hub: HubServer, command
         assert wanted in text, wanted
     for target in re.findall(r"\]\((?!https://)([^)]+)\)", text):
         assert target in published(hub)
+
+
+def test_a_hostile_name_is_shown_in_the_card_and_not_obeyed(tiny_fit: Fit) -> None:
+    name = 'x\n---\nlicense: mit\n# <script>alert("1")</script> | [a](javascript:1) ```'
+    report = replace(
+        tiny_fit.report,
+        title=name,
+        verdict=name,
+        folded=[name],
+        source={**tiny_fit.report.source, "name": name, "arch": name},
+        conditions={name: name},
+    )
+    for sheet in (Sheet(report), Sheet(report, "folder", {}, [("a.gguf", "0" * 64)])):
+        text = model_card([sheet], Origin(), "me/x" if sheet.folder else "")
+        assert yaml.safe_load(text.split("---\n")[1])["base_model_relation"] == "quantized"
+        assert "license" not in yaml.safe_load(text.split("---\n")[1])
+        prose = re.sub(r"(?ms)^```$.*?^```$", "", text)
+        assert "<script" not in prose and "\n# <" not in prose and "[a](" not in prose
+        assert "&lt;script&gt;" in prose
 
 
 def test_what_is_there_is_not_sent_again(hub: HubServer, command: Command, run_folder: Path) -> None:
@@ -242,6 +264,35 @@ def test_nobody_is_asked_where_nobody_is(
     assert (done.returncode, done.stdout) == (2, "")
     assert "README.md" in done.stderr and "nothing was sent" in done.stderr and "--yes" in done.stderr
     assert hub.repositories == {}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+def test_at_a_terminal_the_user_is_asked(
+    hub: HubServer, hub_environment: dict[str, str], command: Command, run_folder: Path
+) -> None:
+    import pty  # there is none on Windows
+
+    def answer(word: str) -> int:
+        terminal, end = pty.openpty()
+        process = subprocess.Popen(
+            edgeprune_command("publish", run_folder, REPO, *LICENCE),
+            stdin=end,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=hub_environment,
+        )
+        os.close(end)
+        assert process.stderr is not None
+        os.write(terminal, f"{word}\n".encode())
+        asked = process.stderr.read().decode()
+        process.stderr.close()
+        code = process.wait()
+        os.close(terminal)
+        assert "README.md" in asked and "send it? [y/N]" in asked
+        return code
+
+    assert answer("n") == 130 and hub.repositories == {}
+    assert answer("y") == 0 and "README.md" in published(hub)
 
 
 @pytest.mark.parametrize(

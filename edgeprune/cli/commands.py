@@ -142,9 +142,20 @@ def _print(value: Any, lines: list[str], as_json: bool) -> None:
     click.echo(to_json(value), nl=False) if as_json else click.echo("\n".join(lines))
 
 
+class Sizes(click.ParamType[tuple[int, ...]]):
+    """Numbers of bytes with units, separated by commas."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else tuple(parse_bytes(part) for part in value.split(","))
+
+
 @click.command()
 @click.argument("source")
 @_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
+@click.option("--devices", metavar="P,P", help="A family: one file for each of these profiles, measured once.")
+@click.option("--file-sizes", type=Sizes(), metavar="S,S", help="A family of these sizes, for example 9MB,7MB,5MB.")
 def fit(source: str, **options: Any) -> None:
     """Do everything: measure SOURCE, decide, build the GGUF, prove it, write the report.
 
@@ -154,11 +165,20 @@ def fit(source: str, **options: Any) -> None:
     \b
     edgeprune fit demo --device auto
     edgeprune fit demo --file-size 5MB -o small
+    edgeprune fit demo --file-sizes 9MB,7MB,5MB -o family
     """
     from edgeprune import pipeline
     from edgeprune.cli import show
     from edgeprune.cli.console import Console
 
+    if options["devices"] or options["file_sizes"]:
+        from edgeprune.family import fit_family
+
+        devices = [name.strip() for name in (options["devices"] or "").split(",") if name.strip()]
+        settings = _settings(source, options)
+        family, folder = fit_family(settings, devices, options["file_sizes"] or (), Console())
+        _print(family.to_json(), show.family(family, folder), options["as_json"])
+        return
     report, folder = pipeline.fit(_settings(source, options), Console())
     _print(report.to_json(), show.report(report, folder), options["as_json"])
 

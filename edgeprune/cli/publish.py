@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 def publish(directories: tuple[Path, ...], repository: str, **options: Any) -> None:
     """Send the run directories DIR... to the repository ORG/NAME on the Hugging Face Hub.
 
-    Several directories, of one model for several devices, become a family with one card. What the repository holds
-    already is not sent again, and files of earlier publications stay.
+    Several directories, of one model for several devices, or the folder of a family become one repository. What is
+    there already is not sent again, and files of earlier publications stay.
 
     \b
     edgeprune publish runs/demo-auto me/demo-GGUF --license apache-2.0 --dry-run
@@ -50,7 +50,8 @@ def publish(directories: tuple[Path, ...], repository: str, **options: Any) -> N
 
     console = Console()
     wishes = _wishes(options)
-    with _locked([RunFolder(directory) for directory in directories]) as runs:
+    folders = [RunFolder(folder) for directory in directories for folder in _runs_in(directory)]
+    with _locked(folders) as runs:
         hub = _hub(console, dry_run=options["dry_run"])
         publisher = Publisher(repository, wishes, console, hub)
         publisher.open(runs)
@@ -60,9 +61,21 @@ def publish(directories: tuple[Path, ...], repository: str, **options: Any) -> N
             _print(planned.to_json(), [*lines, "", planned.card], options["as_json"])
             return
         _ask(lines, yes=options["yes"])
-        address = publisher.send(RunFolder(directories[0]).scratch / "parts")
+        address = publisher.send(folders[0].scratch / "parts")
     value = {**planned.to_json(), "address": address}
     _print(value, [address or f"{repository} holds all of it already"], options["as_json"])
+
+
+def _runs_in(directory: Path) -> list[Path]:
+    """The directory itself, or if it is a family's, its runs."""
+    from edgeprune.files import read_json
+    from edgeprune.prove.family import FAMILY, member_folders
+
+    listed = directory / FAMILY
+    if not listed.is_file():
+        return [directory]
+    names = member_folders(read_json(listed), str(listed))
+    return [directory / Path(name).name for name in names]
 
 
 def _wishes(options: dict[str, Any]) -> Wishes:

@@ -11,6 +11,7 @@ from edgeprune.device.profile import Profile
 from edgeprune.inspection import Inspection
 from edgeprune.measure.statistics import Statistics
 from edgeprune.prove.comparison import Comparison
+from edgeprune.prove.family import Family
 from edgeprune.prove.report import Report
 from edgeprune.units import format_bytes
 
@@ -29,6 +30,27 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> list[str
         ).rstrip()
         for row in everything
     ]
+
+
+def family(found: Family, folder: Path) -> list[str]:
+    """What came out for every target, on one screen."""
+    rows = []
+    for member in found.members:
+        row = member.to_json()
+        quality = row["quality"]
+        rows.append(
+            (
+                member.folder,
+                format_bytes(row["nbytes"]),
+                f"{row['kept']} of {row['experts']}",
+                " + ".join(format_bytes(nbytes) for nbytes in row["needed_bytes"].values()),
+                f"{quality['kl_mean']:.5f}",
+                f"{100 * quality['same_top']:.1f} %",
+            )
+        )
+    lines = [f"{found.model} for several devices", ""]
+    lines += table(rows, ("", "size", "experts", "memory", "KL mean", "same top token"))
+    return [*lines, "", f"report  {folder / 'family.html'}", f"publish it:  edgeprune publish {folder} ORG/NAME"]
 
 
 def report(found: Report, folder: Path) -> list[str]:

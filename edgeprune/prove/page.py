@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.prove import figures
 from edgeprune.prove.comparison import Comparison
+from edgeprune.prove.family import Family
 from edgeprune.prove.lines import method_lines, methods_in_order
 from edgeprune.prove.report import Report
 from edgeprune.units import format_bytes
@@ -47,6 +48,13 @@ def standalone(picture: str) -> str:
     paper = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
     start, end = picture.removeprefix("<svg ").split(">", 1)
     return f"{opened}{start}>{style}{paper}{end}\n"
+
+
+def render_family(family: Family) -> str:
+    """The page of a family as HTML text."""
+    return _template("family.html.j2").render(
+        family=family, presets=family.presets, curve=family.curve(), **family.to_json()
+    )
 
 
 def render_comparison(comparison: Comparison) -> str:

@@ -97,6 +97,12 @@ class Report:
         return Launch.from_json(self.plan["launch"], "the launch settings")
 
     @property
+    def needed_bytes(self) -> dict[str, int]:
+        """Memory of the model itself by pool with these settings, as predicted: without what other programs hold."""
+        held = {pool["pool"]: _held(pool) for pool in self.budget["pools"]}
+        return {pool: count - held.get(pool, 0) for pool, count in self.plan["predicted"]["pool_bytes"].items()}
+
+    @property
     def broken(self) -> list[Promise]:
         """The promises that were not kept."""
         return [promise for promise in self.promises if promise.verdict == BROKEN]

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeprune.device.budget import DESKTOP, SYSTEM
 from edgeprune.prove.report import Report
 from edgeprune.share.index import Entry
 from edgeprune.share.origin import Origin
@@ -71,15 +70,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
-def needed_bytes(report: Report) -> dict[str, int]:
-    """Memory of the model itself by pool, with the plan's launch settings: without what other programs hold."""
-    held = {
-        pool["pool"]: sum(line["nbytes"] for line in pool["lines"] if line["name"] in (SYSTEM, DESKTOP))
-        for pool in report.budget["pools"]
-    }
-    return {pool: count - held.get(pool, 0) for pool, count in report.plan["predicted"]["pool_bytes"].items()}
-
-
 def _figures(quality: Mapping[str, Any]) -> list[str]:
     return [
         f"{quality['kl_mean']:.5f}",
@@ -92,22 +82,33 @@ def _figures(quality: Mapping[str, Any]) -> list[str]:
 _FIGURES = ("KL mean (nats/token)", "KL 99 %", "same top token", "perplexity")
 
 
+def _linked(file: str, folder: str) -> str:
+    """The name of a file of the repository, leading to its report."""
+    return f"[`{file}`]({folder}/report.html)"
+
+
 def _files(sheets: Sequence[Sheet], others: Sequence[Entry]) -> list[str]:
     """The table of a repository's files, largest first."""
     rows = []
     for sheet in sheets:
         plan = sheet.report.plan
-        needs = " + ".join(f"{format_bytes(n)} {pool.upper()}" for pool, n in needed_bytes(sheet.report).items())
+        needs = " + ".join(f"{format_bytes(n)} {pool.upper()}" for pool, n in sheet.report.needed_bytes.items())
         memory = f"{needs} at {sheet.report.launch.context:,}"
         kept = f"{plan['kept']} of {plan['experts']}"
-        nbytes = sheet.report.build["nbytes"]
+        nbytes, quality = sheet.report.build["nbytes"], sheet.report.quality
         rows.append(
-            (nbytes, [f"`{sheet.file}`", kept, format_bytes(nbytes), memory, *_figures(sheet.report.quality)])
+            (nbytes, [_linked(sheet.file, sheet.folder), kept, format_bytes(nbytes), memory, *_figures(quality)])
         )
     for entry in others:
         memory = f"{format_bytes(entry.memory.all_bytes)} at {entry.launch.context:,}"
         kept = f"{entry.kept} of {entry.experts}"
-        row = [f"`{entry.parts[0].path}`", kept, format_bytes(entry.nbytes), memory, *_figures(entry.quality)]
+        row = [
+            _linked(entry.parts[0].path, entry.name),
+            kept,
+            format_bytes(entry.nbytes),
+            memory,
+            *_figures(entry.quality),
+        ]
         rows.append((entry.nbytes, row))
     rows.sort(key=lambda row: -row[0])
     header = ("file", "experts", "size", "memory at a context", *_FIGURES)
@@ -181,7 +182,8 @@ def _about(sheet: Sheet, alone: bool) -> list[str]:
     for caption, path in sheet.pictures.items():
         lines += [f"![{caption}]({path})", ""]
     lines += _dropped(report)
-    lines += ["```", *report.folded, "```", ""]
+    folded = [line.replace("`", "'") for line in report.folded]  # a tensor's name may hold anything, too
+    lines += ["```", *folded, "```", ""]
     page, plan_file = sheet.path("report.html"), sheet.path("plan.json")
     lines += [
         f"[`report.html`]({page}) has the rest; [`plan.json`]({plan_file}) the experts and types.",

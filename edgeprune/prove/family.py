@@ -1,0 +1,92 @@
+"""One model for several devices: what each of its files is, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.files import check_keys
+from edgeprune.prove import figures
+from edgeprune.prove.report import Report
+
+FAMILY = "family.json"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file: the run directory below the family's, which is the device's name, and its report."""
+
+    folder: str
+    report: Report
+
+    def to_json(self) -> dict[str, Any]:
+        report, plan = self.report, self.report.plan
+        return {
+            "folder": self.folder,
+            "file": f"{self.folder}/{report.build['path']}",
+            "nbytes": report.build["nbytes"],
+            "experts": plan["experts"],
+            "kept": plan["kept"],
+            "shipped": report.shipped,
+            "needed_bytes": report.needed_bytes,
+            "context": report.launch.context,
+            "quality": report.quality,
+            "verdict": report.verdict,
+            "launch_line": report.launch.command(f"{self.folder}/{report.build['path']}"),
+        }
+
+
+@dataclass(frozen=True)
+class Family:
+    """Files of one model, largest first.
+
+    Attributes:
+        model: name of the source.
+        failures: device and cause, for those that did not come out as promised.
+    """
+
+    model: str
+    members: tuple[Member, ...]
+    failures: tuple[tuple[str, str], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "members": [member.to_json() for member in self.members],
+            "failures": [{"target": target, "cause": cause} for target, cause in self.failures],
+        }
+
+    @property
+    def presets(self) -> list[Mapping[str, Any]]:
+        """The stock presets that were measured beside any of them, each once."""
+        found = {rival["preset"]: rival for member in self.members for rival in member.report.to_json()["baselines"]}
+        return list(found.values())
+
+    def curve(self) -> str:
+        """File size against divergence, as SVG."""
+        shipped = {
+            member.folder: (member.report.build["nbytes"], member.report.quality["kl_mean"])
+            for member in self.members
+        }
+        return figures.curve([], self.presets, shipped)
+
+
+def make_family(members: Sequence[Member], failures: Sequence[tuple[str, str]]) -> Family:
+    ordered = sorted(members, key=lambda member: -int(member.report.build["nbytes"]))
+    model = str(ordered[0].report.source["name"]) if ordered else ""
+    return Family(model, tuple(ordered), tuple(failures))
+
+
+def member_folders(value: Any, where: str) -> list[str]:
+    """Names of the run directories that a family's file lists.
+
+    Raises:
+        BadFile: it is none.
+    """
+    check_keys(where, value, {"model", "members", "failures"}, set())
+    folders = []
+    for member in value["members"] if isinstance(value["members"], list) else []:
+        check_keys(where, member, {"folder"}, set(member) if isinstance(member, dict) else set())
+        folders.append(str(member["folder"]))
+    return folders

@@ -1,0 +1,133 @@
+"""One model for several sizes: measured once, keep-sets within each other, one page, one repository."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Command, HubServer, value
+from runs import Ear, Fit, read, settings
+
+from edgeprune.errors import BrokenPromise, UsageError
+from edgeprune.family import fit_family, members_of
+from edgeprune.prove.family import member_folders
+from edgeprune.prove.report import Report
+from edgeprune.settings import Settings
+
+pytest_plugins = ("demo_fixtures", "hub_fixtures")
+# huggingface_hub gives a file to its HTTP library in a way that the library no longer likes.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+def wishes(fit: Fit, folder: Path, **changes: Any) -> Settings:
+    return settings(fit, folder, file_bytes=None, baselines=False, **changes)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A family on the disk, and what was said while it was made."""
+
+    folder: Path
+    ear: Ear
+
+    @property
+    def runs(self) -> list[tuple[Path, Report]]:
+        """Run directories and reports in the order of the family's file."""
+        folders = [self.folder / name for name in member_folders(read(self.folder / "family.json"), "family.json")]
+        return [(folder, Report.from_json(read(folder / "report.json"))) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The tiny model for 500, 400 and 10 kB, of which the last cannot be, and the first was finished before. Do not
+    change it."""
+    folder, ear = tmp_path_factory.mktemp("family") / "tiny", Ear()
+    tiny_fit.copy(folder / "file-500kB")
+    with pytest.raises(BrokenPromise) as error:
+        fit_family(wishes(tiny_fit, folder), [], [500_000, 400_000, 10_000], ear)
+    assert error.value.cause == "1 of 3 targets were not met" and error.value.exit_code == 3
+    assert "family.html" in error.value.hint
+    ((target, cause),) = error.value.rows
+    assert target == "file-10kB" and "does not fit" in cause
+    return Made(folder, ear)
+
+
+def test_every_size_that_can_be_is_a_finished_run(made: Made) -> None:
+    assert [folder.name for folder, _ in made.runs] == ["file-500kB", "file-400kB"]
+    for (folder, report), limit in zip(made.runs, (500_000, 400_000), strict=True):
+        assert (folder / report.build["path"]).stat().st_size == report.build["nbytes"] <= limit
+
+
+def test_the_model_is_measured_once(made: Made) -> None:
+    assert not any("calibrat" in stage or "rank" in stage for stage in made.ear.stages), made.ear.stages
+    assert not any("doing it again" in line for line in made.ear.said[made.ear.said.index("file-400kB:") :])
+    (first, _), (second, _) = made.runs
+    for name in ("source.gguf", "statistics.safetensors", "imatrix.gguf"):
+        assert (first / name).samefile(second / name)
+
+
+def test_experts_of_the_smaller_are_among_those_of_the_larger(made: Made) -> None:
+    (_, large), (_, small) = made.runs
+    assert small.plan["kept"] < large.plan["kept"] < 8
+    for layer, ids in small.plan["keep"].items():
+        assert set(ids) < set(large.plan["keep"][layer])
+
+
+def test_the_page_and_its_numbers_compare_them(made: Made) -> None:
+    page = (made.folder / "family.html").read_text(encoding="utf-8")
+    told = read(made.folder / "family.json")
+    assert [failure["target"] for failure in told["failures"]] == ["file-10kB"] and "file-10kB: " in page
+    for member, (folder, report) in zip(told["members"], made.runs, strict=True):
+        assert member["quality"] == report.quality and member["file"] == f"{folder.name}/{report.build['path']}"
+        figure = f"{report.quality['kl_mean']:.5f}"
+        assert all(wanted in page for wanted in (f"{folder.name}/report.html", member["launch_line"], figure))
+    assert page.count("<circle") == 3  # two files, and the legend
+
+
+def test_a_family_is_published_as_one(made: Made, hub: HubServer, command: Command) -> None:
+    done = value(command("publish", made.folder, "me/tiny-GGUF", "--license", "mit", "--dry-run", "--json"))
+    models = [row["nbytes"] for row in done["files"] if row["path"].endswith(".gguf") and "/" not in row["path"]]
+    assert models == [report.build["nbytes"] for _, report in made.runs]
+
+
+def test_a_list_that_leads_elsewhere_is_not_followed(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "family").mkdir()
+    text = '{"model": "x", "failures": [], "members": [{"folder": "../../secret"}]}'
+    (tmp_path / "family" / "family.json").write_text(text)
+    done = command("publish", tmp_path / "family", "me/tiny-GGUF", "--dry-run")
+    assert str(done.exception).startswith(f"{tmp_path / 'family' / 'secret'} is not a run directory")
+
+
+@pytest.mark.parametrize(
+    ("devices", "sizes", "changes"),
+    [
+        ([], [500_000], {}),
+        ([], [500_000, 500_000], {}),
+        (["cpu-8gb", "cpu-8gb"], [], {}),
+        (["cpu-8gb", "cpu-9gb"], [], {}),
+        (["cpu-8gb"], [500_000], {"file_bytes": 400_000}),
+    ],
+    ids=["one", "the same size", "the same device", "unknown device", "also a single one"],
+)
+def test_targets_that_make_no_family(
+    devices: list[str], sizes: list[int], changes: dict[str, int], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError):
+        members_of(Settings("demo", output=str(tmp_path / "family"), **changes), devices, sizes)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tiny_fit: Fit, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    for folder in (tmp_path, tiny_fit.folder):
+        with pytest.raises(UsageError):
+            fit_family(wishes(tiny_fit, folder), [], [500_000, 400_000], Ear())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
+
+
+def test_the_command_line_takes_lists(command: Command) -> None:
+    done = command("fit", "demo", "--file-sizes", "5MB,5MB")
+    assert isinstance(done.exception, UsageError) and "file-5MB, file-5MB" in str(done.exception)
+    done = command("fit", "demo", "--devices", "cpu-8gb, cpu-9gb")
+    assert isinstance(done.exception, UsageError) and "cpu-9gb" in str(done.exception)
