@@ -9,10 +9,13 @@ import click
 
 from edgeprune import __version__
 from edgeprune.cli.commands import COMMANDS
+from edgeprune.cli.report import report
 from edgeprune.errors import EdgepruneError, system_cause
 
 
-@click.group(commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    commands=[*COMMANDS, report], context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="edgeprune")
 def edgeprune() -> None:
     """Fit a Mixture-of-Experts model to a device: the best GGUF that runs there, with proof.
