@@ -15,7 +15,7 @@ import pytest
 from runs import Fit, run_edgeprune
 
 from edgeprune.prove.browser import find_browser, run_browser
-from edgeprune.prove.deeper import Base, Deeper, Loops, Speed, Task
+from edgeprune.prove.deeper import Deeper, Loops, Named, Speed, Task
 from edgeprune.prove.page import render
 from edgeprune.prove.paired import Paired
 from edgeprune.prove.pictures import pictures
@@ -74,7 +74,9 @@ def full(tiny_fit: Fit) -> Report:
         ),
         loops=loops,
         tasks=(Task("hellaswag_val.jsonl", "hellaswag", 10042, right), Task("a" * 70, "mmlu", 200, right)),
-        bases=(Base("wiki.kld", dict(tiny_fit.report.quality)),),
+        bases=(Named("wiki.kld", dict(tiny_fit.report.quality)),),
+        slices=tuple(Named(name, dict(tiny_fit.report.quality)) for name in ("code", "json")),
+        objects=Paired(9, 2, 0, 1),
     )
     importance = {str(layer): [((layer * 37 + e * 11) % 97) / 97 for e in range(128)] for layer in range(48)}
     keep = {str(layer): [e for e in range(128) if (layer + e) % 4] for layer in range(48)}

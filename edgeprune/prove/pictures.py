@@ -28,6 +28,12 @@ def pictures(report: Report, width: int = WIDTH) -> dict[str, str]:
         "memory": figures.budget_bars(report.budget, _weights(report), width),
         "curve": figures.curve(report.curve, rivals, chosen, width),
         "domains": figures.bars("KL divergence by domain", "nats per token", domains, width),
+        "slices": figures.bars(
+            "KL divergence by slice",
+            "nats per token",
+            {one.name: float(one.quality["kl_mean"]) for one in deeper.slices},
+            width,
+        ),
         "experts": figures.keep_map(report.importance, report.plan["keep"], width) if report.importance else "",
         "types": figures.type_map(report.types, width),
         "methods": method_lines(compared.rows, compared.experts, width) if compared else "",

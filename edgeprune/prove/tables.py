@@ -133,6 +133,19 @@ def _deeper(report: Report) -> dict[str, Table]:
             ],
         ),
         "bases": Table(("File", *_QUALITY), [(base.name, *_quality(base.quality)) for base in deeper.bases]),
+        "slices": Table(
+            ("Slice", *_QUALITY, "Perplexity of the source"),
+            [
+                (one.name, *_quality(one.quality), f"{one.quality['reference_perplexity']:.3f}")
+                for one in deeper.slices
+            ],
+        ),
+        "objects": Table(
+            ("Structured output", *_PAIRED),
+            []
+            if deeper.objects is None
+            else [("JSON under a grammar, brought to its end", *_paired(deeper.objects))],
+        ),
     }
 
 
