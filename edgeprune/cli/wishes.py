@@ -38,7 +38,7 @@ DEEPER = (
         type=click.IntRange(1),
         metavar="N",
         help="Let original and built file answer N questions at length and count who repeats himself. "
-        "Costs 2,048 decoded tokens a question.",
+        "Costs at most 2,048 decoded tokens a question.",
     ),
     click.option(
         "--task",
