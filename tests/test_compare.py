@@ -141,7 +141,7 @@ def test_the_page_has_a_line_and_a_row_for_every_method(compared: tuple[Path, li
     for method in ("replay", "reap", "aimer", "random"):
         assert method in texts["text"]  # the legend
         assert sum(cell.startswith(method) for cell in texts["td"]) == 2
-        assert sum(tip.startswith(f"{method}, ") for tip in texts["title"]) == 2  # a point each
+        assert sum(tip.startswith(f"{method}, ") for tip in texts["title"]) == 2 * 2  # points, drawn twice
     assert "<script" not in content and "http" not in content.replace("http-equiv", "")
 
 
@@ -174,8 +174,8 @@ def test_the_report_of_the_same_model_and_text_shows_it(tiny_fit: Fit, tmp_path:
     for content in (after_compare, (folder / "report.html").read_text(encoding="utf-8")):
         texts = Texts(content).texts
         assert "They were not compared" not in content
-        assert {"reap", "frequency"} <= set(texts["text"]) and {"reap", "frequency"} <= set(texts["td"])
-        assert sum(tip.startswith(("reap, ", "frequency, ")) for tip in texts["title"]) == 4
+        assert {"reap", "frequency"} <= set(texts["text"]) and {"reap", "frequency"} <= set(texts["th"])
+        assert sum(tip.startswith(("reap, ", "frequency, ")) for tip in texts["title"]) == 2 * 4  # wide and narrow
         assert "6 kept" in texts["th"] and "4 kept" in texts["th"]
     assert read(folder / "report.json")["comparison"] == read(folder / "compare.json")
 

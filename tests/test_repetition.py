@@ -12,7 +12,8 @@ import toys
 from edgeprune.errors import BadFile
 from edgeprune.measure import child
 from edgeprune.measure.repetition import MODES, ends_in_loop, repeated_share
-from edgeprune.prove.deeper import NOTHING, Deeper, Loops, Speed
+from edgeprune.prove.deeper import NOTHING, Deeper, Loops, Named, Speed, Task
+from edgeprune.prove.paired import Paired
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -89,13 +90,20 @@ def test_a_probe_counts_pairs_and_shows_what_was_lost() -> None:
 
 def test_deeper_measurements_survive_json_and_damage_is_explained() -> None:
     speed = Speed(0, (3.0, 2.0, 4.0), (1.0, 1.0, 1.0), None)
-    found = Deeper((speed,), (Loops.of("greedy", 9, [one(False, 0.0)], [one(True, 0.5, "x")]),))
+    quality = {"kl_mean": 0.1, "kl_99": 0.2, "kl_999": 0.3, "kl_max": 0.4, "same_top": 0.9, "tokens": 7}
+    named = Named("code", {**quality, "perplexity": 3.0, "reference_perplexity": 2.0})
+    probe = Loops.of("greedy", 9, [one(False, 0.0)], [one(True, 0.5, "x")])
+    task = Task("a.jsonl", "arc", 9, Paired(1, 2, 3, 1))
+    found = Deeper((speed,), (probe,), (task,), (named,), (named, named), Paired(1, 0, 0, 1))
     value = found.to_json()
     assert Deeper.from_json(value) == found
     assert Deeper.from_json(NOTHING.to_json()) == NOTHING
     for damage in (
         {**value, "speeds": [{**value["speeds"][0], "prefill": [1.0]}]},
         {**value, "speeds": 3},
+        {**value, "objects": {"both": 1}},
+        {**value, "tasks": [{**value["tasks"][0], "total": 0}]},
+        {**value, "slices": [{**value["slices"][0], "quality": {"kl_mean": 1.0}}]},
         {**value, "loops": [{**value["loops"][0], "looping": None}]},
         {"speeds": []},
     ):

@@ -39,7 +39,7 @@ def test_what_is_asked_for_is_measured_and_stays_in_the_report_of_the_same_file(
     task.write_text("".join(json.dumps(record) + "\n" for _ in range(3)), encoding="utf-8")
     base = tmp_path / "base.kld"
     wished: tuple[str | Path, ...] = ("--loops", "1", "--depths", "0,300", "--task", task, "--questions", "2")
-    wished += ("--write-kld-base", base)
+    wished += ("--write-kld-base", base, "--slices")
     deeper = verify(tiny_fit, folder, *wished)["deeper"]
     (asked,) = deeper["tasks"]
     assert (asked["name"], asked["form"], asked["total"], sum(asked["right"].values())) == (
@@ -50,6 +50,9 @@ def test_what_is_asked_for_is_measured_and_stays_in_the_report_of_the_same_file(
     )
     assert [probe["mode"] for probe in deeper["loops"]] == ["greedy", "sampled"]
     assert [speed["depth"] for speed in deeper["speeds"]] == [0, 300]
+    assert {one["name"] for one in deeper["slices"]} == {"code", "languages", "structured", "json", "tool calls"}
+    assert all(one["quality"]["kl_mean"] > 0 for one in deeper["slices"])
+    assert sum(deeper["objects"].values()) == 12
     assert read(folder / "report.json")["deeper"] == deeper
 
     ear = Ear()

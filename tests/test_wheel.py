@@ -47,7 +47,7 @@ def test_the_wheel_holds_the_package_the_data_and_nothing_else(wheel: Path) -> N
         assert found
         wanted |= found
     package = ROOT / "edgeprune"
-    shipped = {".py", ".txt", ".j2", ".json", ".safetensors"}
+    shipped = {".py", ".txt", ".j2", ".json", ".jsonl", ".safetensors"}
     wanted |= {str(path.relative_to(ROOT)) for path in package.rglob("*") if path.suffix in shipped}
     for part in (
         "edgeprune/demo/model.safetensors",

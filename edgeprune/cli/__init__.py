@@ -11,12 +11,13 @@ from edgeprune import __version__
 from edgeprune.cli.commands import COMMANDS
 from edgeprune.cli.publish import publish
 from edgeprune.cli.pull import pull
+from edgeprune.cli.report import report
 from edgeprune.cli.smoke import devices, smoke
 from edgeprune.errors import EdgepruneError, system_cause
 
 
 @click.group(
-    commands=[*COMMANDS, smoke, devices, publish, pull],
+    commands=[*COMMANDS, report, smoke, devices, publish, pull],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="edgeprune")

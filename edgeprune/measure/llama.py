@@ -406,14 +406,29 @@ class Session:
     def sampling(self, seed: int, *, temperature: float, top_k: int, top_p: float) -> Iterator[Callable[[], int]]:
         """A function that draws the next token from the logits of the last ``extend``, by llama.cpp's own chain of
         samplers."""
+        links = (
+            binding.llama_sampler_init_top_k(top_k),
+            binding.llama_sampler_init_top_p(top_p, 1),
+            binding.llama_sampler_init_temp(temperature),
+            binding.llama_sampler_init_dist(seed),
+        )
+        with self._chain(links) as draw:
+            yield draw
+
+    @contextmanager
+    def constrained(self, grammar: str) -> Iterator[Callable[[], int]]:
+        """The same for the likeliest token of those that ``grammar``, in GBNF with a rule ``root``, allows."""
+        rules = binding.llama_sampler_init_grammar(self.vocabulary, grammar.encode(), b"root")
+        if not rules:
+            raise EdgepruneError("llama.cpp cannot read the grammar", rows=[("llama.cpp", self.log.lines[-1])])
+        with self._chain((rules, binding.llama_sampler_init_greedy())) as draw:
+            yield draw
+
+    @contextmanager
+    def _chain(self, links: Sequence[Any]) -> Iterator[Callable[[], int]]:
         chain = binding.llama_sampler_chain_init(binding.llama_sampler_chain_default_params())
         try:
-            for link in (
-                binding.llama_sampler_init_top_k(top_k),
-                binding.llama_sampler_init_top_p(top_p, 1),
-                binding.llama_sampler_init_temp(temperature),
-                binding.llama_sampler_init_dist(seed),
-            ):
+            for link in links:
                 binding.llama_sampler_chain_add(chain, link)
             yield lambda: int(binding.llama_sampler_sample(chain, self.context, -1))
         finally:

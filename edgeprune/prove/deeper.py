@@ -116,11 +116,11 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Base:
-    """Quality against a file of log-probabilities of llama-perplexity.
+class Named:
+    """Quality on a slice of text, or against a file of log-probabilities of llama-perplexity.
 
     Attributes:
-        name: of the file.
+        name: of the slice or file.
         quality: ``Quality`` as JSON.
     """
 
@@ -128,8 +128,8 @@ class Base:
     quality: dict[str, Any]
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Base:
-        check_keys("a base file", value, set(cls.__dataclass_fields__), set())
+    def from_json(cls, value: Mapping[str, Any]) -> Named:
+        check_keys("a quality with a name", value, set(cls.__dataclass_fields__), set())
         return cls(str(value["name"]), _quality(value["quality"]))
 
 
@@ -141,13 +141,17 @@ class Deeper:
         speeds: by depth.
         loops: by mode.
         tasks: by file.
-        bases: by file.
+        bases: quality by file of log-probabilities.
+        slices: quality by slice.
+        objects: which requests for JSON, under a grammar, were answered to the end; None if none were made.
     """
 
     speeds: tuple[Speed, ...] = ()
     loops: tuple[Loops, ...] = ()
     tasks: tuple[Task, ...] = ()
-    bases: tuple[Base, ...] = ()
+    bases: tuple[Named, ...] = ()
+    slices: tuple[Named, ...] = ()
+    objects: Paired | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -165,7 +169,9 @@ class Deeper:
                 speeds=tuple(Speed.from_json(one) for one in value["speeds"]),
                 loops=tuple(Loops.from_json(one) for one in value["loops"]),
                 tasks=tuple(Task.from_json(one) for one in value["tasks"]),
-                bases=tuple(Base.from_json(one) for one in value["bases"]),
+                bases=tuple(Named.from_json(one) for one in value["bases"]),
+                slices=tuple(Named.from_json(one) for one in value["slices"]),
+                objects=Paired.from_json(value["objects"]) if value["objects"] is not None else None,
             )
         except (TypeError, ValueError, KeyError) as error:
             raise BadFile(f"the deeper verification is damaged: {error}") from error

@@ -63,13 +63,13 @@ class Family:
         found = {rival["preset"]: rival for member in self.members for rival in member.report.to_json()["baselines"]}
         return list(found.values())
 
-    def curve(self) -> str:
+    def curve(self, width: int = figures.WIDTH) -> str:
         """File size against divergence, as SVG."""
         shipped = {
             member.folder: (member.report.build["nbytes"], member.report.quality["kl_mean"])
             for member in self.members
         }
-        return figures.curve([], self.presets, shipped)
+        return figures.curve([], self.presets, shipped, width)
 
 
 def make_family(members: Sequence[Member], failures: Sequence[tuple[str, str]]) -> Family:

@@ -1,5 +1,5 @@
-"""The report's pictures as inline SVG: each has a title for screen readers and takes its colours from the
-page, so that light and dark both work."""
+"""The report's pictures as SVG: each has a title for screen readers and takes its colours from the page, so that
+light and dark both work. All are drawn to a width: letters that shrink with a picture cannot be read on a phone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 from edgeprune.model import ggml
 from edgeprune.units import format_bytes
 
-WIDTH = 720
+WIDTH, NARROW = 720, 360
+_CROSSED = 10.0  # cells of at least this width have room for a cross
 
 
-def svg(height: int, title: str, body: Sequence[str]) -> str:
+def svg(height: int, title: str, body: Sequence[str], width: int = WIDTH) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{''.join(body)}</svg>"
     )
 
@@ -25,7 +26,7 @@ def text(x: float, y: float, content: str, anchor: str = "start", css: str = "")
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(content)}</text>'
 
 
-def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int]) -> str:
+def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int], width: int = WIDTH) -> str:
     """One bar per pool: what is reserved, what the runtime takes, the weights, and what stays free."""
     body, y = [], 18
     for pool in budget["pools"]:
@@ -37,33 +38,34 @@ def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int]) -> str:
         body.append(text(0, y, f"{name.upper()} {format_bytes(total)}", css="label"))
         x = 0.0
         for index, (label, count) in enumerate(parts):
-            width = WIDTH * count / max(total, used)
+            length = width * count / max(total, used)
             css = "free" if label == "free" else f"c{index % 6}"
             tip = f"{label}: {format_bytes(count)}"
             body.append(
-                f'<rect x="{x:.1f}" y="{y + 8}" width="{max(width, 0.5):.1f}" height="26" class="{css}">'
+                f'<rect x="{x:.1f}" y="{y + 8}" width="{max(length, 0.5):.1f}" height="26" class="{css}">'
                 f"<title>{escape(tip)}</title></rect>"
             )
-            x += width
+            x += length
         y += 52
-        legend_x = 0
+        legend_x = 0.0
         for index, (label, count) in enumerate(parts):
             content = f"{label} {format_bytes(count)}"
-            length = 22 + 7 * len(content)
-            if legend_x and legend_x + length > WIDTH:
-                legend_x, y = 0, y + 20
+            length = 28 + 7.4 * len(content)
+            if legend_x and legend_x + length > width:
+                legend_x, y = 0.0, y + 20
             css = "free" if label == "free" else f"c{index % 6}"
-            body.append(f'<rect x="{legend_x}" y="{y - 10}" width="12" height="12" class="{css}"/>')
+            body.append(f'<rect x="{legend_x:.1f}" y="{y - 10}" width="12" height="12" class="{css}"/>')
             body.append(text(legend_x + 17, y, content))
             legend_x += length
         y += 34
-    return svg(y - 10, "Memory budget of the device and what the model takes of it", body)
+    return svg(y - 10, "Memory budget of the device and what the model takes of it", body, width)
 
 
 def curve(
     points: Sequence[Mapping[str, Any]],
     presets: Sequence[Mapping[str, Any]],
     shipped: Mapping[str, tuple[int, float]],
+    width: int = WIDTH,
 ) -> str:
     """File size against KL divergence: candidates (predicted), presets and shipped files (measured).
 
@@ -82,7 +84,8 @@ def curve(
     low, high = min(sizes) * 0.96, max(sizes) * 1.04
     bottom = math.log10(floor)
     top = math.log10(max(max(nats for _, nats, _, _ in marks), floor * 10)) + 0.15
-    left, right, upper, lower = 64, WIDTH - 70, 16, 270
+    wide = width >= WIDTH
+    left, right, upper, lower = (64 if wide else 48), width - (70 if wide else 24), 16, 270
 
     def place(size: float, nats: float) -> tuple[float, float]:
         x = left + (right - left) * (size - low) / (high - low)
@@ -98,9 +101,11 @@ def curve(
         x = left + (right - left) * share
         anchor = ("start", "middle", "end")[int(share * 2)]
         body.append(text(x, lower + 18, format_bytes(low + (high - low) * share), anchor))
-    body.append(text(left, lower + 38, "file size; vertical: KL divergence, nats per token, logarithmic"))
+    axes = ["file size; vertical: KL divergence, nats per token, logarithmic"]
+    for line, words in enumerate(axes if wide else axes[0].split("; ")):
+        body.append(text(left if wide else 4, lower + 38 + 18 * line, words))
     places = [place(size, nats) for size, nats, _, _ in marks]
-    labels = _labels(places, [label for _, _, label, _ in marks], (left, upper, WIDTH, lower))
+    labels = _labels(places, [label for _, _, label, _ in marks], (left, upper, width, lower))
     for (size, nats, label, css), (x, y), spot in zip(marks, places, labels, strict=True):
         tip = f"{label}: {format_bytes(size)}, {nats:.4g} nats per token"
         radius = 7 if css == "c4" else 5
@@ -112,9 +117,10 @@ def curve(
     legend = [("c1", "candidates, predicted"), ("c3", "stock presets, measured"), ("c4", "shipped, measured")]
     drawn = {css for _, _, _, css in marks}
     for index, (css, label) in enumerate(pair for pair in legend if pair[0] in drawn):
-        body.append(f'<circle cx="{left + 6 + index * 210}" cy="{lower + 56}" r="5" class="{css}"/>')
-        body.append(text(left + 17 + index * 210, lower + 60, label))
-    return svg(lower + 70, "File size against KL divergence", body)
+        x, y = (left + 6 + index * 210, lower + 56) if wide else (10, lower + 76 + index * 20)
+        body.append(f'<circle cx="{x}" cy="{y}" r="5" class="{css}"/>')
+        body.append(text(x + 11, y + 4, label))
+    return svg(lower + (70 if wide else 126), "File size against KL divergence", body, width)
 
 
 def _labels(
@@ -143,37 +149,51 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def keep_map(importance: Mapping[str, Sequence[float]], keep: Mapping[str, Sequence[int]]) -> str:
-    """Layers by experts: darker is more important, a cross marks a dropped expert."""
+def keep_map(importance: Mapping[str, Sequence[float]], keep: Mapping[str, Sequence[int]], width: int = WIDTH) -> str:
+    """Layers by experts: darker is more important; a dropped expert is crossed out, or where there is no room for
+    that, a short mark in another colour. Only wide cells say what they are when they are pointed at."""
     layers = sorted(importance, key=int)
     experts = len(next(iter(importance.values())))
     left = 60
-    size = min(26.0, (WIDTH - left) / experts)
+    size = min(26.0, (width - left) / experts)
+    height = max(size, 8.0)
+    every = math.ceil(13 / height)  # layers whose name has room
     body = []
     for row, layer in enumerate(layers):
         scores = importance[layer]
         most = max(max(scores), 1e-12)
         kept = set(keep.get(layer, range(experts)))
-        y = row * size + 4
-        body.append(text(left - 8, y + size * 0.7, f"layer {layer}", "end", "small"))
+        y = row * height + 4
+        if row % every == 0:
+            body.append(text(left - 8, y + max(height * 0.7, 8), f"layer {layer}", "end", "small"))
         for expert, score in enumerate(scores):
-            x = left + expert * size
-            state = "kept" if expert in kept else "dropped"
-            tip = f"layer {layer}, expert {expert}: importance {score:.4g}, {state}"
             shade = 0.12 + 0.88 * score / most
-            body.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{size - 1:.1f}" height="{size - 1:.1f}" '
-                f'class="c0" fill-opacity="{shade:.2f}"><title>{escape(tip)}</title></rect>'
-            )
-            if expert not in kept:
-                body.append(
-                    f'<path d="M{x + 2:.1f} {y + 2:.1f} L{x + size - 3:.1f} {y + size - 3:.1f} '
-                    f'M{x + size - 3:.1f} {y + 2:.1f} L{x + 2:.1f} {y + size - 3:.1f}" class="cross"/>'
-                )
-    return svg(int(len(layers) * size + 10), "Experts by layer: importance, and which were kept", body)
+            tip = f"layer {layer}, expert {expert}: importance {score:.4g}, "
+            tip = tip + ("kept" if expert in kept else "dropped") if width >= WIDTH else ""
+            body.append(_expert(left + expert * size, y, size, height, shade, expert in kept, tip))
+    return svg(int(len(layers) * height + 10), "Experts by layer: importance, and which were kept", body, width)
 
 
-def type_map(types: Sequence[tuple[str, str]]) -> str:
+def _expert(x: float, y: float, size: float, height: float, shade: float, kept: bool, tip: str) -> str:
+    gap = 1.0 if size >= _CROSSED else 0.4
+    css, tall = "c0", height - gap
+    if not kept and size < _CROSSED:
+        css, tall, shade = "c4", height * 0.3, 1.0
+    title = f"<title>{escape(tip)}</title>" if tip else ""
+    cell = (
+        f'<rect x="{x:.1f}" y="{y + height - gap - tall:.1f}" width="{size - gap:.1f}" height="{tall:.1f}" '
+        f'class="{css}" fill-opacity="{shade:.2f}">{title}</rect>'
+    )
+    if kept or size < _CROSSED:
+        return cell
+    right, bottom = x + size - 3, y + size - 3
+    return cell + (
+        f'<path d="M{x + 2:.1f} {y + 2:.1f} L{right:.1f} {bottom:.1f} '
+        f'M{right:.1f} {y + 2:.1f} L{x + 2:.1f} {bottom:.1f}" class="cross"/>'
+    )
+
+
+def type_map(types: Sequence[tuple[str, str]], width: int = WIDTH) -> str:
     """Layers by kind of tensor, each cell with its GGML type; ``types`` are pairs of tensor and type."""
     rows: dict[str, dict[str, str]] = {}
     for name, kind in types:
@@ -181,30 +201,106 @@ def type_map(types: Sequence[tuple[str, str]]) -> str:
         rows.setdefault(layer, {})[part.removesuffix(".weight")] = kind
     layered = sorted((layer for layer in rows if layer), key=int)
     kinds = list(dict.fromkeys(kind for layer in layered for kind in rows[layer]))
-    left, height, top = 60, 20, 26
-    width = (WIDTH - left) / max(1, len(kinds))
-    body = [
-        text(left + (i + 0.5) * width, 14, kind.removeprefix("ffn_").removeprefix("attn_"), "middle", "small")
-        for i, kind in enumerate(kinds)
-    ]
+    left, height = 60, 20
+    cell = (width - left) / max(1, len(kinds))
+    names = [kind.removeprefix("ffn_").removeprefix("attn_") for kind in kinds]
+    lines = math.ceil(max((_length(name) for name in names), default=0) / cell)  # names take turns in so many lines
+    top = 10 + 16 * max(1, lines)
+    body = []
+    for index, name in enumerate(names):
+        half = _length(name) / 2
+        x = min(max(left + (index + 0.5) * cell, half), width - half)
+        body.append(text(x, 14 + 16 * (index % max(1, lines)), name, "middle", "small"))
     for row, layer in enumerate(layered):
         y = top + row * height
         body.append(text(left - 8, y + 14, f"layer {layer}", "end", "small"))
         for column, kind in enumerate(kinds):
             if kind in rows[layer]:
-                body.append(_type_cell(left + column * width, y, width, height, rows[layer][kind]))
+                body.append(_type_cell(left + column * cell, y, cell, height, rows[layer][kind]))
     y = top + len(layered) * height + 8
-    outer = rows.get("", {})
-    for index, (name, kind) in enumerate(outer.items()):
-        body.append(_type_cell(left + index * 2 * width, y, 2 * width, height, f"{kind}", f"{name}: "))
-    return svg(y + height + 6, "GGML type of every tensor", body)
+    for name, kind in rows.get("", {}).items():
+        body.append(_type_cell(left, y, width - left, height, kind, f"{name}: "))
+        y += height
+    return svg(y + 6, "GGML type of every tensor", body, width)
+
+
+def _length(words: str) -> float:
+    """About how wide ``words`` are in small letters."""
+    return 6.4 * len(words) + 4
 
 
 def _type_cell(x: float, y: float, width: float, height: float, kind: str, prefix: str = "") -> str:
     bits = ggml.BY_NAME[kind].bits_per_weight
-    shade = min(1.0, 0.08 + math.log2(max(bits, 1.0)) / 5)
+    shade = min(0.5, 0.06 + 0.09 * math.log2(max(bits, 1.0)))  # letters stay readable on the darkest
+    words = prefix + kind
     return (
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{height - 1:.1f}" class="c1" '
-        f'fill-opacity="{shade:.2f}"><title>{escape(prefix + kind)}, {bits:.4g} bits per weight</title></rect>'
-        + text(x + width / 2, y + height * 0.7, prefix + kind, "middle", "cell")
+        f'fill-opacity="{shade:.2f}"><title>{escape(words)}, {bits:.4g} bits per weight</title></rect>'
+        + (text(x + width / 2, y + height * 0.7, words, "middle", "cell") if _length(words) <= width + 4 else "")
     )
+
+
+def bars(title: str, unit: str, values: Mapping[str, float], width: int = WIDTH) -> str:
+    """One bar a name, its value behind it, as long as the value is of the largest."""
+    values = {name: value for name, value in values.items() if math.isfinite(value)}
+    if not values:
+        return ""
+    left = min(max(map(len, values)) * 7.4 + 12, width * 0.42)
+    room, most = width - left - 84, max(*values.values(), 1e-12)
+    body = []
+    for row, (name, value) in enumerate(values.items()):
+        y, length = 4 + row * 24, max(room * max(value, 0) / most, 0.5)
+        tip = escape(f"{name}: {value:.4g} {unit}")
+        body.append(text(left - 8, y + 14, _shortened(name, left - 12), "end"))
+        body.append(
+            f'<rect x="{left:.1f}" y="{y}" width="{length:.1f}" height="18" class="c0"><title>{tip}</title></rect>'
+        )
+        body.append(text(left + length + 6, y + 14, f"{value:.4g}"))
+    body.append(text(left, 20 + len(values) * 24, unit, css="small"))
+    return svg(28 + len(values) * 24, title, body, width)
+
+
+def intervals(
+    title: str, rows: Sequence[tuple[str, Sequence[tuple[float, float, float]]]], width: int = WIDTH
+) -> str:
+    """Shares with their confidence intervals, of the original and of the built file, one pair a name.
+
+    Args:
+        rows: name, and (share, low, high) of both.
+    """
+    if not rows:
+        return ""
+    names = ("original", "built file")
+    left, right = (190, width - 24) if width >= WIDTH else (12, width - 16)
+    step = 40 if width >= WIDTH else 58
+    body, bottom = [], 8 + len(rows) * step
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x = left + (right - left) * share
+        body.append(f'<line x1="{x:.1f}" y1="4" x2="{x:.1f}" y2="{bottom}" class="grid"/>')
+        anchor = "start" if share == 0 else "end" if share == 1 else "middle"
+        body.append(text(x, bottom + 16, f"{100 * share:.0f} %", anchor, "small"))
+    for row, (name, pair) in enumerate(rows):
+        y = 8 + row * step
+        if width >= WIDTH:
+            body.append(text(left - 12, y + 20, _shortened(name, left - 16), "end"))
+        else:
+            body.append(text(left, y + 14, _shortened(name, right - left)))
+            y += 20
+        for line, (who, (share, low, high)) in enumerate(zip(names, pair, strict=True)):
+            middle, css = y + 9 + 14 * line, ("0", "4")[line]
+            a, b, c = (left + (right - left) * value for value in (low, high, share))
+            tip = escape(f"{name}, {who}: {100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+            body.append(
+                f'<line x1="{a:.1f}" y1="{middle}" x2="{b:.1f}" y2="{middle}" class="line s{css}"/>'
+                f'<circle cx="{c:.1f}" cy="{middle}" r="5" class="c{css}"><title>{tip}</title></circle>'
+            )
+    for index, (who, css) in enumerate(zip(names, ("c0", "c4"), strict=True)):
+        x = left + 6 + index * 110
+        body.append(f'<circle cx="{x}" cy="{bottom + 36}" r="5" class="{css}"/>')
+        body.append(text(x + 11, bottom + 40, who))
+    return svg(bottom + 50, title, body, width)
+
+
+def _shortened(words: str, room: float) -> str:
+    most = max(4, int(room / 7))
+    return words if len(words) <= most else words[: most - 1] + "\u2026"

@@ -12,13 +12,14 @@ from edgeprune.prove.figures import WIDTH, svg, text
 _COLOURS = 6
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _TITLE = "Share of experts kept against KL divergence, one line a method"
-_LEFT, _RIGHT, _TOP = 64, WIDTH - 170, 16
+_LEFT, _TOP = 56, 16
 
 
 class _Frame:
     """Where a number of experts and a divergence are in the picture."""
 
-    def __init__(self, rows: Sequence[Row], height: float) -> None:
+    def __init__(self, rows: Sequence[Row], height: float, right: float) -> None:
+        self.right = right
         self.counts = sorted({row.kept for row in rows})
         values = [row.quality["kl_mean"] for row in rows]
         self.floor = max(min(values), 1e-6)
@@ -29,23 +30,23 @@ class _Frame:
         first, last = self.counts[0], self.counts[-1]
         share = 0.5 if first == last else (kept - first) / (last - first)
         depth = (math.log10(max(nats, self.floor)) - self.bottom) / (self.top - self.bottom)
-        return _LEFT + (_RIGHT - _LEFT) * share, self.lower - (self.lower - _TOP) * depth
+        return _LEFT + (self.right - _LEFT) * share, self.lower - (self.lower - _TOP) * depth
 
 
 def _axes(frame: _Frame, experts: int) -> list[str]:
     lower = frame.lower
-    body = [f'<line x1="{_LEFT}" y1="{lower}" x2="{_RIGHT}" y2="{lower}" class="axis"/>']
+    body = [f'<line x1="{_LEFT}" y1="{lower}" x2="{frame.right}" y2="{lower}" class="axis"/>']
     powers = range(math.floor(frame.bottom), math.floor(frame.top) + 1)
     for nats in (step * 10.0**power for power in powers for step in (1, 2, 5)):
         if not frame.bottom <= math.log10(nats) <= frame.top:
             continue
         y = frame.place(frame.counts[0], nats)[1]
-        body.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_RIGHT}" y2="{y:.1f}" class="grid"/>')
+        body.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{frame.right}" y2="{y:.1f}" class="grid"/>')
         body.append(text(_LEFT - 6, y + 4, f"{nats:g}", "end"))
     for kept in frame.counts:
         body.append(text(frame.place(kept, frame.floor)[0], lower + 18, f"{100 * kept / experts:.0f} %", "middle"))
-    axis = "share of experts kept; vertical: KL divergence, nats per token, logarithmic"
-    return [*body, text(_LEFT, lower + 38, axis)]
+    body.append(text(_LEFT, lower + 38, "share of experts kept; vertical:"))
+    return [*body, text(_LEFT, lower + 56, "KL divergence, nats per token, logarithmic")]
 
 
 def _line(points: Sequence[tuple[float, float]], number: int) -> str:
@@ -59,11 +60,14 @@ def methods_in_order(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.method for row in sorted(rows, key=lambda r: (r.kept, r.quality["kl_mean"]))))
 
 
-def method_lines(rows: Sequence[Row], experts: int) -> str:
-    """The picture as SVG; the legend is in the order of the lines where the fewest experts are kept."""
+def method_lines(rows: Sequence[Row], experts: int, width: int = WIDTH) -> str:
+    """The picture as SVG; the legend is in the order of the lines where the fewest experts are kept, beside them
+    where there is room and else below."""
     methods = methods_in_order(rows)
-    frame = _Frame(rows, max(284, 17 * len(methods)))
+    beside = width >= WIDTH
+    frame = _Frame(rows, max(284, 17 * len(methods)) if beside else 284, width - (170 if beside else 20))
     body = _axes(frame, experts)
+    below = frame.lower + 74
     step = (frame.lower - _TOP) / len(methods)
     for number, method in enumerate(methods):
         own = sorted((row for row in rows if row.method == method), key=lambda row: row.kept)
@@ -73,7 +77,13 @@ def method_lines(rows: Sequence[Row], experts: int) -> str:
             tip = f"{method}, {row.kept} of {experts} kept: {row.quality['kl_mean']:.4g} nats per token"
             circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="c{number % _COLOURS}">'
             body.append(f"{circle}<title>{escape(tip)}</title></circle>")
-        y = _TOP + (number + 0.5) * step
-        body.append(_line([(_RIGHT + 16, y), (_RIGHT + 40, y)], number))
-        body.append(text(_RIGHT + 46, y + 4, method, css="small"))
-    return svg(int(frame.lower + 48), _TITLE, body)
+        left, y = (frame.right + 16, _TOP + (number + 0.5) * step) if beside else _below(number, below, width)
+        body.append(_line([(left, y), (left + 24, y)], number))
+        body.append(text(left + 30, y + 4, method, css="small"))
+    height = below - 8 if beside else _below(len(methods) - 1, below, width)[1] + 12
+    return svg(int(height), _TITLE, body, width)
+
+
+def _below(number: int, top: float, width: int) -> tuple[float, float]:
+    """Where a line of the legend begins that stands below the picture, in two columns."""
+    return 8.0 + number % 2 * width / 2, top + number // 2 * 17

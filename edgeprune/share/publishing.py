@@ -15,7 +15,8 @@ from edgeprune.errors import BadFile, EdgepruneError, UsageError
 from edgeprune.files import file_digest, to_json
 from edgeprune.model.splitting import Part
 from edgeprune.prove import figures
-from edgeprune.prove.page import render, standalone
+from edgeprune.prove.page import render
+from edgeprune.prove.pictures import standalone
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.hub import Hub, Remote, Upload
 from edgeprune.share.index import INDEX, Entry, index_text, read_index

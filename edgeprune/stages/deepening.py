@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.errors import UsageError
+from edgeprune.errors import BadFile, Unsupported, UsageError
 from edgeprune.measure import child
 from edgeprune.measure.answers import shipped_prompts
 from edgeprune.measure.kld_base import BaseFile
 from edgeprune.measure.questions import chosen_questions, parse_task
 from edgeprune.measure.repetition import LENGTH, MODES
-from edgeprune.prove.deeper import Base, Deeper, Loops, Speed, Task
+from edgeprune.measure.slicing import json_requests, shipped_slices
+from edgeprune.prove.deeper import Deeper, Loops, Named, Speed, Task
 from edgeprune.prove.paired import Paired
 from edgeprune.units import format_bytes
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Tokens that are prefilled and decoded at each depth.
 _BLOCK, _GENERATED = 128, 16
+# Most tokens of a JSON object.
+_OBJECT_TOKENS = 192
 # Filling the context for the speeds at depths takes this long at most, in seconds.
 _FILL_SECONDS = 60.0
 
@@ -35,6 +38,7 @@ class Wishes:
         loops: how many of the shipped questions are answered at length.
         tasks: ``FILE`` or ``FILE:FORMAT`` with questions whose answers are known.
         questions: how many of each are asked.
+        slices: whether the shipped slices of text, and JSON under a grammar, are measured.
         base: a file of llama-perplexity to compare with, or None.
         write_base: where to write one of the source, or None.
     """
@@ -43,6 +47,7 @@ class Wishes:
     loops: int = 0
     tasks: tuple[str, ...] = ()
     questions: int = 200
+    slices: bool = False
     base: Path | None = None
     write_base: Path | None = None
 
@@ -87,6 +92,9 @@ def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
         found = _task(run, built, value, wishes.questions)
         others = [task for task in report.deeper.tasks if task.name != found.name]
         keep(replace(report.deeper, tasks=(*others, found)))
+    if wishes.slices:
+        keep(replace(report.deeper, slices=_slices(run, built)))
+        keep(replace(report.deeper, objects=_objects(run, built)))
     if wishes.write_base is not None:
         _write_base(run, wishes.write_base)
     if wishes.base is not None:
@@ -130,34 +138,61 @@ def _spread_depths(context: int) -> list[int]:
 
 
 def _loops(run: Run, built: Path, count: int) -> tuple[Loops, ...]:
-    questions = shipped_prompts()[:count]
-    prompts = [f"{question}\n" for question in questions]
-    if run.template is not None:
-        prompts = run.asked(questions, "questions for the loop probe")
+    prompts, special = _asked(run, shipped_prompts()[:count])
+    arguments = {"prompts": prompts, "special": special, "length": LENGTH}
+    original, candidate = _of_both(run, built, "edgeprune.measure.loops:loops", arguments, "loops")
+    return tuple(Loops.of(mode, LENGTH, original[mode], candidate[mode]) for mode in MODES)
+
+
+def _asked(run: Run, questions: list[str]) -> tuple[list[str], bool]:
+    """``questions`` as the model reads them, and whether special tokens in them are meant as such."""
+    if run.template is None:
+        return [f"{question}\n" for question in questions], False
+    return run.asked(questions, "questions"), True
+
+
+def _of_both(run: Run, built: Path, task: str, arguments: dict[str, Any], title: str) -> tuple[Any, Any]:
+    """What ``task`` returns for the original and for the built file."""
     found = []
     for name, model in (("original", run.source), ("built file", built)):
-        with run.listener.progress(f"loops of the {name}") as progress:
-            arguments = {
-                "model": str(model),
-                "prompts": prompts,
-                "special": run.template is not None,
-                "length": LENGTH,
-            }
-            found.append(child.call("edgeprune.measure.loops:loops", arguments, progress))
-    original, candidate = found
-    return tuple(Loops.of(mode, LENGTH, original[mode], candidate[mode]) for mode in MODES)
+        with run.listener.progress(f"{title} of the {name}") as progress:
+            found.append(child.call(task, {"model": str(model), **arguments}, progress))
+    return found[0], found[1]
 
 
 def _task(run: Run, built: Path, value: str, most: int) -> Task:
     path, form = parse_task(value)
     questions, total = chosen_questions(path, form, most)
-    right = []
-    for name, model in (("original", run.source), ("built file", built)):
-        with run.listener.progress(f"{path.name}: answers of the {name}") as progress:
-            arguments = {"questions": [one.to_json() for one in questions], "name": str(path)}
-            answers = child.call("edgeprune.measure.answering:answer", {"model": str(model), **arguments}, progress)
-            right.append(answers)
-    return Task(path.name, form, total, Paired.of(*right))
+    arguments = {"questions": [one.to_json() for one in questions], "name": str(path)}
+    both = _of_both(run, built, "edgeprune.measure.answering:answer", arguments, f"{path.name}: answers")
+    return Task(path.name, form, total, Paired.of(*both))
+
+
+def _slices(run: Run, built: Path) -> tuple[Named, ...]:
+    texts = []
+    for text in shipped_slices():
+        try:
+            texts.append(run.rendered(text))
+        except (Unsupported, BadFile) as error:
+            run.listener.say(f"slice {text.domain} is left out: {error.cause}")
+    reference = run.folder.scratch / "slices.reference"
+    arguments: dict[str, Any] = {"texts": [text.to_json() for text in texts], "split": "held_out"}
+    arguments |= {"window": run.settings.window, "most_tokens": run.settings.evaluation_tokens}
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    with run.listener.progress("reference (slices)") as progress:
+        made = {"model": str(run.source), "output": str(reference), **arguments}
+        child.call("edgeprune.measure.tasks:reference", made, progress)
+    with run.listener.progress("quality on slices") as progress:
+        asked = {"model": str(built), "reference": str(reference), "masks": [None], **arguments}
+        (measured,) = child.call("edgeprune.measure.tasks:divergence", asked, progress)
+    return tuple(Named(name, quality) for name, quality in measured["domains"].items())
+
+
+def _objects(run: Run, built: Path) -> Paired:
+    prompts, special = _asked(run, json_requests())
+    arguments = {"prompts": prompts, "special": special, "length": _OBJECT_TOKENS}
+    both = _of_both(run, built, "edgeprune.measure.structured:objects", arguments, "JSON")
+    return Paired.of(*([bool(text) for text in own] for own in both))
 
 
 def _write_base(run: Run, path: Path) -> None:
@@ -167,7 +202,7 @@ def _write_base(run: Run, path: Path) -> None:
     run.listener.say(f"{path}: {made['chunks']} chunks, {format_bytes(made['nbytes'])}")
 
 
-def _base(run: Run, built: Path, path: Path) -> Base:
+def _base(run: Run, built: Path, path: Path) -> Named:
     with run.listener.progress(f"quality against {path.name}") as progress:
         arguments = {"model": str(built), "base": str(path)}
-        return Base(path.name, child.call("edgeprune.measure.against_base:compare", arguments, progress))
+        return Named(path.name, child.call("edgeprune.measure.against_base:compare", arguments, progress))

@@ -105,6 +105,17 @@ class TextStages(SourceStages):
             "most_tokens": tokens,
         }
 
+    def rendered(self, text: TextFile) -> TextFile:
+        """``text`` as any model reads it: chats through this model's template.
+
+        Raises:
+            Unsupported: chats, and the model has no template.
+            BadFile: a chat that it does not render.
+        """
+        if text.form == CHATS and self.template is None:
+            raise Unsupported(f"{self.settings.source} has no chat template")
+        return self._rendered(text)
+
     def held_out_arguments(self) -> dict[str, Any]:
         """Arguments of a task that reads the held-out text."""
         return self._text_arguments("held_out")

@@ -1,0 +1,198 @@
+"""The tables of a report's page, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from edgeprune.prove.comparison import Comparison
+from edgeprune.prove.lines import methods_in_order
+from edgeprune.prove.paired import Paired, wilson
+from edgeprune.prove.report import INFORMATION, Report
+from edgeprune.units import format_bytes, format_seconds
+
+_NONE = "\u2013"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Heads of the columns, and the rows, which the first column names; ``words``: the others are no figures."""
+
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    words: bool = False
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """What is asked first: size, divergence, agreement, memory, speed."""
+    measured = {promise.name: promise.measured for promise in report.promises}
+    found = [
+        ("file size", format_bytes(report.build["nbytes"])),
+        ("KL, nats per token", f"{report.quality['kl_mean']:.4g}"),
+        ("same top token", f"{100 * report.quality['same_top']:.1f} %"),
+    ]
+    names = {"peak memory": "peak memory", "decode (tokens per second)": "tokens per second"}
+    return found + [(label, measured[name]) for name, label in names.items() if name in measured]
+
+
+def tables(report: Report) -> dict[str, Table]:
+    """Every table by name."""
+    rivals = [("shipped", report.build["nbytes"], report.quality)]
+    rivals += [(rival.preset, rival.nbytes, rival.quality) for rival in report.baselines]
+    found = {
+        "promises": Table(
+            ("What", "Predicted", "Measured", "Verdict"),
+            [
+                (
+                    p.name,
+                    p.predicted or _NONE,
+                    p.measured,
+                    "for information" if p.verdict == INFORMATION else p.verdict,
+                )
+                for p in report.promises
+            ],
+        ),
+        "presets": Table(
+            ("File", "Size", *_QUALITY), [(name, format_bytes(size), *_quality(q)) for name, size, q in rivals]
+        ),
+        "domains": Table(
+            ("Domain", *_QUALITY, "Perplexity of the source"),
+            [(name, *_quality(q), f"{q['reference_perplexity']:.3f}") for name, q in sorted(report.domains.items())],
+        ),
+        "candidates": Table(
+            ("Experts kept", "Size", "KL predicted"),
+            [
+                (f"{row['kept']} of {report.plan['experts']}", format_bytes(row["file_bytes"]), f"{row['nats']:.4g}")
+                for row in report.curve
+            ],
+        ),
+        "experts": Table(
+            ("Layer", "Kept"),
+            [(layer, ranges(report.plan["keep"][layer])) for layer in sorted(report.plan["keep"], key=int)],
+            words=True,
+        ),
+        "conditions": Table(("What", "Value"), _conditions(report), words=True),
+    }
+    return found | _deeper(report)
+
+
+_QUALITY = ("KL mean", "KL 99 %", "KL 99.9 %", "KL max", "Same top token", "Perplexity")
+
+
+def _quality(q: Mapping[str, Any]) -> tuple[str, ...]:
+    finest = f"{q['kl_999']:.4f}" if "kl_999" in q else _NONE  # earlier reports do not have it
+    return (
+        f"{q['kl_mean']:.5f}",
+        f"{q['kl_99']:.4f}",
+        finest,
+        f"{q['kl_max']:.3f}",
+        f"{100 * q['same_top']:.2f} %",
+        f"{q['perplexity']:.3f}",
+    )
+
+
+def _deeper(report: Report) -> dict[str, Table]:
+    deeper = report.deeper
+    return {
+        "speeds": Table(
+            ("In the context", "Prefill per second", "Decode per second", "First token after as many"),
+            [
+                (
+                    f"{speed.depth:,} tokens",
+                    _rate(speed.prefill),
+                    _rate(speed.decode),
+                    _NONE if speed.first_token_seconds is None else format_seconds(speed.first_token_seconds),
+                )
+                for speed in deeper.speeds
+            ],
+        ),
+        "tasks": Table(
+            ("Questions", "Asked", *_PAIRED, "To see 1 point"),
+            [
+                (
+                    f"{task.name} ({task.form})",
+                    f"{task.right.count:,} of {task.total:,}",
+                    *_paired(task.right),
+                    f"{task.right.needed():,}",
+                )
+                for task in deeper.tasks
+            ],
+        ),
+        "loops": Table(
+            ("Mode", *_PAIRED, "Repeated runs", "Change, points"),
+            [
+                (
+                    probe.mode,
+                    *_paired(probe.looping),
+                    f"{100 * probe.repeated[0]:.1f} \u2192 {100 * probe.repeated[1]:.1f} %",
+                    _points(*probe.change),
+                )
+                for probe in deeper.loops
+            ],
+        ),
+        "bases": Table(("File", *_QUALITY), [(base.name, *_quality(base.quality)) for base in deeper.bases]),
+        "slices": Table(
+            ("Slice", *_QUALITY, "Perplexity of the source"),
+            [
+                (one.name, *_quality(one.quality), f"{one.quality['reference_perplexity']:.3f}")
+                for one in deeper.slices
+            ],
+        ),
+        "objects": Table(
+            ("Structured output", *_PAIRED),
+            []
+            if deeper.objects is None
+            else [("JSON under a grammar, brought to its end", *_paired(deeper.objects))],
+        ),
+    }
+
+
+_PAIRED = ("Original", "Built file", "Change, points", "p")
+
+
+def _paired(found: Paired) -> tuple[str, ...]:
+    shares = []
+    for hits in (found.original, found.candidate):
+        low, high = wilson(hits, found.count)
+        shares.append(f"{100 * hits / max(1, found.count):.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+    return (*shares, _points(*found.difference), f"{found.p_value:.2g}")
+
+
+def _points(change: float, low: float, high: float) -> str:
+    return f"{100 * change:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _rate(three: tuple[float, float, float]) -> str:
+    return f"{three[0]:,.1f} ({three[1]:,.1f} to {three[2]:,.1f})"
+
+
+def _conditions(report: Report) -> list[tuple[str, ...]]:
+    return [
+        *((name, value) for name, value in sorted(report.conditions.items())),
+        ("chosen by", str(report.plan["origin"])),
+        ("proven gap of the choice of types", f"{report.plan['predicted']['gap']:.2g}"),
+        ("plan", str(report.plan["digest"])),
+        ("SHA-256 of the file", str(report.build["sha256"])),
+    ]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending ``numbers`` in a line, runs of them as ``3-7``."""
+    starts = [a for before, a in pairwise([-2, *numbers]) if a != before + 1]
+    ends = [a for a, after in pairwise([*numbers, -2]) if after != a + 1]
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def methods_table(comparison: Comparison) -> Table:
+    """Each method's divergence by numbers of experts, largest first; methods in the legend's order."""
+    counts = sorted({row.kept for row in comparison.rows}, reverse=True)
+    found = {(row.method, row.kept): f"{row.quality['kl_mean']:.4f}" for row in comparison.rows}
+    return Table(
+        ("Method", *(f"{kept} kept" for kept in counts)),
+        [
+            (method, *(found.get((method, kept), _NONE) for kept in counts))
+            for method in methods_in_order(comparison.rows)
+        ],
+    )

@@ -1,0 +1,169 @@
+"""The page in a real browser: no error, no network, nothing wider than the screen, every picture with its data."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+import pytest
+from runs import Fit, run_edgeprune
+
+from edgeprune.prove.browser import find_browser, run_browser
+from edgeprune.prove.deeper import Deeper, Loops, Named, Speed, Task
+from edgeprune.prove.page import render
+from edgeprune.prove.paired import Paired
+from edgeprune.prove.pictures import pictures
+from edgeprune.prove.report import Report
+from edgeprune.prove.tables import ranges
+
+pytest_plugins = ("demo_fixtures",)
+
+needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine")
+
+# What a reader would measure with a ruler, as an attribute of the page that the browser prints.
+RULER = """<script>
+const found = {errors: window.failed || 0, width: innerWidth,
+  dark: matchMedia('(prefers-color-scheme: dark)').matches, scroll: document.documentElement.scrollWidth, seen: [],
+  small: [], pale: [], headings: [...document.querySelectorAll("h1,h2,h3")].map(h => h.tagName)};
+const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => x / 255)
+  .map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
+  return .2126 * v[0] + .7152 * v[1] + .0722 * v[2]; };
+const paper = light(getComputedStyle(document.body).backgroundColor);
+for (const svg of document.querySelectorAll("svg")) {
+  const box = svg.getBoundingClientRect();
+  if (box.width) {
+    found.seen.push(svg.getAttribute("aria-label"));
+    for (const t of svg.querySelectorAll("text")) {
+      const size = parseFloat(getComputedStyle(t).fontSize) * box.width / svg.viewBox.baseVal.width;
+      if (size < 10) found.small.push(t.textContent);
+    }
+  }
+}
+for (const e of document.querySelectorAll("p, td, th, dd, dt, h1, h2, pre, figcaption, summary, svg text")) {
+  if (!e.getBoundingClientRect().width) continue;
+  const ink = light(getComputedStyle(e)[e.closest("svg") ? "fill" : "color"]);
+  const ratio = (Math.max(ink, paper) + .05) / (Math.min(ink, paper) + .05);
+  if (ratio < 4.5) found.pale.push([e.textContent.slice(0, 30), ratio]);
+}
+parent.postMessage(encodeURIComponent(JSON.stringify(found)), "*");
+</script>"""
+OUTER = """<!doctype html><html><body><script>
+onmessage = event => document.body.setAttribute("data-found", event.data);
+</script><iframe src="page.html" style="width: {width}px; height: 3000px; border: 0"></iframe></body></html>"""
+WATCH = "<script>addEventListener('error', () => window.failed = (window.failed || 0) + 1, true)</script>"
+
+
+@pytest.fixture(scope="module")
+def full(tiny_fit: Fit) -> Report:
+    """The report of a fit with everything in it that can be asked for, and a large model's maps."""
+    right = Paired(120, 12, 6, 62)
+    loops = tuple(
+        Loops(mode, 512, Paired(1, 1, 4, 34), (0.11, 0.19), (0.08, 0.02, 0.15), "and so on and so on and so on")
+        for mode in ("greedy", "sampled")
+    )
+    deeper = Deeper(
+        speeds=(
+            Speed(0, (900.0, 870.0, 910.0), (41.0, 40.1, 41.2), None),
+            Speed(8192, *[(400.0, 1.0, 4e4)] * 2, 20.5),
+        ),
+        loops=loops,
+        tasks=(Task("hellaswag_val.jsonl", "hellaswag", 10042, right), Task("a" * 70, "mmlu", 200, right)),
+        bases=(Named("wiki.kld", dict(tiny_fit.report.quality)),),
+        slices=tuple(Named(name, dict(tiny_fit.report.quality)) for name in ("code", "json")),
+        objects=Paired(9, 2, 0, 1),
+    )
+    importance = {str(layer): [((layer * 37 + e * 11) % 97) / 97 for e in range(128)] for layer in range(48)}
+    keep = {str(layer): [e for e in range(128) if (layer + e) % 4] for layer in range(48)}
+    plan = {**tiny_fit.report.plan, "keep": keep, "kept": 96, "experts": 128}
+    domains = {name: dict(tiny_fit.report.quality) for name in ("code", "languages", "a domain with a long name")}
+    return replace(tiny_fit.report, deeper=deeper, importance=importance, plan=plan, domains=domains)
+
+
+def looked_at(content: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:
+    """What ``RULER`` finds on the page in a window of ``width`` pixels, and what the browser says of errors.
+
+    The page stands in a frame, since a window has 500 pixels at least; what is in a frame takes it for the screen.
+    """
+    program = find_browser()
+    assert program is not None
+    allowed = content.replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
+    page, outer = folder / "page.html", folder / "outer.html"
+    page.write_text(allowed.replace("<head>", f"<head>{WATCH}").replace("</body>", f"{RULER}</body>"), "utf-8")
+    outer.write_text(OUTER.format(width=width), "utf-8")
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    options = ("--enable-logging=stderr", "--dump-dom", "--virtual-time-budget=3000", "--window-size=1400,900")
+    done = run_browser(program, outer, scheme, *options)
+    (told,) = re.findall(r'data-found="([^"]*)"', done.stdout)
+    found: dict[str, Any] = json.loads(unquote(told))
+    found["console"] = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return found
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
+def test_the_page_is_readable_on_every_screen(full: Report, tmp_path: Path, width: int, dark: bool) -> None:
+    found = looked_at(render(full), tmp_path, width, dark)
+    assert found["width"] == width and found["dark"] == dark
+    assert found["console"] == [] and found["errors"] == 0
+    assert found["scroll"] <= width, "something is wider than the screen"
+    assert found["small"] == [], "letters that nobody can read"
+    assert found["pale"] == [], "letters with less contrast than 4.5 to 1"
+    drawn = [drawing for drawing in pictures(full).values() if drawing]
+    assert len(found["seen"]) == len(drawn) == len(set(found["seen"]))
+    assert found["headings"][0] == "H1" and set(found["headings"][1:]) == {"H2"}
+
+
+@needs_browser
+def test_a_page_that_reached_for_the_network_would_be_noticed(full: Report, tmp_path: Path) -> None:
+    page = render(full).replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>')
+    found = looked_at(page, tmp_path, 1280)
+    assert any("Content Security Policy" in line for line in found["console"])
+
+
+def test_every_picture_has_its_data(full: Report) -> None:
+    drawn = pictures(full)
+    assert {name for name, drawing in drawn.items() if not drawing} <= {"methods"}
+    assert drawn["experts"].count("<rect") == 48 * 128
+    assert drawn["experts"].count(", dropped</title>") == 48 * 32
+    assert drawn["domains"].count("<rect") == len(full.domains)
+    assert drawn["questions"].count("<circle") == drawn["loops"].count("<circle") == 2 * 2 + 2
+    assert "hellaswag_val.jsonl, original: 66.0 % (59.2 to 72.2)" in drawn["questions"]
+    assert drawn["types"].count(" bits per weight</title>") == len(full.types)
+
+
+def test_numbers_are_told_in_ranges() -> None:
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert (ranges([]), ranges([3])) == ("", "3")
+
+
+def test_the_report_command_writes_the_page_again_and_its_pictures(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    page = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    done = run_edgeprune("report", folder, "--pictures", tmp_path / "pictures", "--json")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "report.html").read_bytes() == page
+    names = {name for name, drawing in pictures(tiny_fit.report).items() if drawing}
+    made = json.loads(done.stdout)["pictures"]
+    assert {Path(path).stem for path in made} == names
+    for name in names:
+        root = ElementTree.parse(tmp_path / "pictures" / f"{name}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        if find_browser() is not None:
+            png = (tmp_path / "pictures" / f"{name}.png").read_bytes()
+            assert png.startswith(b"\x89PNG")
+            assert struct.unpack(">2I", png[16:24]) == (2 * int(root.attrib["width"]), 2 * int(root.attrib["height"]))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"promises": 3}', "nothing"])
+def test_a_report_that_is_none_is_explained(tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content, encoding="utf-8")
+    done = run_edgeprune("report", tmp_path)
+    assert done.returncode == 1 and "report.json" in done.stderr and "Traceback" not in done.stderr
