@@ -254,6 +254,19 @@ def test_merges_that_are_no_scores_are_worked_off_as_they_are_where_llama_cpp_ca
     assert file.get(DIFFERENCES_KEY) is None
 
 
+def test_two_texts_of_one_id_are_the_token_that_both_are(
+    family_file: Callable[[str], GgufFile], tmp_path: Path
+) -> None:
+    """Gemma's tab is the token of its byte."""
+
+    def change(definition: dict[str, Any]) -> None:
+        definition["model"]["vocab"]["\t"] = definition["model"]["vocab"]["<0x09>"]
+
+    file = write_vocabulary(copied(family_file("gemma4"), tmp_path, change))
+    texts = ["a\tb", "\t\t\tx\t", "<0x09>\t"]
+    assert native_ids(file, texts) == original_ids(file, texts)
+
+
 def test_merges_that_are_no_scores_are_told_where_llama_cpp_has_only_scores(
     family_file: Callable[[str], GgufFile], tmp_path: Path
 ) -> None:

@@ -9,7 +9,8 @@ with characters of every Unicode category. What llama.cpp cuts otherwise:
 - all rules with ``(?i:'s|...)``: an apostrophe and U+017F, the long s, which the original takes for an s;
 - ``tekken``: a combining mark is not part of the word, so that words of Indic scripts, Thai, vowelled Arabic and
   Hebrew, and letters with decomposed accents fall apart; and letters beyond ASCII are capital and small at once;
-- ``gpt-4o``: as ``tekken``. ``granite-embed-multi-97m`` is the same rule with marks, and is taken where it can be;
+- ``gpt-4o``: as ``tekken``. ``granite-embed-multi-97m`` is the same rule with marks, and is taken where it can be; a
+  llama.cpp from before pull request 22716 of May 2026 does not know the name, and refuses the file;
 - ``kimi-k2``: combining marks as in ``tekken``; no letters have case, so that "camelCase" is one word;
 - ``deepseek-coder``: white space from U+2000 on, the wide space U+3000 too, is not part of the word of Chinese,
   Japanese or Korean letters beside it;

@@ -5,9 +5,9 @@ llama.cpp has two ways for it. In ``llama`` the pair is joined whose union has t
 scores of a SentencePiece model say the same. In ``gemma4`` merges are worked off as they are, but never across line
 ends, a token begins every text, and no space is put in front.
 
-What llama.cpp does otherwise: a space in front of the text is put there whether the text begins with one or not, and
-after every special token; ``Metaspace`` puts none before a space, and if so told only at the very start. The map of
-characters that a SentencePiece model may have is left out.
+What llama.cpp does otherwise: like SentencePiece itself it puts a space in front of a text even where one is, and it
+puts one behind every special token. ``Metaspace`` puts none where one is, and with ``first`` none but at the very
+start. The map of characters that a SentencePiece model may have is left out.
 """
 
 from __future__ import annotations
