@@ -19,6 +19,7 @@ from agreement import divergence, log_probabilities, token_windows, transformers
 from families import FAMILIES
 from safetensors.torch import save_file
 
+from edgeprune import inspection
 from edgeprune.build import builder
 from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.errors import Unsupported
@@ -27,7 +28,7 @@ from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
 from edgeprune.model.convert import SOURCE_KEY, convert
-from edgeprune.model.converter import load_converter
+from edgeprune.model.converter import load_converter, shipped_converters
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.rope import FREQUENCIES
 
@@ -270,18 +271,34 @@ def test_experts_of_a_llama_4_with_128_of_them_stay(tmp_path: Path) -> None:
 # Converters are data; each must be complete.
 
 
-def converter_files() -> list[Path]:
-    return sorted(data_folder("converters").glob("*.toml"))
+def converter_file(name: str) -> Path:
+    return data_folder("converters") / f"{name}.toml"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inspect_knows_of_a_checkpoint_what_its_gguf_says(name: str, made: Any) -> None:
+    checkpoint, gguf = made(name)
+    whole = read_architecture(GgufFile(gguf))
+    sketch = inspection._sketch(open_checkpoint(checkpoint), load_converter(converter_file(name)))
+    for field in ("arch", "layers", "experts", "used", "groups", "groups_used"):
+        assert getattr(sketch, field) == getattr(whole, field), field
+    assert sketch.allowed_counts() == whole.allowed_counts()
+    assert sketch.nbytes == pytest.approx(whole.nbytes, rel=0.02)
+
+
+def test_the_readme_shows_the_families_as_they_are() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert readme == families.with_table(readme), "run `python tests/families.py README.md`"
 
 
 def test_every_converter_has_a_toy_model() -> None:
-    assert {path.stem for path in converter_files()} == set(FAMILIES)
+    assert {path.stem for path in shipped_converters()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_converter_accounts_for_every_tensor_of_its_model(name: str, made: Any) -> None:
     checkpoint, gguf = made(name)
-    converter = load_converter(data_folder("converters") / f"{name}.toml")
+    converter = load_converter(converter_file(name))
     stored = open_checkpoint(checkpoint).stored.values()
     file = GgufFile(gguf)
     written = sum(np.prod(tensor.shape) for tensor in file.tensors.values() if tensor.name != FREQUENCIES)
