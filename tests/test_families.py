@@ -11,12 +11,14 @@ from typing import Any
 
 import families
 import numpy as np
+import observed
 import pytest
 import torch
 import toys
 import transformers
 from agreement import divergence, log_probabilities, token_windows, transformers_log_probabilities
 from families import FAMILIES
+from observed import collected
 from safetensors.torch import save_file
 
 from edgeprune import inspection
@@ -25,6 +27,8 @@ from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.errors import Unsupported
 from edgeprune.files import data_folder
 from edgeprune.measure.launch import Launch
+from edgeprune.measure.replay import LayerExperts, activation_of
+from edgeprune.measure.routing import preference
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
 from edgeprune.model.convert import SOURCE_KEY, convert
@@ -125,6 +129,27 @@ def test_both_layouts_of_experts_give_the_same_file(name: str, made: Any, tmp_pa
     assert names != set(open_checkpoint(checkpoint).stored)
     convert(other, tmp_path / "other.gguf", "f32")
     assert_same_file(gguf, tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_pass_sees_the_router_and_its_experts_can_be_replayed(name: str, made: Any, tmp_path: Path) -> None:
+    _, gguf = made(name)
+    file = GgufFile(gguf)
+    architecture = read_architecture(file)
+    collector = collected(gguf, observed.token_windows(architecture.vocabulary, 1), tmp_path)
+    weights = {tensor.name for tensor in architecture.tensors if tensor.quantisable and tensor.role != "embedding"}
+    assert weights <= set(collector.moments)
+    everyone = np.ones(architecture.experts, bool)
+    assert set(collector.layers()) == set(architecture.moe_layers)
+    for layer, sums in collector.layers().items():
+        assert sums.total("routed").sum() == observed.TOKENS * architecture.used
+        if architecture.arch == "llama4":  # the coefficient is inside the expert, which cannot be replayed
+            continue
+        kept = collector.reservoirs()[layer]
+        scores = preference(kept.selection, architecture.groups, architecture.groups_used, everyone)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : architecture.used]
+        np.testing.assert_array_equal(np.sort(order, axis=1), np.sort(kept.ids, axis=1))
+        assert activation_of(LayerExperts(file, architecture, layer), kept) is not None
 
 
 # What single families have of their own.
