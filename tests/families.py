@@ -27,6 +27,7 @@ class Family:
         arch: llama.cpp's architecture string.
         examples: published models.
         literal: configuration values; those that all families share are in ``SHARED``.
+        published: what stands in ``config.json`` on the Hub besides, or instead of, what ``save_pretrained`` writes.
         variants: further configurations, each as what differs from ``literal``.
         experts: configuration key with the number of experts.
         tokenizer: ``byte_level`` or ``sentencepiece``.
@@ -41,6 +42,7 @@ class Family:
     arch: str
     examples: tuple[str, ...]
     literal: Mapping[str, Any]
+    published: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     experts: str = "num_experts"
     tokenizer: str = "byte_level"
@@ -67,6 +69,14 @@ SHARED = {
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_OLD_YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 _LATENT = {
     "num_hidden_layers": 3,
@@ -133,6 +143,15 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": False,
             "rope_parameters": ROPE,
         },
+        published={
+            "rope_theta": 10000.0,
+            "sliding_window": 32768,
+            "max_window_layers": 21,
+            "use_sliding_window": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-06,
+            "decoder_sparse_step": 1,
+        },
         variants={"without biases": {"qkv_bias": False}},
     ),
     "deepseek_v2": Family(
@@ -145,6 +164,22 @@ FAMILIES: dict[str, Family] = {
             "topk_method": "greedy",
             "routed_scaling_factor": 1.0,
             "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": {**_OLD_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+            "n_group": 1,
+            "topk_group": 1,
+            "scoring_func": "softmax",
+            "norm_topk_prob": False,
+            "moe_layer_freq": 1,
+            "ep_size": 1,
+            "aux_loss_alpha": 0.001,
+            "seq_aux": True,
+            "rms_norm_eps": 1e-06,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "auto_map": {"AutoConfig": "c.DeepseekV2Config"},
         },
         variants={"a query in two steps": {"q_lora_rank": 96, "rope_parameters": ROPE}},
         experts="n_routed_experts",
@@ -163,6 +198,18 @@ FAMILIES: dict[str, Family] = {
             "routed_scaling_factor": 2.5,
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": {**_OLD_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "moe_layer_freq": 1,
+            "ep_size": 1,
+            "num_nextn_predict_layers": 1,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-06,
+        },
         variants={"without groups or scaling": {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE}},
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
@@ -177,6 +224,15 @@ FAMILIES: dict[str, Family] = {
             "use_qk_norm": True,
             "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
         },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": None,
+            "partial_rotary_factor": 0.5,
+            "hidden_act": "silu",
+            "num_nextn_predict_layers": 1,
+            "norm_topk_prob": True,
+            "rms_norm_eps": 1e-05,
+        },
         variants={"without norms of query and key": {"use_qk_norm": False}},
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
@@ -189,6 +245,21 @@ FAMILIES: dict[str, Family] = {
             "q_lora_rank": 96,
             "routed_scaling_factor": 1.8,
             "rope_parameters": ROPE,
+        },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": None,
+            "partial_rotary_factor": 1.0,
+            "topk_method": "noaux_tc",
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 1,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
         },
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
@@ -204,6 +275,17 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": None,
             "rope_parameters": ROPE,
         },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": None,
+            "scoring_func": "noaux_tc",
+            "moe_layer_freq": 1,
+            "use_sliding_window": False,
+            "max_window_layers": 3,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-06,
+        },
         experts="n_routed_experts",
     ),
     "minimax_m2": Family(
@@ -214,6 +296,21 @@ FAMILIES: dict[str, Family] = {
             "intermediate_size": 256,
             "num_local_experts": EXPERTS,
             "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+        },
+        published={
+            "rope_theta": 10000,
+            "rotary_dim": 32,
+            "attn_type_list": [1, 1],
+            "qk_norm_type": "per_layer",
+            "scoring_func": "sigmoid",
+            "use_qk_norm": True,
+            "use_routing_bias": True,
+            "use_mtp": True,
+            "num_mtp_modules": 3,
+            "mtp_transformer_layers": 1,
+            "shared_intermediate_size": 0,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-06,
         },
         experts="num_local_experts",
     ),
@@ -229,6 +326,19 @@ FAMILIES: dict[str, Family] = {
             "moe_num_shared_experts": 2,
             "moe_layer_start_index": 1,
             "rope_parameters": ROPE,
+        },
+        published={
+            "rope_theta": 10000.0,
+            "use_bias": False,
+            "moe_layer_end_index": 2,
+            "moe_layer_interval": 1,
+            "moe_gate": "topk",
+            "moe_use_aux_free": True,
+            "moe_capacity": [64, 64, 64],
+            "use_rmsnorm": True,
+            "num_nextn_predict_layers": 1,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
         },
         variants={
             "tied embeddings": {"tie_word_embeddings": True},
@@ -248,6 +358,32 @@ FAMILIES: dict[str, Family] = {
             "moe_topk": 2,
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
         },
+        published={
+            "rope_theta": 10000.0,
+            "moe_topk": [2, 2],
+            "moe_intermediate_size": [256, 256],
+            "num_shared_expert": [1, 1],
+            "use_cla": False,
+            "cla_share_factor": 2,
+            "use_mixed_mlp_moe": True,
+            "norm_topk_prob": True,
+            "use_qk_norm": True,
+            "mlp_bias": False,
+            "moe_layer_num_skipped": 0,
+            "attention_head_dim": 64,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "type": "dynamic",
+                "alpha": 1000.0,
+                "factor": 1.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
         variants={"without alpha": {"rope_parameters": ROPE}},
     ),
     "gpt_oss": Family(
@@ -259,6 +395,17 @@ FAMILIES: dict[str, Family] = {
             "num_local_experts": EXPERTS,
             "sliding_window": 32,
             "rope_parameters": {**YARN, "truncate": True},
+        },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            "experts_per_token": 2,
+            "initial_context_length": 32,
+            "swiglu_limit": 7.0,
+            "attention_bias": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
         },
         single=False,
         experts="num_local_experts",
@@ -275,14 +422,21 @@ FAMILIES: dict[str, Family] = {
             "num_local_experts": EXPERTS,
             "num_experts_per_tok": 1,
             "interleave_moe_layer_step": 2,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
+            "rope_parameters": {**_LLAMA3, "rope_theta": 10000.0},
+        },
+        published={
+            "rope_theta": 10000.0,
+            "rope_scaling": _LLAMA3,
+            "attn_temperature_tuning": 4,
+            "attn_scale": 0.1,
+            "attention_chunk_size": 8192,
+            "floor_scale": 8192,
+            "no_rope_layers": [],
+            "use_qk_norm": True,
+            "for_llm_compressor": False,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
         },
         variants={"experts in every layer": {"interleave_moe_layer_step": 1, "rope_parameters": ROPE}},
         model_type="llama4_text",
@@ -296,6 +450,13 @@ FAMILIES: dict[str, Family] = {
 def literal(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The whole literal configuration of family ``name``."""
     return {**SHARED, **FAMILIES[name].literal, **changes}
+
+
+def published_config(name: str) -> dict[str, Any]:
+    """``config.json`` of the toy as it would stand on the Hub."""
+    family = FAMILIES[name]
+    config = {**literal(name, {}), "model_type": family.model_type or name, "torch_dtype": "bfloat16"}
+    return {key: value for key, value in config.items() if key != "rope_parameters"} | dict(family.published)
 
 
 def make_model(name: str, changes: Mapping[str, Any]) -> Any:

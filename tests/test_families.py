@@ -152,6 +152,15 @@ def test_one_pass_sees_the_router_and_its_experts_can_be_replayed(name: str, mad
         assert activation_of(LayerExperts(file, architecture, layer), kept) is not None
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].published])
+def test_published_configuration_says_what_a_saved_one_says(name: str, made: Any, tmp_path: Path) -> None:
+    checkpoint, gguf = made(name)
+    folder = copied(checkpoint, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(families.published_config(name)))
+    convert(folder, tmp_path / "model.gguf", "f32")
+    assert_same_file(gguf, tmp_path / "model.gguf")
+
+
 # What single families have of their own.
 
 # As published. llama.cpp rounds the bounds of YaRN's ramp to whole dimensions.
