@@ -28,6 +28,7 @@ class Family:
         examples: published models.
         literal: configuration values; those that all families share are in ``SHARED``.
         published: what stands in ``config.json`` on the Hub besides, or instead of, what ``save_pretrained`` writes.
+        real: a published model: what differs from the defaults of transformers' class, and billions of parameters.
         variants: further configurations, each as what differs from ``literal``.
         experts: configuration key with the number of experts.
         tokenizer: ``byte_level`` or ``sentencepiece``.
@@ -43,6 +44,7 @@ class Family:
     examples: tuple[str, ...]
     literal: Mapping[str, Any]
     published: Mapping[str, Any] = field(default_factory=dict)
+    real: tuple[Mapping[str, Any], float] | None = None
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     experts: str = "num_experts"
     tokenizer: str = "byte_level"
@@ -113,6 +115,7 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
             "rope_parameters": ROPE,
         },
+        real=({"num_hidden_layers": 48, "num_key_value_heads": 4, "head_dim": 128, "norm_topk_prob": True}, 30.5),
     ),
     "mixtral": Family(
         "llama",
@@ -120,6 +123,7 @@ FAMILIES: dict[str, Family] = {
         {"intermediate_size": 256, "num_local_experts": EXPERTS, "sliding_window": None, "rope_parameters": ROPE},
         experts="num_local_experts",
         tokenizer="sentencepiece",
+        real=({}, 46.7),
     ),
     "olmoe": Family(
         "olmoe",
@@ -131,6 +135,7 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": False,
             "rope_parameters": ROPE,
         },
+        real=({"intermediate_size": 1024}, 6.9),
     ),
     "qwen2_moe": Family(
         "qwen2moe",
@@ -153,6 +158,7 @@ FAMILIES: dict[str, Family] = {
             "decoder_sparse_step": 1,
         },
         variants={"without biases": {"qkv_bias": False}},
+        real=({}, 14.3),
     ),
     "deepseek_v2": Family(
         "deepseek2",
@@ -184,6 +190,19 @@ FAMILIES: dict[str, Family] = {
         variants={"a query in two steps": {"q_lora_rank": 96, "rope_parameters": ROPE}},
         experts="n_routed_experts",
         note="the large DeepSeek-V2 (`group_limited_greedy`) is refused: llama.cpp scores groups otherwise",
+        real=(
+            {
+                "num_hidden_layers": 27,
+                "hidden_size": 2048,
+                "intermediate_size": 10944,
+                "num_attention_heads": 16,
+                "q_lora_rank": None,
+                "moe_intermediate_size": 1408,
+                "num_experts_per_tok": 6,
+                "first_k_dense_replace": 1,
+            },
+            15.7,
+        ),
     ),
     "deepseek_v3": Family(
         "deepseek2",
@@ -213,6 +232,7 @@ FAMILIES: dict[str, Family] = {
         variants={"without groups or scaling": {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE}},
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
+        real=({}, 671.0),
     ),
     "glm4_moe": Family(
         "glm4moe",
@@ -236,6 +256,7 @@ FAMILIES: dict[str, Family] = {
         variants={"without norms of query and key": {"use_qk_norm": False}},
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
+        real=({"head_dim": 128, "attention_bias": True}, 106.9),
     ),
     "glm4_moe_lite": Family(
         "deepseek2",
@@ -263,6 +284,7 @@ FAMILIES: dict[str, Family] = {
         },
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
+        real=({}, 29.9),
     ),
     "dots1": Family(
         "dots1",
@@ -287,6 +309,17 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": 1e-06,
         },
         experts="n_routed_experts",
+        real=(
+            {
+                "hidden_size": 4096,
+                "n_routed_experts": 128,
+                "n_shared_experts": 2,
+                "num_experts_per_tok": 6,
+                "first_k_dense_replace": 1,
+                "sliding_window": None,
+            },
+            142.8,
+        ),
     ),
     "minimax_m2": Family(
         "minimax-m2",
@@ -313,6 +346,7 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": 1e-06,
         },
         experts="num_local_experts",
+        real=({"rotary_dim": 64}, 228.7),
     ),
     "ernie4_5_moe": Family(
         "ernie4_5-moe",
@@ -347,6 +381,7 @@ FAMILIES: dict[str, Family] = {
         experts="moe_num_experts",
         tokenizer="sentencepiece",
         note="blocks that predict further tokens are left out",
+        real=({}, 21.8),
     ),
     "hunyuan_v1_moe": Family(
         "hunyuan-moe",
@@ -385,6 +420,18 @@ FAMILIES: dict[str, Family] = {
             },
         },
         variants={"without alpha": {"rope_parameters": ROPE}},
+        real=(
+            {
+                "num_experts": 64,
+                "moe_topk": 8,
+                "intermediate_size": 3072,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "vocab_size": 128167,
+                "tie_word_embeddings": True,
+            },
+            80.4,
+        ),
     ),
     "gpt_oss": Family(
         "gpt-oss",
@@ -410,6 +457,7 @@ FAMILIES: dict[str, Family] = {
         single=False,
         experts="num_local_experts",
         note="MXFP4 experts are kept; llama.cpp rounds the bounds of YaRN's ramp, the original does not",
+        real=({}, 116.8),
     ),
     "llama4": Family(
         "llama4",
@@ -443,6 +491,7 @@ FAMILIES: dict[str, Family] = {
         single=False,
         experts="num_local_experts",
         note="the part that sees is left out; experts of Maverick cannot be dropped, see `inspect`",
+        real=({}, 107.8),
     ),
 }
 
