@@ -24,18 +24,14 @@ class Source:
     """Where a GGUF tensor may come from.
 
     Attributes:
-        names: templates with ``{layer}`` and ``{expert}``; several are joined by their transform, in this order.
+        name: template with ``{layer}`` and ``{expert}``.
         transform: one of ``TRANSFORMS``.
         kind: of the layers that it is for; "" for all.
     """
 
-    names: tuple[str, ...]
+    name: str
     transform: str
     kind: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
 
 
 @dataclass(frozen=True)
@@ -175,13 +171,13 @@ class Converter:
         def placed(texts: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(text.replace(PREFIX, prefix) for text in texts)
 
+        def moved(source: Source) -> Source:
+            return replace(source, name=source.name.replace(PREFIX, prefix))
+
         return replace(
             self,
             kinds={kind: replace(rule, keys=placed(rule.keys)) for kind, rule in self.kinds.items()},
-            tensors={
-                name: tuple(replace(source, names=placed(source.names)) for source in sources)
-                for name, sources in self.tensors.items()
-            },
+            tensors={name: tuple(map(moved, sources)) for name, sources in self.tensors.items()},
             left_out={what: placed(patterns) for what, patterns in self.left_out.items()},
         )
 
@@ -201,7 +197,7 @@ def _sources(where: str, alternatives: Any, kind: str) -> tuple[Source, ...]:
         transform = alternative.get("transform", "keep")
         if transform not in TRANSFORMS:
             raise BadFile(f"{where}: unknown transform {transform}", hint=f"known: {', '.join(TRANSFORMS)}")
-        sources.append(Source(_texts(where, alternative["name"]), transform, kind))
+        sources.append(Source(alternative["name"], transform, kind))
     if not sources:
         raise BadFile(f"{where}: no source")
     return tuple(sources)
@@ -280,8 +276,7 @@ def _rule(where: str, entry: Any, earlier: Mapping[str, Rule]) -> Rule:
 
 
 def _rope(path: Path, entry: Any) -> Rope:
-    fields = set(Rope.__dataclass_fields__)
-    check_keys(f"{path}: rope", entry, set(), fields)
+    check_keys(f"{path}: rope", entry, set(), set(Rope.__dataclass_fields__))
     lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
     return Rope(**{**entry, **lists})
 
@@ -308,13 +303,13 @@ def load_converter(path: Path) -> Converter:
         kinds[kind] = _rule(f"{path}: kind {kind}", entry, kinds)
     return Converter(
         name=table["name"],
-        aliases=tuple(table.get("aliases", ())),
+        aliases=_texts(f"{path}: aliases", table["aliases"]) if "aliases" in table else (),
         arch=table["arch"],
         layers=_texts(f"{path}: layers", table["layers"]),
         experts=_texts(f"{path}: experts", table["experts"]),
-        extra_layers=tuple(table.get("extra_layers", ())),
+        extra_layers=_texts(f"{path}: extra_layers", table["extra_layers"]) if "extra_layers" in table else (),
         nested=table.get("nested", ""),
-        prefixes=tuple(table.get("prefixes", ("model.",))),
+        prefixes=_texts(f"{path}: prefixes", table.get("prefixes", "model.")),
         require=tuple(
             _requirement(f"{path}: require {key}", key, entry) for key, entry in table.get("require", {}).items()
         ),
