@@ -1,10 +1,11 @@
 """One toy model for every converter: the real transformers class with a literal configuration, as the Hub has it.
 
-The README's table of families is made from what stands here; print it with ``python tests/families.py``.
+The README's table of families is made from what stands here: ``python tests/families.py README.md`` writes it anew.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -414,7 +415,10 @@ FAMILIES: dict[str, Family] = {
             "moe_layer_start_index": 1,
             "rope_parameters": ROPE,
         },
-        variants={"tied embeddings": {"tie_word_embeddings": True}},
+        variants={
+            "tied embeddings": {"tie_word_embeddings": True},
+            "without shared experts": {"moe_num_shared_experts": 0},
+        },
         experts="moe_num_experts",
         tokenizer="sentencepiece",
         note="blocks that predict further tokens are left out",
@@ -537,12 +541,22 @@ def without_experts(name: str, model: Any, keep: Mapping[int, tuple[int, ...]], 
 
 def readme_table() -> str:
     """The table of families in the README."""
-    rows = ["| `model_type` | llama.cpp | for instance | checked with | remarks |", "|---|---|---|---|---|"]
+    rows = ["| `model_type` | llama.cpp | for instance | also checked with | remarks |", "|---|---|---|---|---|"]
     for name, family in sorted(FAMILIES.items()):
-        checked = ", ".join(["whole", "half of the experts", *family.variants])
-        rows.append(f"| `{name}` | `{family.arch}` | {', '.join(family.examples)} | {checked} | {family.note} |")
+        examples, variants = ", ".join(family.examples), ", ".join(family.variants)
+        rows.append(f"| `{name}` | `{family.arch}` | {examples} | {variants} | {family.note} |")
     return "\n".join(rows) + "\n"
 
 
+BEGIN, END = "<!-- families -->\n", "<!-- end of families -->\n"
+
+
+def with_table(readme: str) -> str:
+    """The text of a README with the table as it is now."""
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}{readme_table()}{END}{rest.split(END)[1]}"
+
+
 if __name__ == "__main__":
-    print(readme_table(), end="")
+    path = Path(sys.argv[1])
+    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")

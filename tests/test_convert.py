@@ -225,6 +225,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
     "another activation": ({"hidden_act": "gelu"}, Unsupported, "hidden_act = 'gelu'"),
     "a sliding window": ({"use_sliding_window": True}, Unsupported, "use_sliding_window = True"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, Unsupported, "quantised already, as 'gptq'"),
+    "quantised to integers": (
+        {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+        Unsupported,
+        "quantised already, as 'pack-quantized'",
+    ),
+    "quantised, no table": ({"quantization_config": "int4"}, Unsupported, "quantised already, as 'int4'"),
     "an unknown rope": (
         {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
         Unsupported,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -16,15 +18,18 @@ import toys
 import transformers
 from agreement import divergence, log_probabilities, token_windows, transformers_log_probabilities
 from families import FAMILIES
+from safetensors.torch import save_file
 
+from edgeprune import inspection
 from edgeprune.build import builder
 from edgeprune.decide.plan import Plan, Prediction
+from edgeprune.errors import EdgepruneError, Unsupported
 from edgeprune.files import data_folder
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import read_architecture
-from edgeprune.model.checkpoint import open_checkpoint
+from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
 from edgeprune.model.convert import SOURCE_KEY, convert
-from edgeprune.model.converter import load_converter
+from edgeprune.model.converter import load_converter, shipped_converters
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.rope import FREQUENCIES
 
@@ -166,21 +171,240 @@ def test_the_language_model_of_llama_4_is_the_same_without_the_part_that_sees(ma
     assert_same_file(gguf, tmp_path / "whole.gguf")
 
 
+# What a graph of llama.cpp does not compute is refused in one line, and what is no language model stays behind.
+
+REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "qwen2_moe": [({"norm_topk_prob": True}, "norm_topk_prob = True"), ({"mlp_only_layers": [1]}, "mlp_only_layers")],
+    "deepseek_v2": [
+        ({"topk_method": "group_limited_greedy"}, "topk_method = 'group_limited_greedy'"),
+        ({"norm_topk_prob": True}, "norm_topk_prob = True"),
+        ({"rope_parameters": {**families.YARN, "mscale": 1.0}}, "'yarn' with mscale = 1.0 and mscale_all_dim = 0.0"),
+    ],
+    "deepseek_v3": [
+        ({"rope_interleave": False}, "rope_interleave = False"),
+        ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+    ],
+    "glm4_moe": [({"topk_method": "greedy"}, "topk_method = 'greedy'")],
+    "glm4_moe_lite": [({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5")],
+    "dots1": [
+        ({"num_key_value_heads": 2}, r"num_key_value_heads = 2; llama\.cpp's dots1 assumes 4"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types = "),
+    ],
+    "minimax_m2": [
+        ({"qk_norm_type": "per_head"}, "qk_norm_type = 'per_head'"),
+        ({"attn_type_list": [1, 0]}, r"attn_type_list = \[1, 0\]; llama\.cpp's minimax-m2 assumes \[1, 1\]"),
+        ({"use_routing_bias": False}, "use_routing_bias = False"),
+    ],
+    "ernie4_5_moe": [({"use_bias": True}, "use_bias = True"), ({"moe_layer_interval": 2}, "moe_layer_interval = 2")],
+    "hunyuan_v1_moe": [
+        ({"use_cla": True}, "use_cla = True"),
+        ({"num_shared_expert": [1, 2]}, r"num_shared_expert = \[1, 2\]"),
+        ({"moe_topk": [2, 1]}, "moe_topk differs between layers"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "scaling 'dynamic' is not supported"),
+    ],
+    "gpt_oss": [
+        ({"swiglu_limit": 5.0}, "swiglu_limit = 5.0"),
+        ({"layer_types": ["full_attention", "full_attention"]}, "layer_types = "),
+        ({"rope_parameters": {**families.YARN, "beta_fast": 8.0}}, "'yarn' with beta_fast = 8.0"),
+    ],
+    "llama4": [
+        ({"attention_chunk_size": 4096}, "attention_chunk_size = 4096"),
+        ({"use_qk_norm": False}, r"use_qk_norm = False; llama\.cpp's llama4 assumes True"),
+        ({"no_rope_layers": [1, 1, 1, 1]}, r"no_rope_layers = \[1, 1, 1, 1\]"),
+        ({"rope_parameters": families.YARN}, "scaling 'yarn' is not supported"),
+    ],
+}
+CHANGES = [(name, changes, cause) for name, cases in REFUSED.items() for changes, cause in cases]
+
+
+def copied(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint whose small files may be changed; the weights are the same file."""
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        (os.link if path.suffix == ".safetensors" else shutil.copyfile)(path, folder / path.name)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "changes", "cause"), CHANGES, ids=[f"{n}, {', '.join(c)}" for n, c, _ in CHANGES])
+def test_configuration_that_the_graph_does_not_compute_is_refused(
+    name: str, changes: dict[str, Any], cause: str, made: Any, tmp_path: Path
+) -> None:
+    folder = copied(made(name)[0], tmp_path / "model")
+    toys.change_json(folder / "config.json", **changes)
+    with pytest.raises(Unsupported, match=cause) as refusal:
+        convert(folder, tmp_path / "model.gguf")
+    assert "\n" not in refusal.value.cause and not (tmp_path / "model.gguf").exists()
+
+
+EXTRA = {
+    "deepseek_v3": ("model.layers.3.eh_proj.weight", "num_nextn_predict_layers", "num_mtp_layers"),
+    "glm4_moe": ("model.layers.3.shared_head.norm.weight", "num_nextn_predict_layers", "num_mtp_layers"),
+    "glm4_moe_lite": ("model.layers.3.enorm.weight", "num_nextn_predict_layers", "num_mtp_layers"),
+}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_blocks_that_predict_further_tokens_are_left_out_with_a_remark(name: str, made: Any, tmp_path: Path) -> None:
+    checkpoint, gguf = made(name)
+    folder = copied(checkpoint, tmp_path / "model")
+    tensor, count, other = EXTRA[name]
+    save_file({tensor: torch.ones(256)}, folder / "extra.safetensors")
+    weight_map = dict.fromkeys(open_checkpoint(checkpoint).stored, SINGLE) | {tensor: "extra.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    toys.change_json(folder / "config.json", **{count: 1, other: ...})
+    remarks = convert(folder, tmp_path / "model.gguf", "f32")
+    assert remarks == ["left out: blocks that predict further tokens, 1 tensors of 1.00 KiB"]
+    assert_same_file(gguf, tmp_path / "model.gguf")
+    toys.change_json(folder / "config.json", **{count: 0})
+    with pytest.raises(Unsupported, match=f"1 tensors that {name} does not: {tensor}"):
+        convert(folder, tmp_path / "model.gguf", "f32")
+
+
+def test_experts_of_a_llama_4_with_128_of_them_stay(tmp_path: Path) -> None:
+    """llama.cpp goes by this number when it decides whether queries and keys are normalised."""
+    path = toys.synthetic_gguf(tmp_path / "maverick.gguf", "llama4", experts=128, used=1, expert_width=32)
+    assert "128" in read_architecture(GgufFile(path)).obstacle
+    path = toys.synthetic_gguf(tmp_path / "scout.gguf", "llama4", experts=16, used=1, expert_width=32)
+    assert not read_architecture(GgufFile(path)).obstacle
+
+
+# The words of configurations that are older than the installed transformers, in which most checkpoints are published.
+OLDER: dict[str, tuple[str, dict[str, Any]]] = {
+    "granitemoehybrid": (
+        "",
+        {
+            "layer_types": ["mamba", "attention", "mamba"],
+            "position_embedding_type": "nope",
+            "time_step_limit": ...,
+            "rope_parameters": ...,
+            "rope_theta": 10000,
+            "rope_scaling": None,
+        },
+    ),
+    "lfm2_moe": ("", {"tie_word_embeddings": ..., "tie_embedding": False, "rope_parameters": ..., "rope_theta": 1e4}),
+    "nemotron_h": (
+        "",
+        {
+            "layers_block_type": ...,
+            "hybrid_override_pattern": "ME*E",
+            "num_hidden_layers": 4,
+            "time_step_limit": [0.0, float("inf")],
+            "mtp_hybrid_override_pattern": "*E",
+        },
+    ),
+    "qwen3_next": (
+        "",
+        {
+            "layer_types": ...,
+            "full_attention_interval": 2,
+            "rope_parameters": ...,
+            "rope_theta": 1e4,
+            "rope_scaling": None,
+            "partial_rotary_factor": 0.25,
+        },
+    ),
+    "qwen3_5_moe": ("text_config", {"layer_types": ..., "full_attention_interval": 2}),
+    "gemma4": (
+        "text_config",
+        {"per_layer_config": ..., "global_head_dim": 128, "num_global_key_value_heads": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_configuration_of_an_older_transformers_says_the_same(name: str, made: Any, tmp_path: Path) -> None:
+    checkpoint, gguf = made(name)
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    table, changes = OLDER[name]
+    path = folder / "config.json"
+    if table:
+        inner = {**json.loads(path.read_text())[table], **changes}
+        changes = {table: {key: value for key, value in inner.items() if value is not ...}}
+    toys.change_json(path, **changes)
+    convert(folder, tmp_path / "older.gguf", "f32")
+    assert_same_file(gguf, tmp_path / "older.gguf")
+
+
+# Settings that would be computed otherwise, by family.
+FOREIGN: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "a state that grows with another factor": ("granitemoehybrid", "", {"mamba_expand": 3}, "mamba_expand = 3"),
+    "a bounded time step": ("granitemoehybrid", "", {"time_step_limit": [0.0, 1.0]}, "time_step_limit"),
+    "a convolution without a bias": ("nemotron_h", "", {"use_conv_bias": False}, "use_conv_bias = False"),
+    "a dense block": (
+        "nemotron_h",
+        "",
+        {"layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"]},
+        "20 tensors that nemotron_h does not",
+    ),
+    "another kind of position": (
+        "granitemoehybrid",
+        "",
+        {"position_embedding_type": "alibi"},
+        "position_embedding_type = 'alibi' has no place in llama.cpp",
+    ),
+    "routing without a bias": ("lfm2_moe", "", {"use_expert_bias": False}, "use_expert_bias = False"),
+    "scaled weights of experts": ("lfm2_moe", "", {"routed_scaling_factor": 2.0}, "routed_scaling_factor = 2.0"),
+    "two widths of linear attention": (
+        "qwen3_next",
+        "",
+        {"linear_key_head_dim": 16},
+        "linear_value_head_dim = 32; .* assumes 16",
+    ),
+    "dense layers between": ("qwen3_next", "", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]"),
+    "embeddings by layer": ("gemma4", "text_config", {"hidden_size_per_layer_input": 64}, "per_layer_input = 64"),
+    "attention to what comes": (
+        "gemma4",
+        "text_config",
+        {"use_bidirectional_attention": "all"},
+        "use_bidirectional_attention = 'all'",
+    ),
+    "values of their own": ("gemma4", "text_config", {"attention_k_eq_v": False}, "attention_k_eq_v = False"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_setting_that_llama_cpp_computes_otherwise_is_refused(case: str, made: Any, tmp_path: Path) -> None:
+    name, table, changes, cause = FOREIGN[case]
+    folder = Path(shutil.copytree(made(name)[0], tmp_path / "model"))
+    path = folder / "config.json"
+    toys.change_json(path, **({table: {**json.loads(path.read_text())[table], **changes}} if table else changes))
+    with pytest.raises(EdgepruneError, match=cause) as refusal:
+        convert(folder, tmp_path / "model.gguf", "f32")
+    assert "\n" not in refusal.value.cause and not (tmp_path / "model.gguf").exists()
+
+
 # Converters are data; each must be complete.
 
 
-def converter_files() -> list[Path]:
-    return sorted(data_folder("converters").glob("*.toml"))
+def converter_file(name: str) -> Path:
+    return data_folder("converters") / f"{name}.toml"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inspect_knows_of_a_checkpoint_what_its_gguf_says(name: str, made: Any) -> None:
+    checkpoint, gguf = made(name)
+    whole = read_architecture(GgufFile(gguf))
+    sketch = inspection._sketch(open_checkpoint(checkpoint), load_converter(converter_file(name)))
+    for field in ("arch", "layers", "experts", "used", "groups", "groups_used"):
+        assert getattr(sketch, field) == getattr(whole, field), field
+    assert sketch.allowed_counts() == whole.allowed_counts()
+    assert sketch.nbytes == pytest.approx(whole.nbytes, rel=0.02)
+
+
+def test_the_readme_shows_the_families_as_they_are() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert readme == families.with_table(readme), "run `python tests/families.py README.md`"
 
 
 def test_every_converter_has_a_toy_model() -> None:
-    assert {path.stem for path in converter_files()} == set(FAMILIES)
+    assert {path.stem for path in shipped_converters()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_converter_accounts_for_every_tensor_of_its_model(name: str, made: Any) -> None:
     checkpoint, gguf = made(name)
-    converter = load_converter(data_folder("converters") / f"{name}.toml")
+    converter = load_converter(converter_file(name))
     patterns = [pattern for group in converter.left_out.values() for pattern in group]
     stored = [
         tensor

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.files import read_json
 from edgeprune.model.content import content_digest
-from edgeprune.model.quantised import MXFP4, Scaled, decoded, find_scales, mxfp4_rows
+from edgeprune.model.quantised import MXFP4, MXFP4_NAN, Scaled, decoded, find_scales, mxfp4_rows
 
 if TYPE_CHECKING:
     import torch
@@ -85,9 +85,12 @@ class Checkpoint:
         """Tensor ``name``, which is stored as MXFP4, as uint8 [..., rows, bytes of a GGUF row].
 
         Raises:
-            BadFile: it cannot be read.
+            BadFile: it cannot be read, or a scale is not a number.
         """
-        return mxfp4_rows(self._raw(name), self._raw(self.scaled[name].scale))
+        scales = self._raw(self.scaled[name].scale)
+        if bool((scales == MXFP4_NAN).any()):
+            raise BadFile(f"tensor {self.scaled[name].scale} holds scales that are NaN")
+        return mxfp4_rows(self._raw(name), scales)
 
     @property
     def block(self) -> tuple[int, int]:

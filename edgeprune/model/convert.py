@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ Progress = Callable[[int, int], None]
 _FLOATS = ("F32", "F16", "BF16")
 # Ways of quantising a checkpoint that can be undone, or moved to GGUF as they are.
 _KNOWN_QUANTISATIONS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
+_KNOWN_FORMS = ("float-quantized", "naive-quantized")  # of compressed-tensors
 _ROWS_TOGETHER = 1 << 23  # weights that are quantised in one call
 
 
@@ -77,8 +77,10 @@ def _check_quantisation(name: str, config: dict[str, Any]) -> None:
     settings = config.get("quantization_config")
     if not settings:
         return
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if method not in _KNOWN_QUANTISATIONS:
+    settings = settings if isinstance(settings, dict) else {"quant_method": settings}
+    method, form = settings.get("quant_method"), settings.get("format", "float-quantized")
+    if method not in _KNOWN_QUANTISATIONS or form not in _KNOWN_FORMS:
+        method = form if method in _KNOWN_QUANTISATIONS else method
         raise Unsupported(
             f"this {name} checkpoint is quantised already, as {str(method)[:40]!r}",
             hint="use the original checkpoint, in BF16 or F16",
@@ -106,7 +108,7 @@ def _gguf_type(name: str, shape: tuple[int, ...], source: str, base: str, keeps_
 def choose(checkpoint: Checkpoint, sources: tuple[Source, ...], layer: int) -> Source | None:
     """The first of ``sources`` that the checkpoint has, or None."""
     for source in sources:
-        if all(name.format(layer=layer, expert=0) in checkpoint.stored for name in source.names):
+        if source.name.format(layer=layer, expert=0) in checkpoint.stored:
             return source
     return None
 
@@ -138,12 +140,9 @@ def _planned(settings: Settings, checkpoint: Checkpoint, base: str) -> Iterator[
             wanted = sources[0].name.format(layer=layer, expert=0)
             raise BadFile(f"{checkpoint.folder} lacks tensor {wanted}")
         transform = TRANSFORMS[source.transform]
-        names = tuple(
-            each.format(layer=layer, expert=expert)
-            for each in source.names
-            for expert in range(settings.experts if "{expert}" in each else 1)
-        )
-        _check_sources(checkpoint, names, transform.joins)
+        count = settings.experts if "{expert}" in source.name else 1
+        names = tuple(source.name.format(layer=layer, expert=expert) for expert in range(count))
+        _check_sources(checkpoint, names)
         shape = transform.shape(tuple(checkpoint.shape(each) for each in names), settings.sizes)
         stored = checkpoint.stored[names[0]].type
         kind = _gguf_type(
@@ -152,7 +151,7 @@ def _planned(settings: Settings, checkpoint: Checkpoint, base: str) -> Iterator[
         yield _Planned(TensorShape(name, tuple(reversed(shape)), kind), names, source.transform)
 
 
-def _check_sources(checkpoint: Checkpoint, names: tuple[str, ...], joins: bool) -> None:
+def _check_sources(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
     """Refuse sources that are missing, of a type without a value per weight, or of different shapes."""
     for name in names:
         stored = checkpoint.stored.get(name)
@@ -164,7 +163,7 @@ def _check_sources(checkpoint: Checkpoint, names: tuple[str, ...], joins: bool) 
                 f"{checkpoint.folder} stores {name} as {stored.type}{without}; F32, F16 and BF16 are supported",
                 hint="use the original checkpoint, in BF16 or F16",
             )
-        if stored.shape != checkpoint.shape(names[0]) and not joins:
+        if stored.shape != checkpoint.shape(names[0]):
             raise BadFile(f"{checkpoint.folder}: {name} and {names[0]} differ in shape")
 
 
@@ -178,11 +177,9 @@ def _unclaimed(checkpoint: Checkpoint, planned: list[_Planned]) -> list[str]:
 def _left_out(settings: Settings, checkpoint: Checkpoint, names: list[str]) -> tuple[list[str], list[str]]:
     """The names among ``names`` that the converter does not know, and a line on each thing that it leaves out."""
     lines = []
-    for what, patterns in settings.converter.left_out.items():
-        layers = range(settings.layers, settings.layers + settings.extra_layers)
-        spelt = [p.replace("{extra}", str(n)) for p in patterns for n in (layers if "{extra}" in p else (0,))]
-        match = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in spelt) or r"(?!)")
-        gone = [name for name in names if match.fullmatch(name)]
+    extra = range(settings.layers, settings.layers + settings.extra_layers)
+    for what, pattern in settings.converter.left_behind(extra).items():
+        gone = [name for name in names if pattern.fullmatch(name)]
         if gone:
             size = format_bytes(sum(_stored_bytes(checkpoint, name) for name in gone))
             lines.append(f"left out: {what}, {len(gone)} tensors of {size}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FP8 = "F8_E4M3"
 MXFP4 = "MXFP4"
+MXFP4_NAN = 255  # the one scale that is no power of two
 # Scales of activations belong to runtimes that quantise them too; weights are what they are without them.
 ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
 _FP8_SCALES = ("_scale_inv", "_scale")
@@ -86,7 +87,7 @@ def _mxfp4_values(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
     table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
     values = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], dim=-1)
-    powers = torch.ldexp(torch.ones(()), scales.int() - 127)
+    powers = torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
     return (values.flatten(-2) * powers.unsqueeze(-1)).flatten(-2)
 
 

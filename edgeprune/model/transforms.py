@@ -48,13 +48,11 @@ class Transform:
         shape: from the shapes of all sources to that of the result.
         apply: yields consecutive pieces of the result from one source tensor.
         moves_rows: only whole rows move, so that it may be done to rows of packed blocks.
-        joins: its sources may differ in shape.
     """
 
     shape: Callable[[tuple[Shape, ...], Sizes], Shape]
     apply: Callable[[torch.Tensor, Sizes], Iterator[torch.Tensor]]
     moves_rows: bool = False
-    joins: bool = False
 
 
 def _same(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
@@ -63,10 +61,6 @@ def _same(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
 
 def _stacked(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
     return (len(shapes), *shapes[0])
-
-
-def _joined(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _halved(shapes: tuple[Shape, ...], _: Sizes) -> Shape:
@@ -172,8 +166,6 @@ TRANSFORMS: dict[str, Transform] = {
     "keep": Transform(_same, _whole, moves_rows=True),
     # One 2-D matrix per expert becomes one 3-D tensor, experts in order.
     "stack_experts": Transform(_stacked, _whole, moves_rows=True),
-    # Several tensors one below the other.
-    "join_rows": Transform(_joined, _whole, moves_rows=True, joins=True),
     # One row, or one column, as the vector that it is.
     "vector": Transform(_flat, lambda weight, _: iter((weight.reshape(-1),))),
     # [E, 2F, D] with the gate rows first: gate and up are separate tensors in GGUF.

@@ -94,7 +94,6 @@ def read_settings(converter: Converter, checkpoint: Checkpoint) -> Settings:
         _check(converter, requirement, config)
     layers = _count(config, converter.layers, checkpoint, MOST_LAYERS)
     experts = _count(config, converter.experts, checkpoint, MOST_EXPERTS)
-    extra = lookup(config, converter.extra_layers)
     heads = _count(config, ("num_attention_heads",), checkpoint, MOST_HEADS)
     keys = _count(config, ("num_key_value_heads", "num_attention_heads"), checkpoint, MOST_HEADS)
     named = {name: _size(name, field, config) for name, field in converter.sizes.items()}
@@ -102,11 +101,17 @@ def read_settings(converter: Converter, checkpoint: Checkpoint) -> Settings:
         converter=placed,
         config=config,
         layers=layers,
-        extra_layers=extra if isinstance(extra, int) and 0 < extra <= MOST_EXTRA_LAYERS else 0,
+        extra_layers=extra_layers(converter, config),
         experts=experts,
         kinds=_kinds(placed, config, checkpoint, layers),
         sizes=Sizes(heads, keys, named),
     )
+
+
+def extra_layers(converter: Converter, config: Mapping[str, Any]) -> int:
+    """Blocks behind the last layer that predict further tokens."""
+    extra = lookup(config, converter.extra_layers)
+    return extra if isinstance(extra, int) and 0 < extra <= MOST_EXTRA_LAYERS else 0
 
 
 def prefix_of(converter: Converter, checkpoint: Checkpoint) -> str:
