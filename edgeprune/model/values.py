@@ -94,9 +94,6 @@ def read_settings(converter: Converter, checkpoint: Checkpoint) -> Settings:
         _check(converter, requirement, config)
     layers = _count(config, converter.layers, checkpoint, MOST_LAYERS)
     experts = _count(config, converter.experts, checkpoint, MOST_EXPERTS)
-    heads = _count(config, ("num_attention_heads",), checkpoint, MOST_HEADS)
-    keys = _count(config, ("num_key_value_heads", "num_attention_heads"), checkpoint, MOST_HEADS)
-    named = {name: _size(name, field, config) for name, field in converter.sizes.items()}
     return Settings(
         converter=placed,
         config=config,
@@ -104,8 +101,20 @@ def read_settings(converter: Converter, checkpoint: Checkpoint) -> Settings:
         extra_layers=extra_layers(converter, config),
         experts=experts,
         kinds=_kinds(placed, config, checkpoint, layers),
-        sizes=Sizes(heads, keys, named),
+        sizes=sizes_of(converter, config, checkpoint),
     )
+
+
+def sizes_of(converter: Converter, config: dict[str, Any], checkpoint: Checkpoint) -> Sizes:
+    """What transforms need to know. ``config``: of the language model.
+
+    Raises:
+        BadFile: a size is missing or no number.
+    """
+    heads = _count(config, ("num_attention_heads",), checkpoint, MOST_HEADS)
+    keys = _count(config, ("num_key_value_heads", "num_attention_heads"), checkpoint, MOST_HEADS)
+    named = {name: _size(name, field, config) for name, field in converter.sizes.items()}
+    return Sizes(heads, keys, named)
 
 
 def extra_layers(converter: Converter, config: Mapping[str, Any]) -> int:
