@@ -27,6 +27,8 @@ class Family:
         arch: llama.cpp's architecture string.
         examples: published models.
         literal: configuration values; those that all families share are in ``SHARED``.
+        published: what stands in ``config.json`` on the Hub besides, or instead of, what ``save_pretrained`` writes.
+        real: a published model: what differs from the defaults of transformers' class, and billions of parameters.
         variants: further configurations, each as what differs from ``literal``.
         experts: configuration key with the number of experts.
         tokenizer: ``byte_level`` or ``sentencepiece``.
@@ -44,6 +46,8 @@ class Family:
     arch: str
     examples: tuple[str, ...]
     literal: Mapping[str, Any]
+    published: Mapping[str, Any] = field(default_factory=dict)
+    real: tuple[Mapping[str, Any], float] | None = None
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     experts: str = "num_experts"
     tokenizer: str = "byte_level"
@@ -73,6 +77,14 @@ SHARED = {
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_OLD_YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def _rescaled(factors: Mapping[str, float]) -> Callable[[Path], None]:
@@ -148,6 +160,7 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
             "rope_parameters": ROPE,
         },
+        real=({"num_hidden_layers": 48, "num_key_value_heads": 4, "head_dim": 128, "norm_topk_prob": True}, 30.5),
     ),
     "mixtral": Family(
         "llama",
@@ -155,6 +168,7 @@ FAMILIES: dict[str, Family] = {
         {"intermediate_size": 256, "num_local_experts": EXPERTS, "sliding_window": None, "rope_parameters": ROPE},
         experts="num_local_experts",
         tokenizer="sentencepiece",
+        real=({}, 46.7),
     ),
     "olmoe": Family(
         "olmoe",
@@ -166,6 +180,7 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": False,
             "rope_parameters": ROPE,
         },
+        real=({"intermediate_size": 1024}, 6.9),
     ),
     "gemma4": Family(
         "gemma4",
@@ -318,7 +333,17 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": False,
             "rope_parameters": ROPE,
         },
+        published={
+            "rope_theta": 10000.0,
+            "sliding_window": 32768,
+            "max_window_layers": 21,
+            "use_sliding_window": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-06,
+            "decoder_sparse_step": 1,
+        },
         variants={"without biases": {"qkv_bias": False}},
+        real=({}, 14.3),
     ),
     "deepseek_v2": Family(
         "deepseek2",
@@ -331,9 +356,38 @@ FAMILIES: dict[str, Family] = {
             "routed_scaling_factor": 1.0,
             "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
         },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": {**_OLD_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+            "n_group": 1,
+            "topk_group": 1,
+            "scoring_func": "softmax",
+            "norm_topk_prob": False,
+            "moe_layer_freq": 1,
+            "ep_size": 1,
+            "aux_loss_alpha": 0.001,
+            "seq_aux": True,
+            "rms_norm_eps": 1e-06,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "auto_map": {"AutoConfig": "c.DeepseekV2Config"},
+        },
         variants={"a query in two steps": {"q_lora_rank": 96, "rope_parameters": ROPE}},
         experts="n_routed_experts",
         note="the large DeepSeek-V2 (`group_limited_greedy`) is refused: llama.cpp scores groups otherwise",
+        real=(
+            {
+                "num_hidden_layers": 27,
+                "hidden_size": 2048,
+                "intermediate_size": 10944,
+                "num_attention_heads": 16,
+                "q_lora_rank": None,
+                "moe_intermediate_size": 1408,
+                "num_experts_per_tok": 6,
+                "first_k_dense_replace": 1,
+            },
+            15.7,
+        ),
     ),
     "deepseek_v3": Family(
         "deepseek2",
@@ -348,9 +402,22 @@ FAMILIES: dict[str, Family] = {
             "routed_scaling_factor": 2.5,
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": {**_OLD_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "moe_layer_freq": 1,
+            "ep_size": 1,
+            "num_nextn_predict_layers": 1,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-06,
+        },
         variants={"without groups or scaling": {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE}},
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
+        real=({}, 671.0),
     ),
     "glm4_moe": Family(
         "glm4moe",
@@ -362,9 +429,19 @@ FAMILIES: dict[str, Family] = {
             "use_qk_norm": True,
             "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
         },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": None,
+            "partial_rotary_factor": 0.5,
+            "hidden_act": "silu",
+            "num_nextn_predict_layers": 1,
+            "norm_topk_prob": True,
+            "rms_norm_eps": 1e-05,
+        },
         variants={"without norms of query and key": {"use_qk_norm": False}},
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
+        real=({"head_dim": 128, "attention_bias": True}, 106.9),
     ),
     "glm4_moe_lite": Family(
         "deepseek2",
@@ -375,8 +452,24 @@ FAMILIES: dict[str, Family] = {
             "routed_scaling_factor": 1.8,
             "rope_parameters": ROPE,
         },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": None,
+            "partial_rotary_factor": 1.0,
+            "topk_method": "noaux_tc",
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 1,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+        },
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
+        real=({}, 29.9),
     ),
     "dots1": Family(
         "dots1",
@@ -389,7 +482,29 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": None,
             "rope_parameters": ROPE,
         },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": None,
+            "scoring_func": "noaux_tc",
+            "moe_layer_freq": 1,
+            "use_sliding_window": False,
+            "max_window_layers": 3,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-06,
+        },
         experts="n_routed_experts",
+        real=(
+            {
+                "hidden_size": 4096,
+                "n_routed_experts": 128,
+                "n_shared_experts": 2,
+                "num_experts_per_tok": 6,
+                "first_k_dense_replace": 1,
+                "sliding_window": None,
+            },
+            142.8,
+        ),
     ),
     "minimax_m2": Family(
         "minimax-m2",
@@ -400,7 +515,23 @@ FAMILIES: dict[str, Family] = {
             "num_local_experts": EXPERTS,
             "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
         },
+        published={
+            "rope_theta": 10000,
+            "rotary_dim": 32,
+            "attn_type_list": [1, 1],
+            "qk_norm_type": "per_layer",
+            "scoring_func": "sigmoid",
+            "use_qk_norm": True,
+            "use_routing_bias": True,
+            "use_mtp": True,
+            "num_mtp_modules": 3,
+            "mtp_transformer_layers": 1,
+            "shared_intermediate_size": 0,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-06,
+        },
         experts="num_local_experts",
+        real=({"rotary_dim": 64}, 228.7),
     ),
     "ernie4_5_moe": Family(
         "ernie4_5-moe",
@@ -415,6 +546,19 @@ FAMILIES: dict[str, Family] = {
             "moe_layer_start_index": 1,
             "rope_parameters": ROPE,
         },
+        published={
+            "rope_theta": 10000.0,
+            "use_bias": False,
+            "moe_layer_end_index": 2,
+            "moe_layer_interval": 1,
+            "moe_gate": "topk",
+            "moe_use_aux_free": True,
+            "moe_capacity": [64, 64, 64],
+            "use_rmsnorm": True,
+            "num_nextn_predict_layers": 1,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+        },
         variants={
             "tied embeddings": {"tie_word_embeddings": True},
             "without shared experts": {"moe_num_shared_experts": 0},
@@ -422,6 +566,7 @@ FAMILIES: dict[str, Family] = {
         experts="moe_num_experts",
         tokenizer="sentencepiece",
         note="blocks that predict further tokens are left out",
+        real=({}, 21.8),
     ),
     "hunyuan_v1_moe": Family(
         "hunyuan-moe",
@@ -433,7 +578,45 @@ FAMILIES: dict[str, Family] = {
             "moe_topk": 2,
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
         },
+        published={
+            "rope_theta": 10000.0,
+            "moe_topk": [2, 2],
+            "moe_intermediate_size": [256, 256],
+            "num_shared_expert": [1, 1],
+            "use_cla": False,
+            "cla_share_factor": 2,
+            "use_mixed_mlp_moe": True,
+            "norm_topk_prob": True,
+            "use_qk_norm": True,
+            "mlp_bias": False,
+            "moe_layer_num_skipped": 0,
+            "attention_head_dim": 64,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "type": "dynamic",
+                "alpha": 1000.0,
+                "factor": 1.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
         variants={"without alpha": {"rope_parameters": ROPE}},
+        real=(
+            {
+                "num_experts": 64,
+                "moe_topk": 8,
+                "intermediate_size": 3072,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "vocab_size": 128167,
+                "tie_word_embeddings": True,
+            },
+            80.4,
+        ),
     ),
     "gpt_oss": Family(
         "gpt-oss",
@@ -445,9 +628,21 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 32,
             "rope_parameters": {**YARN, "truncate": True},
         },
+        published={
+            "rope_theta": 10000,
+            "rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            "experts_per_token": 2,
+            "initial_context_length": 32,
+            "swiglu_limit": 7.0,
+            "attention_bias": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+        },
         single=False,
         experts="num_local_experts",
         note="MXFP4 experts are kept; llama.cpp rounds the bounds of YaRN's ramp, the original does not",
+        real=({}, 116.8),
     ),
     "llama4": Family(
         "llama4",
@@ -460,20 +655,28 @@ FAMILIES: dict[str, Family] = {
             "num_local_experts": EXPERTS,
             "num_experts_per_tok": 1,
             "interleave_moe_layer_step": 2,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
+            "rope_parameters": {**_LLAMA3, "rope_theta": 10000.0},
+        },
+        published={
+            "rope_theta": 10000.0,
+            "rope_scaling": _LLAMA3,
+            "attn_temperature_tuning": 4,
+            "attn_scale": 0.1,
+            "attention_chunk_size": 8192,
+            "floor_scale": 8192,
+            "no_rope_layers": [],
+            "use_qk_norm": True,
+            "for_llm_compressor": False,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
         },
         variants={"experts in every layer": {"interleave_moe_layer_step": 1, "rope_parameters": ROPE}},
         model_type="llama4_text",
         single=False,
         experts="num_local_experts",
         note="the part that sees is left out; experts of Maverick cannot be dropped, see `inspect`",
+        real=({}, 107.8),
     ),
 }
 
@@ -483,6 +686,13 @@ def literal(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     family = FAMILIES[name]
     values = {**SHARED, **family.literal, **changes}
     return {family.nested: values, **family.beside, "tie_word_embeddings": False} if family.nested else values
+
+
+def published_config(name: str) -> dict[str, Any]:
+    """``config.json`` of the toy as it would stand on the Hub."""
+    family = FAMILIES[name]
+    config = {**literal(name, {}), "model_type": family.model_type or name, "torch_dtype": "bfloat16"}
+    return {key: value for key, value in config.items() if key != "rope_parameters"} | dict(family.published)
 
 
 def make_model(name: str, changes: Mapping[str, Any]) -> Any:

@@ -12,12 +12,14 @@ from typing import Any
 
 import families
 import numpy as np
+import observed
 import pytest
 import torch
 import toys
 import transformers
 from agreement import divergence, log_probabilities, token_windows, transformers_log_probabilities
 from families import FAMILIES
+from observed import collected
 from safetensors.torch import save_file
 
 from edgeprune import inspection
@@ -25,13 +27,17 @@ from edgeprune.build import builder
 from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.errors import EdgepruneError, Unsupported
 from edgeprune.files import data_folder
+from edgeprune.measure import child
 from edgeprune.measure.launch import Launch
+from edgeprune.measure.replay import LayerExperts, activation_of
+from edgeprune.measure.routing import preference
 from edgeprune.model.architecture import read_architecture
-from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY, convert
-from edgeprune.model.converter import load_converter, shipped_converters
-from edgeprune.model.gguf import GgufFile
-from edgeprune.model.rope import FREQUENCIES
+from edgeprune.model.checkpoint import INDEX, SINGLE, Checkpoint, Stored, open_checkpoint
+from edgeprune.model.convert import SOURCE_KEY, _planned, apply_tying, convert
+from edgeprune.model.converter import converter_for, load_converter, shipped_converters
+from edgeprune.model.gguf import DEFAULT_ALIGNMENT, GgufFile, file_bytes, header, make_entry
+from edgeprune.model.rope import FREQUENCIES, rope_entries
+from edgeprune.model.values import metadata_entries, read_settings
 
 CASES = [(name, "") for name in FAMILIES] + [(name, case) for name in FAMILIES for case in FAMILIES[name].variants]
 CASE_NAMES = [f"{name}, {case}" if case else name for name, case in CASES]
@@ -126,6 +132,67 @@ def test_both_layouts_of_experts_give_the_same_file(name: str, made: Any, tmp_pa
     assert names != set(open_checkpoint(checkpoint).stored)
     convert(other, tmp_path / "other.gguf", "f32")
     assert_same_file(gguf, tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_pass_sees_the_router_and_its_experts_can_be_replayed(name: str, made: Any, tmp_path: Path) -> None:
+    _, gguf = made(name)
+    file = GgufFile(gguf)
+    architecture = read_architecture(file)
+    collector = collected(gguf, observed.token_windows(architecture.vocabulary, 1), tmp_path)
+    weights = {tensor.name for tensor in architecture.tensors if tensor.quantisable and tensor.role != "embedding"}
+    assert weights <= set(collector.moments)
+    everyone = np.ones(architecture.experts, bool)
+    assert set(collector.layers()) == set(architecture.moe_layers)
+    for layer, sums in collector.layers().items():
+        assert sums.total("routed").sum() == observed.TOKENS * architecture.used
+        if architecture.arch == "llama4":  # the coefficient is inside the expert, which cannot be replayed
+            continue
+        kept = collector.reservoirs()[layer]
+        scores = preference(kept.selection, architecture.groups, architecture.groups_used, everyone)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : architecture.used]
+        np.testing.assert_array_equal(np.sort(order, axis=1), np.sort(kept.ids, axis=1))
+        assert activation_of(LayerExperts(file, architecture, layer), kept) is not None
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].published])
+def test_published_configuration_says_what_a_saved_one_says(name: str, made: Any, tmp_path: Path) -> None:
+    checkpoint, gguf = made(name)
+    folder = copied(checkpoint, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(families.published_config(name)))
+    convert(folder, tmp_path / "model.gguf", "f32")
+    assert_same_file(gguf, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].real])
+def test_llama_cpp_takes_the_real_model_in_its_real_size(name: str, tmp_path: Path) -> None:
+    """Its header, with a hole in place of the weights."""
+    changes, billions = FAMILIES[name].real or ({}, 0.0)
+    config = transformers.AutoConfig.for_model(FAMILIES[name].model_type or name, **changes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    stored = {key: Stored(tuple(value.shape), "BF16") for key, value in model.state_dict().items()}
+    table = json.loads(config.to_json_string(use_diff=False))
+    checkpoint = Checkpoint(tmp_path, table, dict.fromkeys(stored, ""), stored)
+    converter = converter_for(table["model_type"])
+    settings = read_settings(converter, checkpoint)
+    apply_tying(checkpoint, settings.config)
+    targets = [plan.target for plan in _planned(settings, checkpoint, "q8_0")]
+    metadata = metadata_entries(settings, "config.json") + rope_entries(settings)
+    own = [
+        make_entry("general.architecture", "str", converter.arch),
+        make_entry("tokenizer.ggml.model", "str", "no_vocab"),
+        make_entry(f"{converter.arch}.vocab_size", "u32", table["vocab_size"]),
+    ]
+    top = header({entry.key: entry for entry in [*own, *metadata]}.values(), targets, DEFAULT_ALIGNMENT)
+    path = tmp_path / "real.gguf"
+    path.write_bytes(top)
+    with path.open("ab") as stream:
+        stream.truncate(file_bytes(len(top), targets, DEFAULT_ALIGNMENT))
+    architecture = read_architecture(GgufFile(path))
+    assert architecture.parameters / 1e9 == pytest.approx(billions, abs=0.05)
+    arguments = {"shadow": str(path), "launch": Launch(context=512).to_json()}
+    assert child.call("edgeprune.measure.tasks:price", arguments)["kv_bytes"] > 0
 
 
 # What single families have of their own.
