@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from edgeprune.model.location import HubName, located
 from edgeprune.model.quantised import MXFP4
 from edgeprune.model.remote import Budget, remote_checkpoint, remote_header
 from edgeprune.model.selection import chosen_gguf, has_checkpoint
-from edgeprune.model.values import language_config, lookup
+from edgeprune.model.values import extra_layers, language_config, lookup, prefix_of
 from edgeprune.units import format_bytes
 
 _NAMED_ROLES = {
@@ -194,7 +195,11 @@ def _sketch(checkpoint: Checkpoint, converter: Converter) -> Architecture:
     """The checkpoint as far as its size matters: its tensors with the experts of a layer stacked, and the counts that
     limit how many experts may go. What the configuration leaves open is taken so that more seems to fit, not less."""
     config = language_config(converter, checkpoint.config)
-    tensors = _stacked(checkpoint, bool(config.get("tie_word_embeddings")))
+    layers = _config_count(config, converter.layers, MOST_LAYERS) or 1
+    extra = range(layers, layers + extra_layers(converter, config))
+    behind = converter.with_prefix(prefix_of(converter, checkpoint)).left_behind(extra)
+    names = [name for name in checkpoint.stored if not any(pattern.fullmatch(name) for pattern in behind.values())]
+    tensors = _stacked(checkpoint, names, bool(config.get("tie_word_embeddings")))
     found = max((tensor.matrices for tensor in tensors if tensor.is_expert), default=1)
     experts = _config_count(config, converter.experts, MOST_EXPERTS) or found
     used, groups, groups_used = (
@@ -204,7 +209,7 @@ def _sketch(checkpoint: Checkpoint, converter: Converter) -> Architecture:
     return Architecture(
         name=checkpoint.folder.name,
         arch=converter.arch,
-        layers=_config_count(config, converter.layers, MOST_LAYERS) or 1,
+        layers=layers,
         experts=experts,
         used=used or 1,
         width=0,
@@ -228,11 +233,12 @@ def _config_count(config: dict[str, Any], keys: tuple[str, ...], most: int) -> i
     return int(value) if sensible else 0
 
 
-def _stacked(checkpoint: Checkpoint, tied: bool) -> tuple[Tensor, ...]:
-    """The checkpoint's tensors with shapes in ggml's order and the experts of a layer in one, as a GGUF has them."""
+def _stacked(checkpoint: Checkpoint, names: Iterable[str], tied: bool) -> tuple[Tensor, ...]:
+    """The tensors ``names`` with shapes in ggml's order and the experts of a layer in one, as a GGUF has them."""
     shapes: dict[str, tuple[int, ...]] = {}
     types: dict[str, str] = {}
-    for name, stored in checkpoint.stored.items():
+    for name in names:
+        stored = checkpoint.stored[name]
         if name == OUTPUT and tied:  # ignored by the conversion too
             continue
         shape = tuple(reversed(stored.shape)) or (1,)

@@ -120,6 +120,13 @@ FIELDS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "a list that is one number": ("'u32', config = 'a'", {"a": [6, 6, 6, 6]}, 6),
     "by kind": ("'[u32]', by_kind = { dense = 'width', other = 0, every = 'a' }", {"a": [1, 2, 3, 4]}, [48, 2, 0, 4]),
     "layers of a kind": ("'u32', layers_of = 'every'", {}, 2),
+    "the length of a list": ("'u32', length = ['a', 'types']", {}, 4),
+    "the length of a text": ("'u32', length = ['a', 'types']", {"a": "MEM"}, 3),
+    "what layers of a type have": (
+        "'u32', config = 'by_layer_type.full.head_dim'",
+        {"layer_types": ["full", "sliding"] * 2, "per_layer_config": {"0": {"head_dim": 9}, "2": {"head_dim": 9}}},
+        9,
+    ),
 }
 
 
@@ -172,6 +179,14 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], type[EdgepruneError], str]] =
     "an absent value": ("[require]\na = true", "", {}, Unsupported, "a = None; .* assumes True"),
     "a wrong default": ("[require]\na = { is = 1, default = 2 }", "", {}, Unsupported, "a = 2; .* assumes 1"),
     "another's value": ("[require]\na = { same_as = 'width' }", "", {"a": 3}, Unsupported, "a = 3; .* assumes 48"),
+    "a length of a number": ("", "x = { type = 'u32', length = ['width'] }", {}, BadFile, "has none of: width"),
+    "layers of a type that differ": (
+        "",
+        "",
+        {"layer_types": ["full", "sliding"] * 2, "per_layer_config": {"0": {"head_dim": 9}}},
+        Unsupported,
+        "layers of the type full differ in per_layer_config",
+    ),
     "off the beat": ("[require]\na = { cycle = [1, 0] }", "", {"a": [1, 1]}, Unsupported, r"assumes \[1, 0\]"),
 }
 
@@ -213,6 +228,12 @@ def test_aliases_lead_to_the_same_converter() -> None:
     assert converter_for("llama4_text") == converter_for("llama4")
 
 
+def test_family_that_llama_cpp_computes_wrongly_is_refused_with_the_reason() -> None:
+    with pytest.raises(Unsupported, match=r"phimoe models wrongly: it renormalises .* 0\.46 nats") as refusal:
+        converter_for("phimoe")
+    assert "\n" not in refusal.value.cause and "GGUF" in refusal.value.hint
+
+
 def test_shipped_converters_use_every_transform() -> None:
     """What no converter names is not tested by any model, and not needed."""
     used = {
@@ -230,14 +251,20 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "gate_of_columns": STACK, "up_of_columns": STACK, "even_columns_turned": STACK, "odd_columns_turned": STACK,
     "turned": STACK, "even_rows": STACK, "odd_rows": STACK, "even_columns": (4, 12), "odd_columns": (4, 12),
     "permute_rope_query": MATRIX, "permute_rope_key": MATRIX, "key_of_latent": MATRIX, "value_of_latent": MATRIX,
+    "upper_rows": MATRIX, "lower_rows": MATRIX, "plus_one": (12,), "kernel": (24, 1, 4),
+    "column": (12,), "decay_rates": (12,), "decay_rates_column": (12,), "by_state_group": (12,),
+    "qkv_of_qkvz": (52, 3), "gate_of_qkvz": (52, 3), "tile_value_heads": MATRIX, "tile_value_heads_of_qkv": (34, 3),
+    "tile_value_heads_of_kernel": (34, 1, 4), "tile_value_columns": (3, 24), "tiled_decay_rates": (6,),
 }  # fmt: skip
+# Of a linear attention: two key heads of 4, six value heads of 3.
+LINEAR = {"linear_key_heads": 2, "linear_value_heads": 6, "linear_key_width": 4, "linear_value_width": 3}
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_transform_makes_the_shape_that_it_promises(name: str) -> None:
     """And nothing is lost or made up: each value of the source appears at most once."""
     shape = SHAPES[name]
-    sizes = Sizes(query=4, key=2, named={"nope": 4, "value": 2})
+    sizes = Sizes(query=4, key=2, named={"nope": 4, "value": 2, "state_groups": 3, **LINEAR})
     weight = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     count = 3 if name == "stack_experts" else 1
     pieces = list(TRANSFORMS[name].apply(weight, sizes)) * count

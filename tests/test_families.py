@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from edgeprune import inspection
 from edgeprune.build import builder
 from edgeprune.decide.plan import Plan, Prediction
-from edgeprune.errors import Unsupported
+from edgeprune.errors import EdgepruneError, Unsupported
 from edgeprune.files import data_folder
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch
@@ -334,6 +334,111 @@ def test_experts_of_a_llama_4_with_128_of_them_stay(tmp_path: Path) -> None:
     assert "128" in read_architecture(GgufFile(path)).obstacle
     path = toys.synthetic_gguf(tmp_path / "scout.gguf", "llama4", experts=16, used=1, expert_width=32)
     assert not read_architecture(GgufFile(path)).obstacle
+
+
+# The words of configurations that are older than the installed transformers, in which most checkpoints are published.
+OLDER: dict[str, tuple[str, dict[str, Any]]] = {
+    "granitemoehybrid": (
+        "",
+        {
+            "layer_types": ["mamba", "attention", "mamba"],
+            "position_embedding_type": "nope",
+            "time_step_limit": ...,
+            "rope_parameters": ...,
+            "rope_theta": 10000,
+            "rope_scaling": None,
+        },
+    ),
+    "lfm2_moe": ("", {"tie_word_embeddings": ..., "tie_embedding": False, "rope_parameters": ..., "rope_theta": 1e4}),
+    "nemotron_h": (
+        "",
+        {
+            "layers_block_type": ...,
+            "hybrid_override_pattern": "ME*E",
+            "num_hidden_layers": 4,
+            "time_step_limit": [0.0, float("inf")],
+            "mtp_hybrid_override_pattern": "*E",
+        },
+    ),
+    "qwen3_next": (
+        "",
+        {
+            "layer_types": ...,
+            "full_attention_interval": 2,
+            "rope_parameters": ...,
+            "rope_theta": 1e4,
+            "rope_scaling": None,
+            "partial_rotary_factor": 0.25,
+        },
+    ),
+    "qwen3_5_moe": ("text_config", {"layer_types": ..., "full_attention_interval": 2}),
+    "gemma4": (
+        "text_config",
+        {"per_layer_config": ..., "global_head_dim": 128, "num_global_key_value_heads": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_configuration_of_an_older_transformers_says_the_same(name: str, made: Any, tmp_path: Path) -> None:
+    checkpoint, gguf = made(name)
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    table, changes = OLDER[name]
+    path = folder / "config.json"
+    if table:
+        inner = {**json.loads(path.read_text())[table], **changes}
+        changes = {table: {key: value for key, value in inner.items() if value is not ...}}
+    toys.change_json(path, **changes)
+    convert(folder, tmp_path / "older.gguf", "f32")
+    assert_same_file(gguf, tmp_path / "older.gguf")
+
+
+# Settings that would be computed otherwise, by family.
+FOREIGN: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "a state that grows with another factor": ("granitemoehybrid", "", {"mamba_expand": 3}, "mamba_expand = 3"),
+    "a bounded time step": ("granitemoehybrid", "", {"time_step_limit": [0.0, 1.0]}, "time_step_limit"),
+    "a convolution without a bias": ("nemotron_h", "", {"use_conv_bias": False}, "use_conv_bias = False"),
+    "a dense block": (
+        "nemotron_h",
+        "",
+        {"layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"]},
+        "20 tensors that nemotron_h does not",
+    ),
+    "another kind of position": (
+        "granitemoehybrid",
+        "",
+        {"position_embedding_type": "alibi"},
+        "position_embedding_type = 'alibi' has no place in llama.cpp",
+    ),
+    "routing without a bias": ("lfm2_moe", "", {"use_expert_bias": False}, "use_expert_bias = False"),
+    "scaled weights of experts": ("lfm2_moe", "", {"routed_scaling_factor": 2.0}, "routed_scaling_factor = 2.0"),
+    "two widths of linear attention": (
+        "qwen3_next",
+        "",
+        {"linear_key_head_dim": 16},
+        "linear_value_head_dim = 32; .* assumes 16",
+    ),
+    "dense layers between": ("qwen3_next", "", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]"),
+    "embeddings by layer": ("gemma4", "text_config", {"hidden_size_per_layer_input": 64}, "per_layer_input = 64"),
+    "attention to what comes": (
+        "gemma4",
+        "text_config",
+        {"use_bidirectional_attention": "all"},
+        "use_bidirectional_attention = 'all'",
+    ),
+    "values of their own": ("gemma4", "text_config", {"attention_k_eq_v": False}, "attention_k_eq_v = False"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_setting_that_llama_cpp_computes_otherwise_is_refused(case: str, made: Any, tmp_path: Path) -> None:
+    name, table, changes, cause = FOREIGN[case]
+    folder = Path(shutil.copytree(made(name)[0], tmp_path / "model"))
+    path = folder / "config.json"
+    toys.change_json(path, **({table: {**json.loads(path.read_text())[table], **changes}} if table else changes))
+    with pytest.raises(EdgepruneError, match=cause) as refusal:
+        convert(folder, tmp_path / "model.gguf", "f32")
+    assert "\n" not in refusal.value.cause and not (tmp_path / "model.gguf").exists()
 
 
 # Converters are data; each must be complete.

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import families
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -31,6 +32,7 @@ from edgeprune.measure.statistics import BACKWARD, FORWARD, Statistics
 from edgeprune.measure.text import Window
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import open_checkpoint
+from edgeprune.model.convert import convert
 from edgeprune.model.converter import converter_for
 from edgeprune.model.gguf import GgufFile
 
@@ -95,6 +97,23 @@ def test_input_moments_of_both_engines_agree(both: Both) -> None:
         np.testing.assert_array_equal(own.count, moment.count)
         np.testing.assert_allclose(own.square_sum, moment.square_sum, rtol=1e-3, atol=1e-6, err_msg=name)
         np.testing.assert_allclose(own.output_square, moment.output_square, rtol=1e-3, err_msg=name)
+
+
+# Whose modules are several weights of a GGUF, or have their inputs in another order there.
+REORDERED = ("granitemoehybrid", "qwen3_next", "qwen3_5_moe")
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_moments_follow_the_weights_to_where_conversion_moves_them(name: str, tmp_path: Path) -> None:
+    checkpoint = families.make_checkpoint(name, tmp_path / "model")
+    convert(checkpoint, tmp_path / "model.gguf", "f32")
+    own = measured(checkpoint, tmp_path / "model.gguf", tmp_path).moments
+    windows = token_windows(toys.VOCABULARY)
+    native = statistics(collected(tmp_path / "model.gguf", windows, tmp_path), "a", {"model": "toy"}).moments
+    assert set(own) == set(native)
+    for weight, moment in native.items():
+        np.testing.assert_allclose(own[weight].square_sum, moment.square_sum, rtol=2e-3, atol=1e-5, err_msg=weight)
+        np.testing.assert_allclose(own[weight].output_square, moment.output_square, rtol=2e-3, err_msg=weight)
 
 
 def test_reservoirs_of_both_engines_agree(both: Both) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,11 +177,9 @@ def _unclaimed(checkpoint: Checkpoint, planned: list[_Planned]) -> list[str]:
 def _left_out(settings: Settings, checkpoint: Checkpoint, names: list[str]) -> tuple[list[str], list[str]]:
     """The names among ``names`` that the converter does not know, and a line on each thing that it leaves out."""
     lines = []
-    for what, patterns in settings.converter.left_out.items():
-        layers = range(settings.layers, settings.layers + settings.extra_layers)
-        spelt = [p.replace("{extra}", str(n)) for p in patterns for n in (layers if "{extra}" in p else (0,))]
-        match = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in spelt) or r"(?!)")
-        gone = [name for name in names if match.fullmatch(name)]
+    extra = range(settings.layers, settings.layers + settings.extra_layers)
+    for what, pattern in settings.converter.left_behind(extra).items():
+        gone = [name for name in names if pattern.fullmatch(name)]
         if gone:
             size = format_bytes(sum(_stored_bytes(checkpoint, name) for name in gone))
             lines.append(f"left out: {what}, {len(gone)} tensors of {size}")

@@ -94,19 +94,33 @@ def read_settings(converter: Converter, checkpoint: Checkpoint) -> Settings:
         _check(converter, requirement, config)
     layers = _count(config, converter.layers, checkpoint, MOST_LAYERS)
     experts = _count(config, converter.experts, checkpoint, MOST_EXPERTS)
-    extra = lookup(config, converter.extra_layers)
-    heads = _count(config, ("num_attention_heads",), checkpoint, MOST_HEADS)
-    keys = _count(config, ("num_key_value_heads", "num_attention_heads"), checkpoint, MOST_HEADS)
-    named = {name: _size(name, field, config) for name, field in converter.sizes.items()}
     return Settings(
         converter=placed,
         config=config,
         layers=layers,
-        extra_layers=extra if isinstance(extra, int) and 0 < extra <= MOST_EXTRA_LAYERS else 0,
+        extra_layers=extra_layers(converter, config),
         experts=experts,
         kinds=_kinds(placed, config, checkpoint, layers),
-        sizes=Sizes(heads, keys, named),
+        sizes=sizes_of(converter, config, checkpoint),
     )
+
+
+def sizes_of(converter: Converter, config: dict[str, Any], checkpoint: Checkpoint) -> Sizes:
+    """What transforms need to know. ``config``: of the language model.
+
+    Raises:
+        BadFile: a size is missing or no number.
+    """
+    heads = _count(config, ("num_attention_heads",), checkpoint, MOST_HEADS)
+    keys = _count(config, ("num_key_value_heads", "num_attention_heads"), checkpoint, MOST_HEADS)
+    named = {name: _size(name, field, config) for name, field in converter.sizes.items()}
+    return Sizes(heads, keys, named)
+
+
+def extra_layers(converter: Converter, config: Mapping[str, Any]) -> int:
+    """Blocks behind the last layer that predict further tokens."""
+    extra = lookup(config, converter.extra_layers)
+    return extra if isinstance(extra, int) and 0 < extra <= MOST_EXTRA_LAYERS else 0
 
 
 def prefix_of(converter: Converter, checkpoint: Checkpoint) -> str:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from edgeprune.files import digest, require_space, room_for
 from edgeprune.measure.arena import Arena
 from edgeprune.measure.layerwise.carried import Carried
 from edgeprune.measure.layerwise.experts import Observer
-from edgeprune.measure.layerwise.parameters import Parameters
+from edgeprune.measure.layerwise.parameters import Parameters, moved
 from edgeprune.measure.layerwise.skeleton import Skeleton
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.statistics import InputMoments, LayerStatistics, Statistics
@@ -34,7 +34,7 @@ from edgeprune.measure.text import Window
 from edgeprune.model.checkpoint import open_checkpoint
 from edgeprune.model.convert import apply_tying
 from edgeprune.model.converter import converter_for
-from edgeprune.model.values import language_config, prefix_of
+from edgeprune.model.values import language_config, prefix_of, sizes_of
 
 Progress = Callable[[int, int], None]
 HIDDEN, GRADIENT = "hidden", "gradient"
@@ -59,6 +59,14 @@ class Text:
     @property
     def tokens(self) -> list[tuple[int, ...]]:
         return [window.tokens for window in self.windows]
+
+
+class _Part(NamedTuple):
+    """A dense weight of the GGUF: the module it is in, and which of the module's outputs and inputs it has."""
+
+    module: nn.Module
+    outputs: torch.Tensor | slice = slice(None)
+    inputs: torch.Tensor | slice = slice(None)
 
 
 class Engine:
@@ -86,8 +94,9 @@ class Engine:
         opened = open_checkpoint(checkpoint)
         converter = converter_for(str(opened.config.get("model_type", "")))
         converter = converter.with_prefix(prefix_of(converter, opened))
-        apply_tying(opened, language_config(converter, opened.config))
-        self.parameters = Parameters(opened, converter, experts)
+        config = language_config(converter, opened.config)
+        apply_tying(opened, config)
+        self.parameters, self.sizes = Parameters(opened, converter, experts), sizes_of(converter, config, opened)
         self.skeleton = Skeleton(checkpoint, self.parameters)
         self.text, self.weights, self.experts = text, set(weights), experts
         self.window, self.made_from, self.folder, self.progress = window, made_from, folder, progress
@@ -152,7 +161,7 @@ class Engine:
             name = "output.weight" if "output.weight" in self.weights else "token_embd.weight"
             for index, hidden in enumerate(self.carried.read(HIDDEN, layer)):
                 hidden.requires_grad_()
-                with self._dense({name: output}, sums[self._domain(index)]):
+                with self._dense({name: _Part(output)}, sums[self._domain(index)]):
                     loss = self.skeleton.loss(self.text.tokens[index], hidden)
                 if not bool(torch.isfinite(loss)):
                     raise BadFile(f"{self.parameters.checkpoint.folder} computes values that are not finite")
@@ -186,31 +195,35 @@ class Engine:
 
     # Names, hooks and files.
 
-    def _names(self, layer: int) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        """The layer's dense weights in the GGUF with their modules, and its expert weights by kind."""
-        dense: dict[str, nn.Module] = {}
+    def _names(self, layer: int) -> tuple[dict[str, _Part], dict[str, str]]:
+        """The layer's dense weights in the GGUF with where they come from, and its expert weights by kind."""
+        dense: dict[str, _Part] = {}
         for name, module in self.skeleton.model.named_modules():
-            if isinstance(module, nn.Linear) and f".layers.{layer}." in name:
-                gguf = self.parameters.gguf_name(f"{name}.weight")
+            if not isinstance(module, nn.Linear) or f".layers.{layer}." not in name:
+                continue
+            for gguf, transform in self.parameters.gguf_weights(f"{name}.weight").items():
                 if gguf in self.weights:
-                    dense[str(gguf)] = module
+                    places = moved(transform, (module.out_features, module.in_features), self.sizes)
+                    if places is not None:  # else nothing is known of its inputs
+                        dense[gguf] = _Part(module, *places)
         kinds = {kind: f"blk.{layer}.ffn_{kind}_exps.weight" for kind in ("gate", "up", "down")}
         return dense, {kind: name for kind, name in kinds.items() if name in self.weights}
 
     @contextlib.contextmanager
-    def _dense(self, modules: dict[str, nn.Module], sums: Sums) -> Iterator[None]:
+    def _dense(self, parts: dict[str, _Part], sums: Sums) -> Iterator[None]:
         """While the context lasts, inputs and outputs of the modules are added to the moments of their weights."""
 
-        def noting(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def noting(name: str, part: _Part) -> Callable[[nn.Module, Any, torch.Tensor], None]:
             def note(_: nn.Module, arguments: Any, output: torch.Tensor) -> None:
                 rows = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-                squares = rows.square().sum(dim=0, dtype=torch.float64).numpy()[None]
-                energy = float(output.detach().square().sum(dtype=torch.float64))
+                squares = rows.square().sum(dim=0, dtype=torch.float64)[part.inputs].numpy()[None]
+                taken = output.detach().reshape(len(rows), -1)[:, part.outputs]
+                energy = float(taken.square().sum(dtype=torch.float64))
                 sums.moment(name, squares, np.array([float(len(rows))]), np.array([energy]))
 
             return note
 
-        handles = [module.register_forward_hook(noting(name)) for name, module in modules.items()]
+        handles = [part.module.register_forward_hook(noting(name, part)) for name, part in parts.items()]
         try:
             yield
         finally:

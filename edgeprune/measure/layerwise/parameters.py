@@ -48,6 +48,7 @@ class Parameters:
     def _stored(self, name: str) -> torch.Tensor:
         import torch
 
+        name = self._spelt(name)
         if name in self.checkpoint.stored:
             return self.checkpoint.tensor(name)
         found = _LAYER.search(name)
@@ -62,6 +63,12 @@ class Parameters:
                 if other is not None:
                     return self.checkpoint.tensor(other.name.format(layer=layer, expert=0))
         raise BadFile(f"{self.checkpoint.folder} lacks {name}")
+
+    def _spelt(self, name: str) -> str:
+        """``name`` with the prefix that the checkpoint has for the one of the model's modules, where they differ."""
+        prefixes = self.converter.prefixes
+        spellings = [other + name[len(own) :] for own in prefixes if name.startswith(own) for other in prefixes]
+        return next((each for each in (name, *spellings) if each in self.checkpoint.stored), name)
 
     def _experts(self, template: str, layer: int) -> torch.Tensor:
         """All experts' matrices [E, rows, columns], from single ones or from a stack."""
@@ -79,11 +86,27 @@ class Parameters:
         pieces = [piece for name in names for piece in apply(self.checkpoint.tensor(name), none)]
         return pieces[0] if pieces[0].dim() == 3 else torch.stack(pieces)
 
-    def gguf_name(self, name: str) -> str | None:
-        """What the GGUF calls the parameter ``name``, or None where it has none of its own."""
+    def gguf_weights(self, name: str) -> dict[str, str]:
+        """What the GGUF makes of the parameter ``name``: names of weights, and the transform that makes each."""
+        name = self._spelt(name)
         found = _LAYER.search(name)
         layer = int(found[1]) if found else 0
-        for template, sources in self.converter.tensors.items():
-            if any(source.name.format(layer=layer, expert=0) == name for source in sources):
-                return template.format(layer=layer)
+        return {
+            template.format(layer=layer): source.transform
+            for template, sources in self.converter.tensors.items()
+            for source in sources
+            if source.name.format(layer=layer, expert=0) == name
+        }
+
+
+def moved(transform: str, shape: tuple[int, int], sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Which rows and which columns of a matrix of ``shape`` a transform takes, in its order; None where it makes no
+    matrix of whole rows and columns."""
+    import torch
+
+    rows, columns = (torch.arange(extent) for extent in shape)
+    by_row = torch.cat(list(TRANSFORMS[transform].apply(rows[:, None].expand(shape), sizes)))
+    by_column = torch.cat(list(TRANSFORMS[transform].apply(columns.expand(shape), sizes)))
+    if by_row.dim() != 2 or not torch.equal(by_row, by_row[:, :1].expand_as(by_row)):
         return None
+    return by_row[:, 0], by_column[0]
