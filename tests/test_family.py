@@ -16,7 +16,7 @@ from edgeprune.prove.family import member_folders
 from edgeprune.prove.report import Report
 from edgeprune.settings import Settings
 
-pytest_plugins = ("demo_fixtures", "hub_fixtures")
+pytest_plugins = ("demo_fixtures", "publish_fixtures")
 # huggingface_hub gives a file to its HTTP library in a way that the library no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 

@@ -96,6 +96,29 @@ def test_a_checkpoint_in_the_hubs_cache_knows_its_repository(tmp_path: Path) -> 
     assert read_origin(file, "demo").licence == Licence("mit")
 
 
+def test_a_source_on_the_hub_is_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    commit = "0123456789" * 4
+    repository = tmp_path / "cache" / "models--Org--Model"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "generation_config.json").write_text('{"temperature": 0.7}')
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    file = gguf_with(tmp_path, license=("str", "mit"))
+    assert read_origin(file, "Org/Model") == Origin(("Org/Model",), Licence("mit"), (), {"--temp": 0.7})
+    assert read_origin(file, "Org/Other@next") == Origin(("Org/Other",), Licence("mit"))
+    # A GGUF on the Hub was made from something, and may say so.
+    assert read_origin(file, "Org/Model-GGUF:Q4_K_M").base_models == ("Org/Model-GGUF",)
+    known = gguf_with(
+        tmp_path, base_model__count=("u32", 1), base_model__0__repo_url=("str", "https://huggingface.co/Org/Model")
+    )
+    assert read_origin(known, "Org/Model-GGUF:Q4_K_M").base_models == ("Org/Model",)
+
+
 def test_a_generation_without_sampling_recommends_no_sampler(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
     assert origin_of_checkpoint(tmp_path) == Origin()

@@ -20,9 +20,10 @@ from hub_server import READ_ONLY, Blob, Command, Cut, HubServer, Refusal, Reposi
 from runs import Ear, Fit, edgeprune_command, read, settings
 
 from edgeprune import pipeline
+from edgeprune.build.builder import digest_of
 from edgeprune.errors import BadFile, BrokenPromise, EdgepruneError, UsageError
 from edgeprune.files import file_digest, to_json
-from edgeprune.model.splitting import part_name
+from edgeprune.model.splitting import file_name, split
 from edgeprune.prove.report import Promise, Report
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.index import read_index
@@ -166,11 +167,36 @@ def test_a_large_file_is_sent_in_parts_that_belong_together(
     (tmp_path / "edgeprune.json").write_bytes(files["edgeprune.json"].content)
     ((entry,), _) = read_index(tmp_path / "edgeprune.json", "index")
     assert [(part.path, part.sha256) for part in entry.parts] == [(path, files[path].sha256) for path in parts]
-    assert parts == [part_name(entry.name, number, 2) for number in (1, 2)]
+    assert parts == [file_name(entry.name, number, 2) for number in (0, 1)]
     assert not (run_folder / "scratch").exists()
     # Whole again: the parts of before go.
     assert command("publish", run_folder, REPO, *LICENCE, "--yes").exception is None
     assert [path for path in published(hub) if path.endswith(".gguf") and "/" not in path] == [f"{entry.name}.gguf"]
+
+
+def test_a_run_that_was_built_in_parts_is_sent_in_those_or_in_smaller_ones(
+    hub: HubServer, command: Command, run_folder: Path
+) -> None:
+    whole = gguf_of(run_folder)
+    parts = split(whole, run_folder, whole.stem, 400_000)
+    whole.unlink()
+    built = {
+        "path": parts[0].path.name,
+        "nbytes": sum(part.nbytes for part in parts),
+        "sha256": digest_of([part.path for part in parts]),
+    }
+    record = read(run_folder / "build.json")
+    (run_folder / "build.json").write_text(to_json({**record, **built, "part_bytes": 400_000}), encoding="utf-8")
+    made_from = {**read(run_folder / "report.json")["made_from"], "build": built["sha256"]}
+    change_report(run_folder, build={**record, **built}, made_from=made_from)
+    assert command("publish", run_folder, REPO, *LICENCE, "--yes").exception is None
+    sent = {path: blob.sha256 for path, blob in published(hub).items() if "-of-" in path and "/" not in path}
+    assert sorted(sent.values()) == sorted(part.sha256 for part in parts)
+    smaller = ("--max-file-size", "250kB")
+    assert command("publish", run_folder, REPO, *LICENCE, "--yes", *smaller).exception is None
+    again = {path: blob for path, blob in published(hub).items() if "-of-" in path and "/" not in path}
+    assert len(again) > len(parts) and not again.keys() & sent.keys()
+    assert max(len(blob.content) for blob in again.values()) <= 250_000
 
 
 def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(

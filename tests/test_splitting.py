@@ -16,7 +16,7 @@ from observed import LAUNCH, token_windows
 from edgeprune.errors import EdgepruneError
 from edgeprune.measure.llama import session
 from edgeprune.model.gguf import GgufFile, TensorShape, align, header, make_entry
-from edgeprune.model.splitting import part_name, split, split_sizes
+from edgeprune.model.splitting import file_name, split, split_sizes
 
 LIMIT = 2_300_000
 
@@ -30,7 +30,7 @@ def test_llama_cpp_loads_the_parts_and_answers_the_same(toy_gguf: toys.Maker, tm
     model = toy_gguf("qwen3_moe")
     parts = split(model, tmp_path, "toy", LIMIT)
     assert len(parts) > 2
-    assert [part.path.name for part in parts] == [part_name("toy", n + 1, len(parts)) for n in range(len(parts))]
+    assert [part.path.name for part in parts] == [file_name("toy", n, len(parts)) for n in range(len(parts))]
     assert parts[0].path.name == f"toy-00001-of-{len(parts):05}.gguf"
     np.testing.assert_array_equal(logits(parts[0].path), logits(model))
 

@@ -62,7 +62,11 @@ class Build:
 
 def digest_of(paths: Sequence[Path]) -> str:
     """What identifies a model in these files; see ``Build.sha256``."""
-    digests = [file_digest(path) for path in paths]
+    return digest_of_parts([file_digest(path) for path in paths])
+
+
+def digest_of_parts(digests: Sequence[str]) -> str:
+    """What identifies a model whose files have these SHA-256; see ``Build.sha256``."""
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ from edgeprune.model.gguf import (
     make_entry,
     replaced,
 )
+from edgeprune.model.parts import part_name
 from edgeprune.units import format_bytes
 
 # Parts are numbered with five digits, and llama.cpp keeps the count in 16 bits.
@@ -41,9 +42,9 @@ class Part:
     sha256: str
 
 
-def part_name(stem: str, number: int, count: int) -> str:
-    """The file name of part ``number`` (from 1) of ``count``; of an unsplit file just ``stem``."""
-    return f"{stem}.gguf" if count == 1 else f"{stem}-{number:05}-of-{count:05}.gguf"
+def file_name(stem: str, number: int, count: int) -> str:
+    """The name of file ``number``, from 0, of the ``count`` that a model consists of."""
+    return f"{stem}.gguf" if count == 1 else part_name(stem, number, count)
 
 
 def _entries(file: GgufFile, number: int, count: int) -> list[Entry]:
@@ -136,7 +137,7 @@ def split(
     require_space(folder, sum(sizes))
     parts, done, total = [], 0, sum(sizes)
     for number, (top, tensors, nbytes) in enumerate(laid_out):
-        path = folder / part_name(stem, number + 1, len(laid_out))
+        path = folder / file_name(stem, number, len(laid_out))
         hasher = hashlib.sha256()
         with atomic_writer(path) as stream:
             for piece in chain((top,), _data(file, tensors)):

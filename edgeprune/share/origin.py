@@ -16,6 +16,7 @@ from typing import Any
 from edgeprune.errors import BadFile, EdgepruneError
 from edgeprune.files import read_json
 from edgeprune.model.gguf import GgufFile
+from edgeprune.model.location import HubName, hub_name
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _HUB_ADDRESS = re.compile(rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/({_REPOSITORY.pattern})/?")
@@ -216,13 +217,30 @@ def read_origin(file: GgufFile, source: str) -> Origin:
     """Where a built file comes from.
 
     Args:
-        source: the model that the run directory belongs to; a checkpoint in that folder is read too.
+        source: the model that the run directory belongs to, a path or a name on the Hub; of a checkpoint, what lies
+            in its folder, or in the Hub's cache, is read too.
 
     Raises:
         BadFile: a model card or a configuration cannot be read.
     """
     own, folder = origin_of_gguf(file), Path(source)
-    return origin_of_checkpoint(folder).over(own) if source and folder.is_dir() else own
+    if source and folder.is_dir():
+        return origin_of_checkpoint(folder).over(own)
+    named = hub_name(source)
+    if named is None:
+        return own
+    repository = Origin(base_models=(named.repo,))
+    if named.wanted:  # somebody's GGUF says what it was made from
+        return own.over(repository)
+    return repository.over(_cached(named)).over(own)
+
+
+def _cached(name: HubName) -> Origin:
+    """What is known of a checkpoint of the Hub that was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name.repo, "config.json", revision=name.revision or None)
+    return origin_of_checkpoint(Path(found).parent) if isinstance(found, str) else Origin()
 
 
 def check_licence(origin: Origin, gated: str, *, read: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -22,11 +21,11 @@ from edgeprune.model.architecture import read_architecture
 from edgeprune.model.content import content_digest
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
+from edgeprune.model.parts import numbered
 from edgeprune.share.hub import Hub, Remote
 from edgeprune.share.index import INDEX, Entry, Memory, Stored, is_sound_path, read_index
 from edgeprune.units import format_bytes
 
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 # Files that are no language models, by the names that the ecosystem gives them.
 _OTHERS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-")
 # Of a file of which nothing is known but its size: what llama.cpp may need beside the weights.
@@ -164,8 +163,8 @@ def _by_name(remote: Remote) -> list[Candidate]:
         name = path.rpartition("/")[2]
         if not path.endswith(".gguf") or not is_sound_path(path) or name.startswith(_OTHERS) or "imatrix" in name:
             continue
-        match = _PART.fullmatch(path)
-        key = (match[1], int(match[3])) if match else (path.removesuffix(".gguf"), 1)
+        part = numbered(path)
+        key = (part[0], part[2]) if part else (path.removesuffix(".gguf"), 1)
         groups.setdefault(key, []).append(Stored(path, nbytes, remote.files[path]))
     return [
         Candidate(name, tuple(parts), _guess(parts), Launch(), (), None, 0, known=False)

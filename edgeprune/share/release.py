@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.build.builder import Build
+from edgeprune.build.builder import Build, digest_of_parts
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.errors import BadFile, BrokenPromise, UsageError
 from edgeprune.files import file_digest, read_json
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
-from edgeprune.model.splitting import Part, part_name, split, split_sizes
+from edgeprune.model.splitting import Part, file_name, split, split_sizes
 from edgeprune.prove.report import Report
 from edgeprune.share.index import Entry, Stored, entry_of
 from edgeprune.share.origin import Origin, read_origin
@@ -52,7 +52,8 @@ class Release:
         run: its files.
         report: with the file's published name.
         file: the GGUF.
-        sha256: of the GGUF.
+        sha256: of the model, as ``Build`` has it.
+        digests: SHA-256 of its file, or of its parts.
         name: of the GGUF where it is published, without ``.gguf``.
     """
 
@@ -60,6 +61,7 @@ class Release:
     report: Report
     file: GgufFile
     sha256: str
+    digests: tuple[str, ...]
     name: str
 
     @cached_property
@@ -72,24 +74,29 @@ class Release:
         matrices = [self.file.tensors[name] for name, _ in self.report.types if name in self.file.tensors]
         return _by_bytes(matrices)
 
+    def _built(self) -> list[Part]:
+        paths = zip(self.file.paths, self.digests, strict=True)
+        return [Part(path, path.stat().st_size, digest) for path, digest in paths]
+
     def parts(self, scratch: Path, most_bytes: int, progress: Callable[[int, int], None]) -> list[Part]:
-        """The file itself, or if it is larger than ``most_bytes``, its parts in ``scratch``."""
-        if self.file.size <= most_bytes:
-            return [Part(self.file.path, self.file.size, self.sha256)]
+        """The files as they are, or where one is larger than ``most_bytes``, parts in ``scratch``."""
+        built = self._built()
+        if all(part.nbytes <= most_bytes for part in built):
+            return built
         return split(self.file.path, scratch, self.name, most_bytes, progress)
 
     def planned_parts(self, most_bytes: int) -> list[Part]:
-        """What ``parts`` will be: where there are several, their SHA-256 is not known yet and zeros stand for it."""
-        if self.file.size <= most_bytes:
-            return [Part(self.file.path, self.file.size, self.sha256)]
+        """What ``parts`` will be; zeros stand for the SHA-256 of those that are still to be written."""
+        built = self._built()
+        if all(part.nbytes <= most_bytes for part in built):
+            return built
         return [Part(self.file.path, nbytes, "0" * 64) for nbytes in split_sizes(self.file.path, most_bytes)]
 
     def stored(self, parts: Sequence[Part]) -> list[Stored]:
         """``parts`` as files of the repository."""
         count = len(parts)
         return [
-            Stored(part_name(self.name, number + 1, count), part.nbytes, part.sha256)
-            for number, part in enumerate(parts)
+            Stored(file_name(self.name, number, count), part.nbytes, part.sha256) for number, part in enumerate(parts)
         ]
 
     def entry(self, stored: Sequence[Stored]) -> Entry:
@@ -169,7 +176,8 @@ def open_release(run: Run, *, force: bool) -> Release:
             hint="`--force` publishes it all the same; the card says so",
         )
     file = GgufFile(run.folder / Path(build.path).name)
-    found = file_digest(file.path)
+    digests = tuple(file_digest(path) for path in file.paths)
+    found = digest_of_parts(digests)
     if found != build.sha256:
         raise BadFile(
             f"{file.path} is not the file that was measured",
@@ -177,9 +185,9 @@ def open_release(run: Run, *, force: bool) -> Release:
             hint="delete it and run the same `edgeprune fit` again",
         )
     name = release_name(file, plan, str(report.source["name"]))
-    published = part_name(name, 1, 1)
+    published = file_name(name, 0, 1)
     report = replace(report, build={**report.build, "path": published}, launch_line=report.launch.command(published))
-    return Release(run, report, file, found, name)
+    return Release(run, report, file, found, digests, name)
 
 
 def _record(path: Path, make: Callable[[Any], Any]) -> Any:
