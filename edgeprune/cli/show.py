@@ -130,8 +130,9 @@ def statistics(found: Statistics, folder: Path) -> list[str]:
         unused = int((routed == 0).sum())
         share = routed.max() / routed.sum()
         rows.append((f"layer {layer}", f"{unused}", f"{100 * share:.1f} %"))
+    domains = "domain" if len(found.domains) == 1 else "domains"
     return [
-        f"{found.tokens:,} tokens in {len(found.domains)} domains: {', '.join(found.domains)}",
+        f"{found.tokens:,} tokens in {len(found.domains)} {domains}: {', '.join(found.domains)}",
         *table(rows, ("", "experts never used", "busiest expert")),
         "",
         f"saved in {folder}: statistics.safetensors, imatrix.gguf",

@@ -110,7 +110,7 @@ def collect(
                     experts,
                     arena,
                     gates_input=arch == "llama4",
-                    capacity=sum(map(len, own)),
+                    capacity=sum(map(len, own)) if reservoir_tokens else None,
                     weights=names,
                     only=None if layers is None else range(*layers),
                     tokens_only=tokens_only,
