@@ -182,6 +182,20 @@ def test_a_method_that_a_domain_has_no_tokens_for_is_left_out(synthetic: toys.Ma
         assert any(line.startswith("shape is left out: ") for line in ear.said) == (mixture != "pooled")
 
 
+def test_what_calibration_leaves_out_is_said(synthetic: toys.Maker, tmp_path: Path) -> None:
+    """Too short documents, too little text for the experts, and none to judge by."""
+    rows = [json.dumps({"text": text}) for text in ("too short", "long enough to be a window")]
+    (tmp_path / "talk.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    words = ("calibrate", synthetic("qwen3moe"), "--text", tmp_path / "talk.jsonl", "-o", tmp_path / "run")
+    done = run_edgeprune(*words)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 documents of talk are shorter than 16 tokens and left out (9 tokens)" in done.stderr
+    assert "leaves none to judge by" in done.stderr
+    assert "26 tokens in 1 domain: talk" in done.stdout
+    assert "little text: 6 tokens per expert on average, where 200 are the least" in done.stdout
+    assert "800 tokens in all give that" in done.stdout
+
+
 def test_gradients_are_not_mixed_with_statistics_of_other_texts(
     synthetic: toys.Maker, small_text: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from edgeprune.measure import child
 from edgeprune.measure.merging import merge
 from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
 from edgeprune.measure.statistics import Statistics, write_imatrix
+from edgeprune.measure.text import SHORTEST_WINDOW
 from edgeprune.measure.weights import LayerWeights, load_weights
 from edgeprune.settings import LLAMA, TORCH
 from edgeprune.stages.texts import TextStages
@@ -114,7 +115,7 @@ class MeasureStages(TextStages):
         arguments = self._text_arguments("calibration")
         del arguments["split"]
         with self.listener.progress("calibrate" if engine != TORCH else "calibrate, forwards and backwards") as bar:
-            child.call(
+            found = child.call(
                 f"edgeprune.measure.tasks:{task}",
                 {
                     "model": str(self.source),
@@ -130,6 +131,13 @@ class MeasureStages(TextStages):
                 },
                 bar,
             )
+        for domain, (documents, of, tokens) in found["left_out"].items():
+            self.listener.say(
+                f"{documents:,} of {of:,} documents of {domain} are shorter than {SHORTEST_WINDOW} tokens and"
+                f" left out ({tokens:,} tokens)"
+            )
+        if not found["held_out"]:
+            self.listener.say("the text leaves none to judge by: give a longer one, or --eval-text")
 
     def merge(self, files: Sequence[Path]) -> Statistics:
         """Statistics of this model over other texts, joined as if measured in one pass; they become the folder's own.
