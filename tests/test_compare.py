@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,14 +16,14 @@ from runs import Ear, Fit, read, run_edgeprune
 
 from edgeprune import pipeline
 from edgeprune.decide.scores import METHODS, SCORES
-from edgeprune.errors import BadFile, UsageError
+from edgeprune.errors import BadFile, Unsupported, UsageError
 from edgeprune.measure.statistics import Statistics
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.pipeline import Settings
 from edgeprune.prove.comparison import Comparison, interval, row
 from edgeprune.prove.lines import method_lines
-from edgeprune.stages.comparing import counts_of
+from edgeprune.stages.comparing import counts_of, rounded
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -48,7 +49,7 @@ def test_every_method_is_measured_at_every_number(compared: tuple[Path, list[str
     }
     for own in found.rows:
         assert own.seeds == (2 if own.method == "random" else 1)
-        assert 0 < own.low <= own.quality["kl_mean"] <= own.high
+        assert 0 <= own.low <= own.quality["kl_mean"] <= own.high
         assert set(own.domains) == {"small"}
         assert own.domains["small"]["kl_mean"] == pytest.approx(own.quality["kl_mean"])
     kept = [r.kept for r in found.rows]
@@ -148,15 +149,65 @@ def test_the_page_has_a_line_and_a_row_for_every_method(compared: tuple[Path, li
 def test_methods_that_a_model_does_not_show_enough_for_are_left_out(
     synthetic: toys.Maker, small_text: Path, tmp_path: Path
 ) -> None:
-    found = {}
-    for arch in ("qwen3moe", "llama4"):
+    found, ears = {}, {arch: Ear() for arch in ("qwen3moe", "llama4")}
+    for arch, ear in ears.items():
         wishes = Settings(str(synthetic(arch)), texts=(str(small_text),), output=str(tmp_path / arch), window=64)
-        with pipeline.opened(wishes, Ear()) as run:
+        with pipeline.opened(wishes, ear) as run:
             found[arch] = set(run.comparable())
     gradients = {name for name, method in SCORES.items() if method.differentiates}
     assert set(METHODS) - found["qwen3moe"] == gradients == {"heapr", "mask-fisher", "gemq"}
     # Experts with inputs of their own have no angle to the layer's, and cannot be replayed.
     assert found["qwen3moe"] - found["llama4"] == {"tenp", "shape"}
+    assert [line.partition(" is left out: ")[0] for line in ears["llama4"].said if "left out" in line] == [
+        "tenp",
+        "shape",
+    ]
+    assert not any("left out" in line for line in ears["qwen3moe"].said)
+
+
+def test_a_method_that_a_domain_has_no_tokens_for_is_left_out(synthetic: toys.Maker, tmp_path: Path) -> None:
+    """And the comparison of the others goes on."""
+    texts = []
+    for name, count in (("long", 400), ("short", 2)):
+        (tmp_path / f"{name}.txt").write_text("Some words and some more. " * count, encoding="utf-8")
+        texts.append(str(tmp_path / f"{name}.txt"))
+    source = str(synthetic("qwen3moe"))
+    for mixture in ("pooled", "balanced", "coverage"):
+        wishes = Settings(source, texts=tuple(texts), output=str(tmp_path / "run"), mixture=mixture, window=64)
+        wishes = replace(wishes, reservoir_tokens=4, calibration_tokens=1_024)
+        ear = Ear()
+        with pipeline.opened(wishes, ear) as run:
+            assert set(run.statistics.reservoirs[0].domain.tolist()) == {0}
+            assert ("shape" in run.comparable()) == (mixture == "pooled")
+        assert any(line.startswith("shape is left out: ") for line in ear.said) == (mixture != "pooled")
+
+
+def test_what_calibration_leaves_out_is_said(synthetic: toys.Maker, tmp_path: Path) -> None:
+    """Too short documents, too little text for the experts, and none to judge by."""
+    rows = [json.dumps({"text": text}) for text in ("too short", "long enough to be a window")]
+    (tmp_path / "talk.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    words = ("calibrate", synthetic("qwen3moe"), "--text", tmp_path / "talk.jsonl", "-o", tmp_path / "run")
+    done = run_edgeprune(*words)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 documents of talk are shorter than 16 tokens and left out (9 tokens)" in done.stderr
+    assert "leaves none to judge by" in done.stderr
+    assert "26 tokens in 1 domain: talk" in done.stdout
+    assert "little text: 6 tokens per expert on average, where 200 are the least" in done.stdout
+    assert "800 tokens in all give that" in done.stdout
+
+
+def test_gradients_are_not_mixed_with_statistics_of_other_texts(
+    synthetic: toys.Maker, small_text: Path, tmp_path: Path
+) -> None:
+    wishes = Settings(str(synthetic("qwen3moe")), texts=(str(small_text),), output=str(tmp_path / "one"), window=64)
+    with pipeline.opened(wishes, Ear()) as run:
+        path = Path(run.statistics_file)
+    with pipeline.opened(replace(wishes, texts=(), output=str(tmp_path / "two")), Ear()) as run:
+        run.merge([path])
+    with pipeline.opened(replace(wishes, output=str(tmp_path / "two")), Ear()) as run:
+        with pytest.raises(Unsupported, match="merged from 1 files, and gradients would be of another text"):
+            run.ranked("mask-fisher")
+        assert set(run.ranked("reap")) == {0, 1}
 
 
 def test_the_report_of_the_same_model_and_text_shows_it(tiny_fit: Fit, tmp_path: Path) -> None:
@@ -244,15 +295,39 @@ def test_fractions_become_numbers_that_the_router_allows(tmp_path: Path) -> None
         counts_of([0.5], read_architecture(GgufFile(blocked)))
 
 
+def test_remarks_name_fractions_that_are_rounded_far_or_alike(tmp_path: Path) -> None:
+    model = toys.synthetic_gguf(tmp_path / "a.gguf", width=64, expert_width=64)  # 2 of 8 experts
+    architecture = read_architecture(GgufFile(model))
+    assert rounded([0.75, 0.5, 0.45], architecture) == ["0.5 and 0.45 are the same number of experts, K=4"]
+    assert rounded([0.1, 0.9, 0.88], architecture) == [
+        "0.1 of 8 experts is not possible: the nearest is K=2",
+        "0.9 and 0.88 are the same number of experts, K=7",
+    ]
+
+
 def test_an_interval_holds_the_mean_and_shrinks_with_the_text() -> None:
     random = np.random.default_rng(0)
     sums = random.gamma(2.0, 50.0, 400)
     few, many = ([[100, value] for value in sums[:count]] for count in (20, 400))
     for windows in (few, many):
-        low, high = interval(windows)
+        low, high = interval([windows])
         assert low < sum(value for _, value in windows) / (100 * len(windows)) < high
-    assert np.diff(interval(many)) < 0.4 * np.diff(interval(few))
-    assert interval([[10, 5.0]]) == (0.5, 0.5)
+    assert np.diff(interval([many])) < 0.4 * np.diff(interval([few]))
+    assert interval([[[10, 5.0]]]) == (0.5, 0.5)
+
+
+def test_an_interval_over_draws_holds_the_mean_over_all_possible_draws() -> None:
+    """Draws that differ by much, over windows that hardly do: the text says nothing of other draws."""
+    random = np.random.default_rng(1)
+    missed = 0
+    for _ in range(200):
+        levels = np.maximum(random.normal(1.0, 0.2, 3), 0)
+        draws = [[[100, 100 * level * random.uniform(0.98, 1.02)] for _ in range(40)] for level in levels]
+        low, high = interval(draws)
+        missed += not low <= 1.0 <= high
+    assert missed <= 20  # 10 on average, and all but a few of 200 if windows of all draws are pooled
+    same = [[[100, value] for value in random.gamma(2.0, 50.0, 30)]] * 3
+    assert interval(same) == pytest.approx(interval(same[:1]))  # the same windows three times are no more text
 
 
 def test_a_random_method_is_the_mean_of_its_draws() -> None:
@@ -264,7 +339,30 @@ def test_a_random_method_is_the_mean_of_its_draws() -> None:
     made = row("random", 4, measured)
     assert made.quality["kl_mean"] == pytest.approx(0.2) and made.seeds == 2
     assert made.domains["a"]["kl_mean"] == pytest.approx(0.2)
-    assert made.low == pytest.approx(0.1) and made.high == pytest.approx(0.3)
+    assert made.low == 0 and made.high == pytest.approx(0.2 + 12.706 * 0.1, rel=1e-3)  # t with one degree of freedom
+
+
+def test_later_comparisons_of_the_same_model_and_text_are_added(
+    compared: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(compared[0], folder)
+    before = Comparison.from_json(read(folder / "compare.json"))
+    _, source, _, _, _, _, _, _, option, text, *_ = compared[1]
+    done = run_edgeprune(
+        "compare", source, "--keep", "0.5,0.48", "--methods", "frequency,reap", option, text, "-o", folder
+    )
+    assert done.returncode == 0, done.stderr
+    after = Comparison.from_json(read(folder / "compare.json"))
+    assert {(r.method, r.kept) for r in after.rows} == {(r.method, r.kept) for r in before.rows} | {("frequency", 4)}
+    assert "with 7 rows of earlier comparisons" in done.stderr
+    assert "0.5 and 0.48 are the same number of experts, K=4" in done.stderr
+
+
+def test_no_method_is_not_all_of_them(tiny_fit: Fit, tmp_path: Path) -> None:
+    for methods in ("", " , "):
+        done = run_edgeprune("compare", tiny_fit.folder / "source.gguf", "--methods", methods, "-o", tmp_path / "run")
+        assert done.returncode == 2 and "--methods names none" in done.stderr
 
 
 def test_a_picture_of_one_number_of_experts_is_drawn_too() -> None:

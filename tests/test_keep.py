@@ -12,7 +12,7 @@ import toys
 
 from edgeprune.decide import keep
 from edgeprune.decide.evidence import Evidence
-from edgeprune.decide.keep import Order, check_method, keep_set
+from edgeprune.decide.keep import Order, check_method, check_room, fewest_kept, keep_set
 from edgeprune.errors import UsageError
 from edgeprune.measure.statistics import LayerStatistics, Statistics
 from edgeprune.model.architecture import Architecture, read_architecture
@@ -132,3 +132,14 @@ def test_models_with_dense_layers_rank_only_the_others(shuffled: Statistics, tmp
     architecture = read_architecture(GgufFile(path))
     assert architecture.moe_layers == (1, 2)
     assert sorted(rankings(shuffled, architecture, "frequency")) == [1, 2]
+
+
+def test_super_experts_need_room(ungrouped: Architecture, grouped: Architecture) -> None:
+    protected = {0: (1, 2, 9), 2: (0,)}
+    assert fewest_kept({}, ungrouped) == 0
+    assert fewest_kept(protected, ungrouped) == 3
+    assert fewest_kept(protected, grouped) == 8  # two of the first of four groups
+    check_room(protected, ungrouped, 3)
+    with pytest.raises(UsageError, match="2 of 16 experts have no room for the super experts of layer 0") as error:
+        check_room(protected, ungrouped, 2)
+    assert error.value.rows == (("super experts", "1, 2, 9"),) and "keep 3 or more" in error.value.hint

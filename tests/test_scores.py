@@ -344,3 +344,9 @@ def test_a_domain_can_be_looked_at_alone(family: Family) -> None:
         assert part.sums.total("tokens") == TOKENS and len(part.reservoir) == len(KEPT)
     both = sum(SCORES["gated-norm"].score(part) for part in parts)
     np.testing.assert_allclose(both, SCORES["gated-norm"].score(whole))
+
+
+def test_one_expert_per_token_forms_no_coalitions() -> None:
+    alone = coalitions([[0], [1], [1]], EXPERTS)
+    with pytest.raises(Unsupported, match="one expert per token"):
+        SCORES["shape"].score(Evidence(0, LayerStatistics.zeros(1, EXPERTS), alone))

@@ -15,6 +15,7 @@ from edgeprune.measure.text import (
     JSON_LINES,
     PREPARED,
     SHORTEST_WINDOW,
+    LeftOut,
     TextFile,
     parse_texts,
     read_documents,
@@ -268,3 +269,25 @@ def test_digest_tells_contents_domains_and_splits_apart(tmp_path: Path) -> None:
     copy.parent.mkdir()
     copy.write_bytes(Path(one.path).read_bytes())
     assert texts_digest([TextFile("a", str(copy))]) == texts_digest([one])
+
+
+def test_a_domain_has_a_name(tmp_path: Path) -> None:
+    (tmp_path / "code.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(UsageError, match="a domain without a name"):
+        parse_texts([f"={tmp_path / 'code.txt'}"])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_text(name: str, tmp_path: Path) -> None:
+    content = "Some text." if name == "a.txt" else '{"text": "Some text."}'
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert [document.text for document in read_documents(*parse_texts([str(tmp_path / name)]))] == ["Some text."]
+
+
+def test_documents_that_are_too_short_are_counted(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": "a" * length}) for length in (5, 40, 7, 40, 3, 40, 40, 40)]
+    (tmp_path / "talk.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    left_out: dict[str, LeftOut] = {}
+    texts = parse_texts([str(tmp_path / "talk.jsonl")])
+    found = windows(texts, "calibration", 512, 10_000, lambda document: [1] * len(document.text), left_out)
+    assert len(found) == 3 and left_out == {"talk": LeftOut(documents=3, of=6, tokens=15)}

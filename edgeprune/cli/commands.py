@@ -379,7 +379,9 @@ def compare(model: str, fractions: tuple[float, ...], methods: str | None, seeds
     from edgeprune.cli.console import Console
 
     settings = _settings(model, {**options, "device": "auto"})
-    names = tuple(name.strip() for name in methods.split(",") if name.strip()) if methods else None
+    names = None if methods is None else tuple(name.strip() for name in methods.split(",") if name.strip())
+    if names is not None and not names:
+        raise UsageError("--methods names none", hint="leave it out to compare all that need no gradients")
     found, folder = pipeline.compare(settings, Console(), fractions, names, seeds)
     _print(found.to_json(), show.comparison(found, folder), options["as_json"])
 

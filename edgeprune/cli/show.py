@@ -144,6 +144,10 @@ def comparison(found: Comparison, folder: Path) -> list[str]:
     return [*lines, "", f"saved in {folder}: compare.json, compare.html"]
 
 
+# Fewer do not tell experts apart.
+_TOKENS_PER_EXPERT = 200
+
+
 def statistics(found: Statistics, folder: Path) -> list[str]:
     """What a calibration pass saw."""
     rows = []
@@ -152,9 +156,19 @@ def statistics(found: Statistics, folder: Path) -> list[str]:
         unused = int((routed == 0).sum())
         share = routed.max() / routed.sum()
         rows.append((f"layer {layer}", f"{unused}", f"{100 * share:.1f} %"))
+    domains = "domain" if len(found.domains) == 1 else "domains"
+    each = min(sums.total("routed").mean() for sums in found.layers.values())
+    thin = []
+    if each < _TOKENS_PER_EXPERT:
+        wanted = round(found.tokens * _TOKENS_PER_EXPERT / each) if each else 0
+        thin = [
+            f"little text: {each:,.0f} tokens per expert on average, where {_TOKENS_PER_EXPERT} are the least"
+            f" to judge one by; {wanted:,} tokens in all give that"
+        ]
     return [
-        f"{found.tokens:,} tokens in {len(found.domains)} domains: {', '.join(found.domains)}",
+        f"{found.tokens:,} tokens in {len(found.domains)} {domains}: {', '.join(found.domains)}",
         *table(rows, ("", "experts never used", "busiest expert")),
+        *thin,
         "",
         f"saved in {folder}: statistics.safetensors, imatrix.gguf",
     ]

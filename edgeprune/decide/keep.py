@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -88,6 +89,29 @@ def protecting(ranked: Mapping[int, Order], protected: Mapping[int, Sequence[int
         first = set(protected.get(layer, ()))
         result[layer] = np.array([*(e for e in order if e in first), *(e for e in order if e not in first)], np.intp)
     return result
+
+
+def fewest_kept(protected: Mapping[int, Sequence[int]], architecture: Architecture) -> int:
+    """The smallest number of experts per layer that has room for all protected ones, equal numbers per group."""
+    size = architecture.experts // architecture.groups
+    crowded = (Counter(expert // size for expert in ids).most_common(1) for ids in protected.values() if len(ids))
+    return architecture.groups * max((found[0][1] for found in crowded), default=0)
+
+
+def check_room(protected: Mapping[int, Sequence[int]], architecture: Architecture, kept: int) -> None:
+    """Refuse a number of experts that would drop super experts.
+
+    Raises:
+        UsageError: names the smallest number that does not.
+    """
+    least = fewest_kept(protected, architecture)
+    if kept < least:
+        layer = max(protected, key=lambda own: fewest_kept({own: protected[own]}, architecture))
+        raise UsageError(
+            f"{kept} of {architecture.experts} experts have no room for the super experts of layer {layer}",
+            rows=[("super experts", ", ".join(map(str, protected[layer])))],
+            hint=f"keep {least} or more: these are never dropped",
+        )
 
 
 def keep_set(ranked: Mapping[int, Order], architecture: Architecture, kept: int) -> KeepSet:

@@ -75,6 +75,10 @@ def is_json_lines(path: Path) -> bool:
     return path.suffix.lower() in JSON_LINES
 
 
+# With or without a byte order mark, which editors on Windows put in front of a file.
+_UTF_8 = "utf-8-sig"
+
+
 def read_plain(path: Path) -> list[str]:
     """The documents in a file of plain text, which lines of ``%%%%`` separate.
 
@@ -82,7 +86,7 @@ def read_plain(path: Path) -> list[str]:
         BadFile: not UTF-8, or empty.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding=_UTF_8)
     except (OSError, UnicodeDecodeError) as error:
         raise BadFile(f"cannot read {path} as UTF-8 text: {error}") from error
     documents = [part.strip("\n") for part in content.split(f"\n{SEPARATOR}\n")]
@@ -148,7 +152,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with path.open("rb") as stream:
             for number, raw in enumerate(stream, 1):
-                if line := raw.decode("utf-8").strip():
+                if line := raw.decode(_UTF_8 if number == 1 else "utf-8").strip():
                     yield number, line
     except UnicodeDecodeError as error:
         raise BadFile(f"{path}, line {number} is not UTF-8 text: {error}") from error

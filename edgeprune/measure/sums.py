@@ -64,7 +64,7 @@ class Sums:
         arena: where the sums live.
         gates_input: the router weights multiply the expert's input (Llama 4), so that all inside the expert contains
             them, its output is its whole contribution, and nothing can be replayed.
-        capacity: tokens of the reservoir in all; 0 for none.
+        capacity: tokens of the reservoir in all, of which there may be none; None for no reservoir.
         backward: gradients are shown as well.
         tokens_only: nothing is added up but how often each expert is chosen; for passes that only the reservoir and
             the moments of the weights are wanted of.
@@ -76,7 +76,7 @@ class Sums:
     experts: int
     arena: Arena
     gates_input: bool = False
-    capacity: int = 0
+    capacity: int | None = None
     backward: bool = False
     tokens_only: bool = False
     kept: npt.NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, np.intp))
@@ -339,7 +339,7 @@ class Sums:
         """The kept tokens of the window, if the layer can be replayed from them."""
         x, slots, gates = window.x, window.slots, window.gates
         missing = window.selection is None or window.probs is None or x is None or self.gates_input
-        if not len(self.kept) or missing or slots is None or gates is None or len(x) != slots.tokens:  # type: ignore[arg-type]
+        if self.capacity is None or missing or slots is None or gates is None or len(x) != slots.tokens:  # type: ignore[arg-type]
             return
         rows = self.kept
         assert x is not None and window.selection is not None and window.probs is not None

@@ -26,7 +26,7 @@ from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, session
 from edgeprune.measure.observers import Disturbance, RouterMask
 from edgeprune.measure.statistics import Statistics
-from edgeprune.measure.text import TextFile, Window, windows
+from edgeprune.measure.text import LeftOut, TextFile, Window, windows
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.soundness import first_not_finite
 
@@ -47,13 +47,36 @@ def _launch(window: int, threads: int) -> Launch:
     return Launch(context=window, batch=window, threads=threads)
 
 
-def chosen_windows(opened: Session, texts: list[dict[str, str]], split: str, window: int, most: int) -> list[Window]:
-    """The windows of ``split``, in the model's tokens."""
+def chosen_windows(
+    opened: Session,
+    texts: list[dict[str, str]],
+    split: str,
+    window: int,
+    most: int,
+    left_out: dict[str, LeftOut] | None = None,
+) -> list[Window]:
+    """The windows of ``split``, in the model's tokens; ``left_out`` as for ``text.windows``."""
 
     def ids(document: Document) -> Sequence[int]:
         return document.tokens or opened.tokenize(document.text, special=document.special)
 
-    return windows(_texts(texts), split, window, most, ids)
+    return windows(_texts(texts), split, window, most, ids, left_out)
+
+
+def _calibration(
+    opened: Session, texts: list[dict[str, str]], window: int, most: int
+) -> tuple[list[list[Window]], dict[str, Any]]:
+    """Shards of the calibration text, and what is to be said of the text: see ``collect``."""
+    short: dict[str, LeftOut] = {}
+    shards = _shards(chosen_windows(opened, texts, "calibration", window, most, short))
+    held_out = True
+    if any(text["split"] == "shared" for text in texts):
+        try:
+            chosen_windows(opened, texts, "held_out", window, window)
+        except BadFile:
+            held_out = False
+    left_out = {name: [own.documents, own.of, own.tokens] for name, own in short.items() if own.documents}
+    return shards, {"held_out": held_out, "left_out": left_out}
 
 
 def collect(
@@ -72,7 +95,7 @@ def collect(
     tokens_only: bool = False,
     threads: int = 0,
     progress: Progress | None = None,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """One pass over the calibration text; writes ``Statistics`` to ``output``.
 
     The text is worked off in shards, each a part of one domain, whose statistics are kept in the folder
@@ -85,7 +108,8 @@ def collect(
         tokens_only: the sums are not wanted, only tokens and the moments of ``weights``.
 
     Returns:
-        tokens seen and peak memory in bytes.
+        tokens seen and peak memory in bytes; ``left_out``: by domain, how many documents were too short, of how many,
+        and their tokens; ``held_out``: whether the text leaves any to be held out.
     """
     # Here, because what these import would count as memory of the other tasks, which are to show llama.cpp's.
     from edgeprune.measure.arena import Arena
@@ -96,7 +120,7 @@ def collect(
     folder.mkdir(parents=True, exist_ok=True)
     observer = _Switch()
     with room_for(Path(output)), session(Path(model), _launch(window, threads), observer) as opened:
-        shards = _shards(chosen_windows(opened, texts, "calibration", window, most_tokens))
+        shards, found = _calibration(opened, texts, window, most_tokens)
         kept = _kept_positions([part for shard in shards for part in shard], reservoir_tokens)
         total, done = sum(map(len, shards)), 0
         paths: list[Path] = []
@@ -110,7 +134,7 @@ def collect(
                     experts,
                     arena,
                     gates_input=arch == "llama4",
-                    capacity=sum(map(len, own)),
+                    capacity=sum(map(len, own)) if reservoir_tokens else None,
                     weights=names,
                     only=None if layers is None else range(*layers),
                     tokens_only=tokens_only,
@@ -131,7 +155,8 @@ def collect(
     merge(paths, Path(output), made_from)
     for path in paths:
         path.unlink()
-    return {"tokens": sum(len(p.tokens) for shard in shards for p in shard), "peak_bytes": peak_memory_bytes()}
+    tokens = sum(len(part.tokens) for shard in shards for part in shard)
+    return {"tokens": tokens, "peak_bytes": peak_memory_bytes(), **found}
 
 
 def collect_layerwise(
@@ -147,7 +172,7 @@ def collect_layerwise(
     made_from: dict[str, Any],
     reservoir_tokens: int = 0,
     progress: Progress | None = None,
-) -> None:
+) -> dict[str, Any]:
     """The same over the checkpoint that ``model`` was converted from, run by torch, with gradients.
 
     The windows and the kept tokens are those of ``collect``; of ``model`` only the tokenizer is used.
@@ -156,12 +181,13 @@ def collect_layerwise(
 
     opened = Session(Path(model), Launch(), vocab_only=True)
     with contextlib.closing(opened):
-        shards = _shards(chosen_windows(opened, texts, "calibration", window, most_tokens))
+        shards, found = _calibration(opened, texts, window, most_tokens)
     parts = [part for shard in shards for part in shard]
     text = Text(parts, _kept_positions(parts, reservoir_tokens))
     measure(
         Path(checkpoint), text, Path(output), Path(scratch), weights, experts, window, made_from, progress=progress
     )
+    return found
 
 
 def _shards(chosen: list[Window]) -> list[list[Window]]:

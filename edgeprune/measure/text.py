@@ -74,6 +74,8 @@ def parse_texts(values: Sequence[str], split: str = "shared") -> list[TextFile]:
     texts = []
     for value in values:
         name, separator, rest = value.partition("=")
+        if separator and not name.strip():
+            raise UsageError(f"'{value}' names a domain without a name", hint="--text NAME=FILE, or --text FILE")
         path = Path(rest if separator else value)
         if not path.is_file():
             raise UsageError(f"no text file {path}")
@@ -187,18 +189,42 @@ def _taking_turns(by_domain: list[list[Window]], most_tokens: int) -> list[Windo
     return [window for turn in zip_longest(*spread) for window in turn if window is not None]
 
 
+@dataclass
+class LeftOut:
+    """Documents of one domain that are too short for a window.
+
+    Attributes:
+        documents, of: how many, of all that were looked at.
+        tokens: that they have together.
+    """
+
+    documents: int = 0
+    of: int = 0
+    tokens: int = 0
+
+    def see(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Count the document of ``tokens``, which are handed back."""
+        self.of += 1
+        if len(tokens) < SHORTEST_WINDOW:
+            self.documents += 1
+            self.tokens += len(tokens)
+        return tokens
+
+
 def windows(
     texts: Sequence[TextFile],
     split: str,
     length: int,
     most_tokens: int,
     tokenize: Callable[[Document], Sequence[int]],
+    left_out: dict[str, LeftOut] | None = None,
 ) -> list[Window]:
     """Windows of at most ``length`` tokens, domains taking turns, ``most_tokens`` in all.
 
     Args:
         split: ``calibration`` or ``held_out``.
         tokenize: document to token ids.
+        left_out: filled with what is too short, by domain.
 
     Raises:
         BadFile: the text is too short to give a single window.
@@ -206,12 +232,14 @@ def windows(
     length = min(length, max(most_tokens, SHORTEST_WINDOW))
     by_domain: list[list[Window]] = []
     for text in texts:
-        documents = read_documents(text)
+        documents, seen = read_documents(text), LeftOut()
+        if left_out is not None:
+            left_out[text.domain] = seen
         if len(documents) >= HELD_OUT_EVERY:
-            parts = [_windows(tokenize(d), length) for d in _of_split(documents, text.split, split)]
+            parts = [_windows(seen.see(tokenize(d)), length) for d in _of_split(documents, text.split, split)]
             chosen = [part for document in parts for part in document]
         else:
-            parts = [_windows(tokenize(document), length) for document in documents]
+            parts = [_windows(seen.see(tokenize(document)), length) for document in documents]
             chosen = _of_split([part for document in parts for part in document], text.split, split)
         by_domain.append([Window(text.domain, tokens) for tokens in chosen])
     taken = _taking_turns(by_domain, most_tokens)

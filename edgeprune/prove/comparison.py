@@ -8,6 +8,7 @@ from operator import index
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from edgeprune.errors import BadFile
 from edgeprune.files import check_keys, checked_number
@@ -23,7 +24,8 @@ class Row:
         kept: experts per layer.
         quality: ``Quality`` as JSON, over all text; the mean over seeds where the method draws at random.
         domains: the same by domain.
-        low, high: 95 % confidence interval of the mean KL divergence, nats per token.
+        low, high: 95 % confidence interval of the mean KL divergence, nats per token; of the mean over all possible
+            draws where the method draws at random.
         seeds: how many draws it is the mean of.
     """
 
@@ -92,7 +94,7 @@ def row(method: str, kept: int, measured: Sequence[Mapping[str, Any]]) -> Row:
     Args:
         measured: results of ``tasks.divergence``: ``all``, ``domains`` and ``windows``.
     """
-    low, high = interval([window for result in measured for window in result["windows"]])
+    low, high = interval([result["windows"] for result in measured])
     domains = {name: _mean([result["domains"][name] for result in measured]) for name in measured[0]["domains"]}
     return Row(method, kept, _mean([result["all"] for result in measured]), domains, low, high, len(measured))
 
@@ -101,17 +103,27 @@ def _mean(qualities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: float(np.mean([quality[key] for quality in qualities])) for key in qualities[0]}
 
 
-def interval(windows: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95 % confidence interval of a mean over tokens, by resampling windows, whose tokens are not independent.
+def interval(draws: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
+    """95 % confidence interval of a mean over tokens.
+
+    Windows are resampled, whose tokens are not independent. Several draws of a random method are over the same
+    windows and so are no more text: their spread is a second error of the mean (by Student's t, as they are few), and
+    both are added in quadrature.
 
     Args:
-        windows: pairs of a number of tokens and a sum over them.
+        draws: for each draw, in the same order, the windows' numbers of tokens and sums over them.
     """
-    pairs = np.asarray(windows, np.float64)
-    picks = np.random.default_rng(0).integers(0, len(pairs), (_RESAMPLES, len(pairs)))
-    sums = pairs[picks].sum(axis=1)
+    pairs = np.asarray(draws, np.float64)
+    windows = pairs.mean(axis=0)
+    mean = windows[:, 1].sum() / windows[:, 0].sum()
+    picks = np.random.default_rng(0).integers(0, len(windows), (_RESAMPLES, len(windows)))
+    sums = windows[picks].sum(axis=1)
     low, high = np.quantile(sums[:, 1] / sums[:, 0], [0.025, 0.975])
-    return float(low), float(high)
+    spread = 0.0
+    if len(pairs) > 1:
+        means = pairs[:, :, 1].sum(axis=1) / pairs[:, :, 0].sum(axis=1)
+        spread = float(stdtrit(len(means) - 1, 0.975) * means.std(ddof=1) / np.sqrt(len(means)))
+    return max(0.0, float(mean - np.hypot(mean - low, spread))), float(mean + np.hypot(high - mean, spread))
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.decide.keep import check_method, keep_set
+from edgeprune.decide.keep import check_method, check_room, keep_set
 from edgeprune.decide.scores import SCORES
 from edgeprune.errors import BadFile, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
@@ -27,19 +27,35 @@ def counts_of(fractions: Sequence[float], architecture: Architecture) -> list[in
     """
     if architecture.obstacle:
         raise UsageError(f"experts of {architecture.name} cannot be dropped: {architecture.obstacle}")
-    allowed = [n for n in range(1, architecture.experts) if architecture.count_allowed(n)]
-    counts = set()
-    for fraction in fractions:
-        if not 0 < fraction < 1 or not allowed:
-            raise UsageError(f"{fraction:g} is not a fraction of experts to keep", hint="for example 0.9,0.75,0.5")
-        counts.add(min(allowed, key=lambda n: (abs(n - fraction * architecture.experts), -n)))
+    counts = {_count_of(fraction, architecture) for fraction in fractions}
     return sorted(counts, reverse=True)
+
+
+def _count_of(fraction: float, architecture: Architecture) -> int:
+    allowed = [n for n in range(1, architecture.experts) if architecture.count_allowed(n)]
+    if not 0 < fraction < 1 or not allowed:
+        raise UsageError(f"{fraction:g} is not a fraction of experts to keep", hint="for example 0.9,0.75,0.5")
+    return min(allowed, key=lambda n: (abs(n - fraction * architecture.experts), -n))
+
+
+def rounded(fractions: Sequence[float], architecture: Architecture) -> list[str]:
+    """What is not quite as it was asked for: fractions that no number of experts is near, or that share one."""
+    remarks, meant = [], dict[int, list[float]]()
+    for fraction in dict.fromkeys(fractions):
+        kept = _count_of(fraction, architecture)
+        meant.setdefault(kept, []).append(fraction)
+        if abs(kept - fraction * architecture.experts) > 0.5:
+            remarks.append(f"{fraction:g} of {architecture.experts} experts is not possible: the nearest is K={kept}")
+    for kept, own in meant.items():
+        if len(own) > 1:
+            remarks.append(f"{' and '.join(f'{one:g}' for one in own)} are the same number of experts, K={kept}")
+    return remarks
 
 
 def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[str] | None, seeds: int) -> Comparison:
     """Measure every method at every fraction; saved as ``compare.json`` and ``compare.html`` in the run directory.
 
-    What an earlier comparison measured is taken from it.
+    What an earlier comparison measured is taken from it; its other rows stay, if they are of the same model and text.
 
     Args:
         methods: all that can be used on the model when None.
@@ -48,7 +64,10 @@ def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[st
     for method in methods or ():
         check_method(method)
     counts = counts_of(fractions, run.architecture)
-    methods = methods or run.comparable()
+    for remark in rounded(fractions, run.architecture):
+        run.listener.say(remark)
+    check_room(run.protected, run.architecture, min(counts))
+    methods = run.comparable() if methods is None else methods
     tokens = run.settings.evaluation_tokens
     made_from = {
         "source": run.fingerprint,
@@ -78,11 +97,23 @@ def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[st
             for kept in counts:
                 results[kept].append(cache["measured"][keys[kept]])
         rows += [row(method, kept, results[kept]) for kept in counts]
+    if earlier := _others(run, made_from, rows):
+        run.listener.say(f"with {len(earlier)} rows of earlier comparisons in {run.folder.path}")
+    rows += earlier
     text = {"tokens": int(rows[0].quality["tokens"]), "domains": sorted(rows[0].domains)}
     found = Comparison(run.architecture.name, run.architecture.experts, ordered(rows), text, made_from)
     write_text(run.folder.path / COMPARISON, to_json(found.to_json()))
     write_text(run.folder.path / "compare.html", render_comparison(found))
     return found
+
+
+def _others(run: MeasureStages, made_from: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
+    """Rows of earlier comparisons of the same, but for those that were measured again."""
+    earlier = saved(run)
+    if earlier is None or earlier.made_from != made_from:
+        return []
+    again = {(own.method, own.kept) for own in rows}
+    return [own for own in earlier.rows if (own.method, own.kept) not in again]
 
 
 def saved(run: MeasureStages) -> Comparison | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
-from edgeprune.decide.keep import check_method
+from edgeprune.decide.keep import check_method, check_room, fewest_kept
 from edgeprune.decide.plan import USER, Plan
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
@@ -102,10 +102,24 @@ class DecideStages(HealStages):
             DoesNotFit: no plan fits.
         """
         self._fail_early()
-        counts = self._counts()
+        counts = self._roomy(self._counts())
         problem = self.problem(counts)
         with self.listener.progress("solve") as progress:
             return candidates(problem, counts, forced_types=bool(self.settings.types), progress=progress)
+
+    def _roomy(self, counts: list[int]) -> list[int]:
+        """Those of ``counts`` that have room for all super experts.
+
+        Raises:
+            UsageError: the one that was asked for has not.
+        """
+        if len(counts) == 1:
+            check_room(self.protected if counts[0] < self.architecture.experts else {}, self.architecture, counts[0])
+            return counts
+        least = fewest_kept(self.protected, self.architecture)
+        if small := [kept for kept in counts if kept < least]:
+            self.listener.say(f"K={', '.join(map(str, small))} not considered: super experts need {least} of a layer")
+        return [kept for kept in counts if kept >= least]
 
     def _fail_early(self) -> None:
         """Refuse what cannot be met, whatever the measurements will say, before anything is measured.

@@ -14,7 +14,7 @@ import numpy as np
 
 from edgeprune.decide.evidence import Evidence
 from edgeprune.decide.healable import RIVALS
-from edgeprune.decide.keep import KeepSet, Order, check_method, keep_set, protecting, rankings
+from edgeprune.decide.keep import KeepSet, Order, check_method, check_room, keep_set, protecting, rankings
 from edgeprune.decide.protection import super_experts
 from edgeprune.decide.scores import HEALABLE, METHODS, NAEE, SCORES
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
@@ -23,6 +23,7 @@ from edgeprune.measure import child
 from edgeprune.measure.merging import merge
 from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
 from edgeprune.measure.statistics import Statistics, write_imatrix
+from edgeprune.measure.text import SHORTEST_WINDOW
 from edgeprune.measure.weights import LayerWeights, load_weights
 from edgeprune.settings import LLAMA, TORCH
 from edgeprune.stages.texts import TextStages
@@ -114,7 +115,7 @@ class MeasureStages(TextStages):
         arguments = self._text_arguments("calibration")
         del arguments["split"]
         with self.listener.progress("calibrate" if engine != TORCH else "calibrate, forwards and backwards") as bar:
-            child.call(
+            found = child.call(
                 f"edgeprune.measure.tasks:{task}",
                 {
                     "model": str(self.source),
@@ -130,6 +131,13 @@ class MeasureStages(TextStages):
                 },
                 bar,
             )
+        for domain, (documents, of, tokens) in found["left_out"].items():
+            self.listener.say(
+                f"{documents:,} of {of:,} documents of {domain} are shorter than {SHORTEST_WINDOW} tokens and"
+                f" left out ({tokens:,} tokens)"
+            )
+        if not found["held_out"]:
+            self.listener.say("the text leaves none to judge by: give a longer one, or --eval-text")
 
     def merge(self, files: Sequence[Path]) -> Statistics:
         """Statistics of this model over other texts, joined as if measured in one pass; they become the folder's own.
@@ -383,21 +391,30 @@ class MeasureStages(TextStages):
 
     def comparable(self) -> tuple[str, ...]:
         """The methods that are compared unless some are named: without those that need gradients, which take a
-        multiple of the time; enumerating subsets is for small layers, and not every graph shows all that a score
-        needs."""
-        return tuple(name for name in METHODS if self._usable(name))
+        multiple of the time; enumerating subsets is for small layers, and not every graph or text shows all that a
+        score needs. Of those the reason is said."""
+        usable = []
+        for method in METHODS:
+            obstacle = self._obstacle(method)
+            if not obstacle:
+                usable.append(method)
+            elif not (method in SCORES and SCORES[method].differentiates):
+                self.listener.say(f"{method} is left out: {obstacle}")
+        return tuple(usable)
 
-    def _usable(self, method: str) -> bool:
-        if method == NAEE:
-            return self.architecture.experts <= MOST_ENUMERATED
+    def _obstacle(self, method: str) -> str:
+        """Why a method is not compared unless it is named, or ""."""
+        if method == NAEE and self.architecture.experts > MOST_ENUMERATED:
+            return f"{self.architecture.experts} experts have too many subsets"
         if method not in SCORES or SCORES[method].weighs:
-            return True
+            return ""
         if SCORES[method].differentiates:
-            return False
-        with contextlib.suppress(BadFile, Unsupported):
-            SCORES[method].score(next(self.evidence(method)))
-            return True
-        return False
+            return "it needs gradients"
+        try:
+            rankings([next(self.evidence(method))], method, len(self.statistics.domains), self.settings.mixture)
+        except (BadFile, Unsupported) as error:
+            return error.cause
+        return ""
 
     def drop_nats(self, counts: Sequence[int]) -> dict[int, float]:
         """Nats per token of keeping each of ``counts`` experts, measured by masking the router."""
@@ -407,6 +424,7 @@ class MeasureStages(TextStages):
         known[self.architecture.experts] = 0.0
         missing = [kept for kept in counts if kept not in known]
         if missing:
+            check_room(self.protected, self.architecture, min(missing))
             ranked = self.ranked(method, counts)
             sets = [keep_set(ranked, self.architecture, kept) for kept in missing]
             known.update(zip(missing, self.keep_nats(sets), strict=True))

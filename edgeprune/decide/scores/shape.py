@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgeprune.decide.evidence import Doubles, Evidence
+from edgeprune.errors import Unsupported
 
 
 def score(evidence: Evidence) -> Doubles:
@@ -14,7 +15,12 @@ def score(evidence: Evidence) -> Doubles:
     many tokens chose a coalition that contains the k - 1 experts of S, and alpha_i the smallest v(A) / N(A without
     i) over coalitions with i. The constant in front, which the authors fix to one model's k and E, does not change
     the order. Coalitions are those of the reservoir, an even sample of the text.
+
+    Raises:
+        Unsupported: every token has one expert, so that there are no coalitions and every score would be 0.
     """
+    if evidence.reservoir.ids.shape[1] < 2:
+        raise Unsupported("the router uses one expert per token, which forms no coalitions")
     sets, counts = np.unique(np.sort(evidence.reservoir.ids, axis=1), axis=0, return_counts=True)
     around: dict[tuple[int, ...], int] = {}
     for members, count in zip(sets.tolist(), counts.tolist(), strict=True):

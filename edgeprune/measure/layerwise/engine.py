@@ -151,7 +151,9 @@ class Engine:
         for domain in domains:
             pairs = zip(self.text.windows, self.text.kept, strict=True)
             capacity = sum(len(kept) for window, kept in pairs if window.domain == domain)
-            sums.append(Sums(self.experts, Arena(self.folder), capacity=capacity, backward=True))
+            wanted = any(len(kept) for kept in self.text.kept)
+            arena = Arena(self.folder)
+            sums.append(Sums(self.experts, arena, capacity=capacity if wanted else None, backward=True))
         self.carried.write(GRADIENT, layer, sweep(layer, sums))
         joined(sums, domains, sum(map(len, self.text.tokens)), self.window, self.made_from).save(self._path(layer))
 
