@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from runs import Fit, run_edgeprune
 
-from edgeprune.prove.browser import drawn, find_browser, run_browser
+from edgeprune.prove.browser import find_browser, rasterised, run_browser
 from edgeprune.prove.deeper import Deeper, Loops, Named, Speed, Task
 from edgeprune.prove.page import render
 from edgeprune.prove.paired import Paired
@@ -168,7 +168,7 @@ def test_pictures_are_drawn_to_their_last_line() -> None:
     assert program is not None
     blank = '<svg xmlns="http://www.w3.org/2000/svg" width="300" height="40" viewBox="0 0 300 40">{}</svg>'
     line = '<rect x="299" y="39" width="1" height="1" fill="red"/>'
-    empty, marked = (drawn(program, blank.format(mark), 600, 80) for mark in ("", line))
+    empty, marked = (rasterised(program, blank.format(mark), 600, 80) for mark in ("", line))
     assert empty != marked
     assert struct.unpack(">2I", marked[16:24]) == (600, 80)
 

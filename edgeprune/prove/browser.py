@@ -67,7 +67,7 @@ image.src = "data:image/svg+xml;base64,{picture}";
 _DRAWN = re.compile(r'data-png="data:image/png;base64,([A-Za-z0-9+/=]+)"')
 
 
-def drawn(program: str, picture: str, width: int, height: int) -> bytes:
+def rasterised(program: str, picture: str, width: int, height: int) -> bytes:
     """``picture``, an SVG file's text, as a PNG of ``width`` x ``height`` pixels.
 
     Raises:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.files import atomic_writer, write_text
-from edgeprune.prove import browser, figures
+from edgeprune.prove import figures
+from edgeprune.prove.browser import find_browser, rasterised
 from edgeprune.prove.figures import WIDTH
 from edgeprune.prove.lines import method_lines
 from edgeprune.prove.paired import Paired, wilson
@@ -52,21 +53,28 @@ def write_pictures(report: Report, folder: Path) -> list[Path]:
     Raises:
         EdgepruneError: the folder cannot be written to, or the browser fails.
     """
-    style, program, made = template("picture.css.j2").render(), browser.find_browser(), []
+    program, made = find_browser(), []
     for name, drawn in pictures(report).items():
         if not drawn:
             continue
         width, height = map(int, re.findall(r'viewBox="0 0 (\d+) (\d+)"', drawn)[0])
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        body = drawn.removeprefix("<svg ").replace("</title>", f"</title><style>{style}</style>{_PAPER}", 1)
         path = folder / f"{name}.svg"
-        write_text(path, head + body + "\n")
+        write_text(path, standalone(drawn))
         made.append(path)
         if program is not None:
             with atomic_writer(path.with_suffix(".png")) as stream:
-                stream.write(browser.drawn(program, head + body, _SCALE * width, _SCALE * height))
+                stream.write(rasterised(program, standalone(drawn), _SCALE * width, _SCALE * height))
             made.append(path.with_suffix(".png"))
     return made
+
+
+def standalone(drawn: str) -> str:
+    """One of the pictures as an SVG file of its own, which brings its colours along."""
+    width, height = re.findall(r'viewBox="0 0 (\d+) (\d+)"', drawn)[0]
+    style = template("picture.css.j2").render()
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    body = drawn.removeprefix("<svg ").replace("</title>", f"</title><style>{style}</style>{_PAPER}", 1)
+    return f"{head}{body}\n"
 
 
 def _shares(found: Paired) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
