@@ -141,7 +141,7 @@ def test_the_page_has_a_line_and_a_row_for_every_method(compared: tuple[Path, li
     assert "6 of 8 experts kept" in texts["h2"] and "4 of 8 experts kept" in texts["h2"]
     for method in ("replay", "reap", "aimer", "random"):
         assert method in texts["text"]  # the legend
-        assert sum(cell.startswith(method) for cell in texts["td"]) == 2
+        assert sum(cell.startswith(method) for cell in texts["th"]) == 2
         assert sum(tip.startswith(f"{method}, ") for tip in texts["title"]) == 2 * 2  # points, drawn twice
     assert "<script" not in content and "http" not in content.replace("http-equiv", "")
 

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from runs import Fit, run_edgeprune
 
-from edgeprune.prove.browser import find_browser, run_browser
+from edgeprune.prove.browser import find_browser, rasterised, run_browser
 from edgeprune.prove.deeper import Deeper, Loops, Named, Speed, Task
 from edgeprune.prove.page import render
 from edgeprune.prove.paired import Paired
@@ -115,8 +115,8 @@ def test_the_page_is_readable_on_every_screen(full: Report, tmp_path: Path, widt
     assert found["scroll"] <= width, "something is wider than the screen"
     assert found["small"] == [], "letters that nobody can read"
     assert found["pale"] == [], "letters with less contrast than 4.5 to 1"
-    drawn = [drawing for drawing in pictures(full).values() if drawing]
-    assert len(found["seen"]) == len(drawn) == len(set(found["seen"]))
+    wanted = [drawing for drawing in pictures(full).values() if drawing]
+    assert len(found["seen"]) == len(wanted) == len(set(found["seen"]))
     assert found["headings"][0] == "H1" and set(found["headings"][1:]) == {"H2"}
 
 
@@ -128,14 +128,14 @@ def test_a_page_that_reached_for_the_network_would_be_noticed(full: Report, tmp_
 
 
 def test_every_picture_has_its_data(full: Report) -> None:
-    drawn = pictures(full)
-    assert {name for name, drawing in drawn.items() if not drawing} <= {"methods"}
-    assert drawn["experts"].count("<rect") == 48 * 128
-    assert drawn["experts"].count(", dropped</title>") == 48 * 32
-    assert drawn["domains"].count("<rect") == len(full.domains)
-    assert drawn["questions"].count("<circle") == drawn["loops"].count("<circle") == 2 * 2 + 2
-    assert "hellaswag_val.jsonl, original: 66.0 % (59.2 to 72.2)" in drawn["questions"]
-    assert drawn["types"].count(" bits per weight</title>") == len(full.types)
+    found = pictures(full)
+    assert {name for name, drawing in found.items() if not drawing} <= {"methods"}
+    assert found["experts"].count("<rect") == 48 * 128
+    assert found["experts"].count(", dropped</title>") == 48 * 32
+    assert found["domains"].count("<rect") == len(full.domains)
+    assert found["questions"].count("<circle") == found["loops"].count("<circle") == 2 * 2 + 2
+    assert "hellaswag_val.jsonl, original: 66.0 % (59.2 to 72.2)" in found["questions"]
+    assert found["types"].count(" bits per weight</title>") == len(full.types)
 
 
 def test_numbers_are_told_in_ranges() -> None:
@@ -160,6 +160,17 @@ def test_the_report_command_writes_the_page_again_and_its_pictures(tiny_fit: Fit
             png = (tmp_path / "pictures" / f"{name}.png").read_bytes()
             assert png.startswith(b"\x89PNG")
             assert struct.unpack(">2I", png[16:24]) == (2 * int(root.attrib["width"]), 2 * int(root.attrib["height"]))
+
+
+@needs_browser
+def test_pictures_are_drawn_to_their_last_line() -> None:
+    program = find_browser()
+    assert program is not None
+    blank = '<svg xmlns="http://www.w3.org/2000/svg" width="300" height="40" viewBox="0 0 300 40">{}</svg>'
+    line = '<rect x="299" y="39" width="1" height="1" fill="red"/>'
+    empty, marked = (rasterised(program, blank.format(mark), 600, 80) for mark in ("", line))
+    assert empty != marked
+    assert struct.unpack(">2I", marked[16:24]) == (600, 80)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"promises": 3}', "nothing"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ def test_deeper_measurements_survive_json_and_damage_is_explained() -> None:
     probe = Loops.of("greedy", 9, [one(False, 0.0)], [one(True, 0.5, "x")])
     task = Task("a.jsonl", "arc", 9, Paired(1, 2, 3, 1))
     found = Deeper((speed,), (probe,), (task,), (named,), (named, named), Paired(1, 0, 0, 1))
-    value = found.to_json()
+    value = asdict(found)
     assert Deeper.from_json(value) == found
-    assert Deeper.from_json(NOTHING.to_json()) == NOTHING
+    assert Deeper.from_json(asdict(NOTHING)) == NOTHING
     for damage in (
         {**value, "speeds": [{**value["speeds"][0], "prefill": [1.0]}]},
         {**value, "speeds": 3},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +19,6 @@ _PATIENCE_SECONDS = 60.0
 _QUIET = (
     "--headless=new",
     "--disable-gpu",
-    "--hide-scrollbars",
     "--no-first-run",
     "--disable-extensions",
     "--disable-background-networking",
@@ -37,7 +38,7 @@ def run_browser(program: str, page: Path, *options: str) -> subprocess.Completed
     Raises:
         EdgepruneError: it fails, or does not end.
     """
-    # A superuser, in a container for instance, has no sandbox to use; what is opened is our own, without scripts.
+    # A superuser, in a container for instance, has no sandbox to use; what is opened is our own.
     sandbox = () if _may_sandbox() else ("--no-sandbox",)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [program, *_QUIET, *sandbox, f"--user-data-dir={profile}", *options, page.resolve().as_uri()]
@@ -52,15 +53,35 @@ def run_browser(program: str, page: Path, *options: str) -> subprocess.Completed
     return done
 
 
-def screenshot(program: str, page: Path, output: Path, width: int, height: int, *options: str) -> None:
-    """A PNG of the first ``width`` x ``height`` CSS pixels of ``page``.
+# Draws the picture on a canvas of its very size, which a screenshot of a window is not, and leaves it in the page.
+_CANVAS = """<!doctype html><html><body><script>
+const image = new Image();
+image.onload = () => {{
+  const canvas = document.createElement("canvas");
+  canvas.width = {width}; canvas.height = {height};
+  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+  document.body.setAttribute("data-png", canvas.toDataURL("image/png"));
+}};
+image.src = "data:image/svg+xml;base64,{picture}";
+</script></body></html>"""
+_DRAWN = re.compile(r'data-png="data:image/png;base64,([A-Za-z0-9+/=]+)"')
+
+
+def rasterised(program: str, picture: str, width: int, height: int) -> bytes:
+    """``picture``, an SVG file's text, as a PNG of ``width`` x ``height`` pixels.
 
     Raises:
-        EdgepruneError: there is none in the end.
+        EdgepruneError: the browser does not draw it.
     """
-    run_browser(program, page, f"--screenshot={output.resolve()}", f"--window-size={width},{height}", *options)
-    if not output.is_file():
-        raise EdgepruneError(f"{program} drew no {output.name}")
+    encoded = base64.b64encode(picture.encode()).decode()
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "picture.html"
+        page.write_text(_CANVAS.format(width=width, height=height, picture=encoded), encoding="utf-8")
+        done = run_browser(program, page, "--dump-dom", "--virtual-time-budget=5000")
+    found = _DRAWN.search(done.stdout)
+    if found is None:
+        raise EdgepruneError(f"{program} does not draw a picture", hint="the SVG files are there all the same")
+    return base64.b64decode(found[1])
 
 
 def _may_sandbox() -> bool:

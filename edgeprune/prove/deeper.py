@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -153,15 +153,12 @@ class Deeper:
     slices: tuple[Named, ...] = ()
     objects: Paired | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Deeper:
         """What ``value`` says.
 
         Raises:
-            BadFile: something is missing, or of another kind than ``to_json`` writes.
+            BadFile: something is missing, or of another kind than a report holds.
         """
         check_keys("the deeper verification", value, set(cls.__dataclass_fields__), set())
         try:

@@ -8,7 +8,7 @@ from edgeprune.prove.figures import NARROW, WIDTH
 from edgeprune.prove.lines import method_lines
 from edgeprune.prove.pictures import pictures
 from edgeprune.prove.report import Report
-from edgeprune.prove.tables import facts, methods_table, tables
+from edgeprune.prove.tables import comparison_tables, facts, methods_table, tables
 from edgeprune.prove.templates import template
 
 
@@ -24,10 +24,9 @@ def render_family(family: Family) -> str:
 
 def render_comparison(comparison: Comparison) -> str:
     """The page of a comparison as HTML text."""
-    domains = comparison.text["domains"]
     return template("compare.html.j2").render(
         comparison=comparison,
-        domains=domains if len(domains) > 1 else [],  # of a single one the mean is all there is to say
+        tables=comparison_tables(comparison),
         picture=[method_lines(comparison.rows, comparison.experts, width) for width in (WIDTH, NARROW)],
     )
 

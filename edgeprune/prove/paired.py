@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from edgeprune.files import check_keys, checked_int
@@ -84,9 +84,6 @@ class Paired:
         changed = max(drop, (self.original_only + self.candidate_only + 2) / (self.count + 2))
         root = _Z_95 * math.sqrt(changed) + _Z_80 * math.sqrt(changed - drop**2)
         return math.ceil((root / drop) ** 2)
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Paired:

@@ -6,15 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from edgeprune.files import write_text
+from edgeprune.files import atomic_writer, write_text
 from edgeprune.prove import figures
-from edgeprune.prove.browser import find_browser, screenshot
+from edgeprune.prove.browser import find_browser, rasterised
 from edgeprune.prove.figures import WIDTH
 from edgeprune.prove.lines import method_lines
 from edgeprune.prove.paired import Paired, wilson
 from edgeprune.prove.report import Report
 from edgeprune.prove.templates import template
 
+_SCALE = 2  # pixels of a PNG for one of the picture
 _PAPER = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
 
 
@@ -61,7 +62,8 @@ def write_pictures(report: Report, folder: Path) -> list[Path]:
         write_text(path, standalone(drawn))
         made.append(path)
         if program is not None:
-            screenshot(program, path, path.with_suffix(".png"), width, height, "--force-device-scale-factor=2")
+            with atomic_writer(path.with_suffix(".png")) as stream:
+                stream.write(rasterised(program, standalone(drawn), _SCALE * width, _SCALE * height))
             made.append(path.with_suffix(".png"))
     return made
 

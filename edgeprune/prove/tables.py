@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from edgeprune.prove.comparison import Comparison
+from edgeprune.prove.comparison import Comparison, Row
 from edgeprune.prove.lines import methods_in_order
 from edgeprune.prove.paired import Paired, wilson
 from edgeprune.prove.report import INFORMATION, Report
@@ -195,4 +195,30 @@ def methods_table(comparison: Comparison) -> Table:
             (method, *(found.get((method, kept), _NONE) for kept in counts))
             for method in methods_in_order(comparison.rows)
         ],
+    )
+
+
+def comparison_tables(comparison: Comparison) -> list[tuple[int, list[Table]]]:
+    """Every method at each number of experts, largest first: over all text, and by domain where there are several."""
+    names = list(comparison.text["domains"])
+    heads = ("Method", "KL mean", "95 % interval", "KL 99 %", "Same top token", "Perplexity")
+    found = []
+    for kept in sorted({row.kept for row in comparison.rows}, reverse=True):
+        rows = [row for row in comparison.rows if row.kept == kept]
+        tables = [Table(heads, [_compared(row) for row in rows])]
+        if len(names) > 1:
+            domains = [(row.method, *(f"{row.domains[name]['kl_mean']:.4f}" for name in names)) for row in rows]
+            tables.append(Table(("KL mean of", *names), domains))
+        found.append((kept, tables))
+    return found
+
+
+def _compared(row: Row) -> tuple[str, ...]:
+    return (
+        row.method + (f" (mean of {row.seeds})" if row.seeds > 1 else ""),
+        f"{row.quality['kl_mean']:.4f}",
+        f"{row.low:.4f} to {row.high:.4f}",
+        f"{row.quality['kl_99']:.3f}",
+        f"{100 * row.quality['same_top']:.1f} %",
+        f"{row.quality['perplexity']:.2f}",
     )
