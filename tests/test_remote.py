@@ -13,12 +13,15 @@ import hub_files
 import numpy as np
 import pytest
 import toys
+from huggingface_hub import constants
 from runs import run_edgeprune
 
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.inspection import Inspection, inspect_model
 from edgeprune.model import remote
+from edgeprune.model.download import fetch
 from edgeprune.model.gguf import Entry, GgufFile, TensorShape, header, make_entry
+from edgeprune.model.location import HubName
 
 pytest_plugins = ("hub_fixtures",)
 
@@ -250,6 +253,21 @@ def test_many_shards_are_found_without_their_index(
     (folder / "model.safetensors.index.json").write_text(index)
     hub.add_folder(REPO, folder)
     assert inspect_model(REPO).roles == inspect_model(str(folder)).roles
+
+
+def test_offline_what_was_downloaded_is_looked_at(
+    hub: hub_files.Hub, synthetic: toys.Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, {"toy-F32.gguf": synthetic("qwen3moe")})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(EdgepruneError, match="HF_HUB_OFFLINE forbids"):
+        inspect_model(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    fetch(HubName(REPO), lambda done, total: None, lambda text: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.requests)
+    assert inspect_model(REPO).facts == inspect_model(str(synthetic("qwen3moe"))).facts
+    assert len(hub.requests) == before
 
 
 def test_command_inspects_over_the_network(hub: hub_files.Hub, synthetic: toys.Maker) -> None:
