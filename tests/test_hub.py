@@ -309,6 +309,18 @@ def test_trouble_of_the_hub_is_told(
         get(REPO)
 
 
+def test_hub_that_fails_after_the_last_byte_loses_nothing(
+    hub: hub_files.Hub, repository: hub_files.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_files._Handler, "do_HEAD", lambda self: self._refuse(403, "", "trouble"))
+        with pytest.raises(Unreachable, match=f"does not say what {FILE} of"):
+            get(f"{REPO}:Q8_0")
+    before = len([request for request in hub.requests if request.store])
+    assert get(f"{REPO}:Q8_0").is_file()
+    assert len([request for request in hub.requests if request.store]) == before
+
+
 def test_without_network_what_was_downloaded_is_used(
     hub: hub_files.Hub, repository: hub_files.Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
