@@ -161,6 +161,15 @@ def test_model_of_57_gib_costs_a_few_hundred_kilobytes(hub: hub_files.Hub, tmp_p
     assert hub.sent < 200 * KIB
     assert dict(found.facts)["experts"] == "128 per layer, 8 per token"
     assert dict(found.facts)["fetched"].endswith("requests")
+    assert (
+        0
+        < found.fetched_bytes
+        == sum(
+            int(request.range.split("-")[1]) - int(request.range.split("=")[1].split("-")[0]) + 1
+            for request in hub.requests
+            if request.store
+        )
+    )
     assert found.nbytes == sum(info.nbytes for info in GgufFile(path).tensors.values())
 
 

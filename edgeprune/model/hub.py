@@ -169,7 +169,8 @@ def explained(name: HubName, path: str = "") -> Iterator[None]:
 
 
 class Unreachable(EdgepruneError):
-    """No answer from the Hub: no network, or a connection that was cut."""
+    """No answer from the Hub, or none that it could stand by: no network, a connection that was cut, a server in
+    trouble. To try again may help."""
 
 
 def offline(name: HubName) -> EdgepruneError:
@@ -209,6 +210,5 @@ def _refusal(name: HubName, path: str, error: Any) -> EdgepruneError:
         )
     if status == 429:
         return EdgepruneError(f"the Hub answers no more requests for now (HTTP 429) for {what}", hint="wait a while")
-    return EdgepruneError(
-        f"the Hub answers HTTP {status} for {what}", hint="try again later; it goes on where it was"
-    )
+    kind = Unreachable if status >= 500 else EdgepruneError  # the first may pass
+    return kind(f"the Hub answers HTTP {status} for {what}", hint="try again later; it goes on where it was")
