@@ -15,6 +15,7 @@ import pytest
 import toys
 from huggingface_hub import constants
 from runs import run_edgeprune
+from test_inspection import sparse
 
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.inspection import Inspection, inspect_model
@@ -171,6 +172,20 @@ def test_model_of_57_gib_costs_a_few_hundred_kilobytes(hub: hub_files.Hub, tmp_p
         )
     )
     assert found.nbytes == sum(info.nbytes for info in GgufFile(path).tensors.values())
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "stacked"])
+def test_checkpoint_of_279_gib_costs_its_header(stacked: bool, hub: hub_files.Hub, tmp_path: Path) -> None:
+    folder = sparse(tmp_path / "large", experts=64, used=8, width=16_384, hidden=49_152, stacked=stacked)
+    weights = folder / "model.safetensors"
+    with weights.open("rb") as stream:
+        header_bytes = 8 + struct.unpack("<Q", stream.read(8))[0]
+    files = {"config.json": folder / "config.json", weights.name: hub_files.stored(weights, "d" * 64)}
+    hub.add(REPO, {**files, "tokenizer.json": b"{}" * 9000})
+    found = inspect_model(REPO)
+    assert found.nbytes > 279 * GIB
+    assert found.fetched_bytes < 2 * header_bytes + 32 * KIB
+    assert (found.roles, found.fits) == (inspect_model(str(folder)).roles, inspect_model(str(folder)).fits)
 
 
 HOSTILE = {
