@@ -141,12 +141,18 @@ def test_checkpoint_is_downloaded_without_what_it_does_not_need(
     hub: hub_files.Hub, toy_checkpoint: toys.Maker
 ) -> None:
     repository = hub.add_folder("maker/toy", toy_checkpoint("qwen3_moe"))
-    needless = {"model.py": b"import os", "pytorch_model.bin": b"pickle", "onnx/model.json": b"{}", "x.gguf": b"G"}
+    repository.files["README.md"] = hub_files.stored(b"---\nlicense: mit\n---\n")
+    needless = {
+        "docs/README.md": b"# more",
+        "model.py": b"import os",
+        "pytorch_model.bin": b"pickle",
+        "onnx/model.json": b"{}",
+        "x.gguf": b"G",
+    }
     repository.files |= {path: hub_files.stored(content) for path, content in needless.items()}
     folder = get("maker/toy")
-    assert {path.name for path in folder.iterdir()} == {
-        path.name for path in toy_checkpoint("qwen3_moe").iterdir() if path.suffix != ".md"
-    }
+    whole = {path.name for path in toy_checkpoint("qwen3_moe").iterdir()}
+    assert {path.name for path in folder.iterdir()} == whole | {"README.md"}
     assert found_at("maker/toy", Silent()) == folder
 
 
