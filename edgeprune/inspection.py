@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,18 @@ class Fit:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts about a model: labelled figures, bytes by role, and its fit by profile."""
+    """Facts about a model: labelled figures, bytes by role, and its fit by profile.
+
+    Attributes:
+        nbytes: of its weights.
+        fetched_bytes: what it took to find out, of a model on the Hub.
+    """
 
     facts: list[tuple[str, str]]
     roles: dict[str, int]
     fits: list[Fit]
     nbytes: int
+    fetched_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -136,7 +142,7 @@ def _inspect_remote(name: HubName) -> Inspection:
         found = _inspect_checkpoint(checkpoint, whole)
     fetched = f"{format_bytes(budget.fetched)} of {format_bytes(whole)} in {budget.requests} requests"
     found.facts.append(("fetched", fetched))
-    return found
+    return replace(found, fetched_bytes=budget.fetched)
 
 
 def _inspect_gguf(header: Header) -> Inspection:

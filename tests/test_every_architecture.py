@@ -8,6 +8,7 @@ import architectures
 import numpy as np
 import pytest
 import toys
+from observed import collected
 from test_observers import logits, sliced, token_windows
 
 from edgeprune.errors import Unsupported
@@ -49,6 +50,19 @@ def require_same(path: Path, keep: dict[int, list[int]], folder: Path) -> None:
 def test_half_of_the_experts_equals_a_mask(arch: str, tmp_path: Path) -> None:
     path = architectures.toy(tmp_path / "toy.gguf", arch)
     require_same(path, halves(path), tmp_path)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in architectures.KNOWN if arch not in OBSTACLES])
+def test_routing_and_every_experts_input_is_observed(arch: str, tmp_path: Path) -> None:
+    path = architectures.toy(tmp_path / "toy.gguf", arch)
+    architecture = read_architecture(GgufFile(path))
+    tokens = token_windows(architectures.VOCABULARY, 1)
+    collector = collected(path, tokens, tmp_path)
+    layers = collector.layers()
+    assert tuple(sorted(layers)) == architecture.moe_layers
+    for sums in layers.values():
+        assert sums["routed"].sum() == len(tokens[0]) * architecture.used
+    assert {tensor.name for tensor in architecture.tensors if tensor.is_expert} <= collector.moments.keys()
 
 
 @pytest.mark.parametrize("arch", architectures.FUSED)

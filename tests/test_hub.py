@@ -141,12 +141,18 @@ def test_checkpoint_is_downloaded_without_what_it_does_not_need(
     hub: hub_files.Hub, toy_checkpoint: toys.Maker
 ) -> None:
     repository = hub.add_folder("maker/toy", toy_checkpoint("qwen3_moe"))
-    needless = {"model.py": b"import os", "pytorch_model.bin": b"pickle", "onnx/model.json": b"{}", "x.gguf": b"G"}
+    repository.files["README.md"] = hub_files.stored(b"---\nlicense: mit\n---\n")
+    needless = {
+        "docs/README.md": b"# more",
+        "model.py": b"import os",
+        "pytorch_model.bin": b"pickle",
+        "onnx/model.json": b"{}",
+        "x.gguf": b"G",
+    }
     repository.files |= {path: hub_files.stored(content) for path, content in needless.items()}
     folder = get("maker/toy")
-    assert {path.name for path in folder.iterdir()} == {
-        path.name for path in toy_checkpoint("qwen3_moe").iterdir() if path.suffix != ".md"
-    }
+    whole = {path.name for path in toy_checkpoint("qwen3_moe").iterdir()}
+    assert {path.name for path in folder.iterdir()} == whole | {"README.md"}
     assert found_at("maker/toy", Silent()) == folder
 
 
@@ -307,6 +313,18 @@ def test_trouble_of_the_hub_is_told(
     hub.status = status
     with pytest.raises(EdgepruneError, match=cause):
         get(REPO)
+
+
+def test_hub_that_fails_after_the_last_byte_loses_nothing(
+    hub: hub_files.Hub, repository: hub_files.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_files._Handler, "do_HEAD", lambda self: self._refuse(403, "", "trouble"))
+        with pytest.raises(Unreachable, match=f"does not say what {FILE} of"):
+            get(f"{REPO}:Q8_0")
+    before = len([request for request in hub.requests if request.store])
+    assert get(f"{REPO}:Q8_0").is_file()
+    assert len([request for request in hub.requests if request.store]) == before
 
 
 def test_without_network_what_was_downloaded_is_used(

@@ -13,12 +13,16 @@ import hub_files
 import numpy as np
 import pytest
 import toys
+from huggingface_hub import constants
 from runs import run_edgeprune
+from test_inspection import sparse
 
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.inspection import Inspection, inspect_model
 from edgeprune.model import remote
+from edgeprune.model.download import fetch
 from edgeprune.model.gguf import Entry, GgufFile, TensorShape, header, make_entry
+from edgeprune.model.location import HubName
 
 pytest_plugins = ("hub_fixtures",)
 
@@ -158,7 +162,30 @@ def test_model_of_57_gib_costs_a_few_hundred_kilobytes(hub: hub_files.Hub, tmp_p
     assert hub.sent < 200 * KIB
     assert dict(found.facts)["experts"] == "128 per layer, 8 per token"
     assert dict(found.facts)["fetched"].endswith("requests")
+    assert (
+        0
+        < found.fetched_bytes
+        == sum(
+            int(request.range.split("-")[1]) - int(request.range.split("=")[1].split("-")[0]) + 1
+            for request in hub.requests
+            if request.store
+        )
+    )
     assert found.nbytes == sum(info.nbytes for info in GgufFile(path).tensors.values())
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "stacked"])
+def test_checkpoint_of_279_gib_costs_its_header(stacked: bool, hub: hub_files.Hub, tmp_path: Path) -> None:
+    folder = sparse(tmp_path / "large", experts=64, used=8, width=16_384, hidden=49_152, stacked=stacked)
+    weights = folder / "model.safetensors"
+    with weights.open("rb") as stream:
+        header_bytes = 8 + struct.unpack("<Q", stream.read(8))[0]
+    files = {"config.json": folder / "config.json", weights.name: hub_files.stored(weights, "d" * 64)}
+    hub.add(REPO, {**files, "tokenizer.json": b"{}" * 9000})
+    found = inspect_model(REPO)
+    assert found.nbytes > 279 * GIB
+    assert found.fetched_bytes < 2 * header_bytes + 32 * KIB
+    assert (found.roles, found.fits) == (inspect_model(str(folder)).roles, inspect_model(str(folder)).fits)
 
 
 HOSTILE = {
@@ -250,6 +277,21 @@ def test_many_shards_are_found_without_their_index(
     (folder / "model.safetensors.index.json").write_text(index)
     hub.add_folder(REPO, folder)
     assert inspect_model(REPO).roles == inspect_model(str(folder)).roles
+
+
+def test_offline_what_was_downloaded_is_looked_at(
+    hub: hub_files.Hub, synthetic: toys.Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, {"toy-F32.gguf": synthetic("qwen3moe")})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(EdgepruneError, match="HF_HUB_OFFLINE forbids"):
+        inspect_model(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    fetch(HubName(REPO), lambda done, total: None, lambda text: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.requests)
+    assert inspect_model(REPO).facts == inspect_model(str(synthetic("qwen3moe"))).facts
+    assert len(hub.requests) == before
 
 
 def test_command_inspects_over_the_network(hub: hub_files.Hub, synthetic: toys.Maker) -> None:

@@ -28,6 +28,7 @@ def edgeprune() -> None:
     edgeprune fit demo --device auto            a small model that ships with edgeprune
     edgeprune fit model.gguf --device cpu-16gb  any MoE GGUF, for a class of hardware
     edgeprune fit ./checkpoint --memory 9.5GiB  a Hugging Face checkpoint, for a memory size
+    edgeprune inspect ORG/NAME:Q4_K_M           a model on the Hub: what it is, and what it fits
     """
 
 

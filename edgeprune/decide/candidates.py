@@ -141,7 +141,8 @@ def _limits(problem: Problem, kept: int) -> tuple[int, int]:
     fixed = sum(align(t.nbytes, bare.alignment) for t in bare.tensors if t.name not in quantisable)
     limit = problem.budget.weights_bytes - fixed
     if problem.budget.file_limit_bytes is not None:
-        limit = min(limit, problem.budget.file_limit_bytes - len(bare.header) - fixed)
+        headers = bare.nbytes - sum(align(t.nbytes, bare.alignment) for t in bare.tensors)  # of all parts
+        limit = min(limit, problem.budget.file_limit_bytes - headers - fixed)
     return limit, fixed
 
 

@@ -143,7 +143,8 @@ def explained(name: HubName, path: str = "") -> Iterator[None]:
         EdgepruneError: no access, no network, or the Hub is in trouble.
         Unreachable: there was no answer at all.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub import errors
+    from huggingface_hub.errors import HfHubHTTPError
 
     # The HTTP library below huggingface_hub is another one in other versions; its base class is not.
     transport: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
@@ -151,10 +152,14 @@ def explained(name: HubName, path: str = "") -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         raise _refusal(name, path, error) from error
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise UsageError(f"{name.repo[:96]!r} is no name of a repository") from error
-    except OfflineModeIsEnabled as error:
+    except errors.OfflineModeIsEnabled as error:
         raise offline(name) from error
+    except (errors.LocalEntryNotFoundError, errors.FileMetadataError) as error:  # what answered is no Hub, or not now
+        raise Unreachable(
+            f"{endpoint()} does not say what {path} of {name} is", hint="the same command goes on where it was"
+        ) from error
     except (transport, ConnectionError, TimeoutError) as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise Unreachable(
@@ -164,7 +169,8 @@ def explained(name: HubName, path: str = "") -> Iterator[None]:
 
 
 class Unreachable(EdgepruneError):
-    """No answer from the Hub: no network, or a connection that was cut."""
+    """No answer from the Hub, or none that it could stand by: no network, a connection that was cut, a server in
+    trouble. To try again may help."""
 
 
 def offline(name: HubName) -> EdgepruneError:
@@ -204,6 +210,5 @@ def _refusal(name: HubName, path: str, error: Any) -> EdgepruneError:
         )
     if status == 429:
         return EdgepruneError(f"the Hub answers no more requests for now (HTTP 429) for {what}", hint="wait a while")
-    return EdgepruneError(
-        f"the Hub answers HTTP {status} for {what}", hint="try again later; it goes on where it was"
-    )
+    kind = Unreachable if status >= 500 else EdgepruneError  # the first may pass
+    return kind(f"the Hub answers HTTP {status} for {what}", hint="try again later; it goes on where it was")

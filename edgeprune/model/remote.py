@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from threading import Lock
 
 from edgeprune.errors import BadFile
 from edgeprune.model import hub
@@ -23,6 +25,8 @@ from edgeprune.units import format_bytes
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 # Of one request; a header that goes on is fetched in ever larger steps.
 _FIRST_STEP, _LARGEST_STEP = 1 << 14, 4 << 20
+# Files that are looked at side by side: large checkpoints have more than a hundred.
+_AT_ONCE = 8
 # Of all headers of a model. The largest that are known, vocabularies of 260,000 tokens, take 16 MiB.
 MOST_BYTES = 96 << 20
 
@@ -40,6 +44,7 @@ class Budget:
     most: int = field(default_factory=lambda: MOST_BYTES)
     fetched: int = 0
     requests: int = 0
+    _lock: Lock = field(default_factory=Lock)
 
     def take(self, count: int, what: str) -> None:
         """Ask for ``count`` bytes more.
@@ -47,13 +52,14 @@ class Budget:
         Raises:
             BadFile: too many.
         """
-        if self.fetched + count > self.most:
-            raise BadFile(
-                f"{what}: its header goes on beyond {format_bytes(self.most)}, which no honest one does",
-                hint="download it and look at it here, if you trust it",
-            )
-        self.fetched += count
-        self.requests += 1
+        with self._lock:
+            if self.fetched + count > self.most:
+                raise BadFile(
+                    f"{what}: its header goes on beyond {format_bytes(self.most)}, which no honest one does",
+                    hint="download it and look at it here, if you trust it",
+                )
+            self.fetched += count
+            self.requests += 1
 
 
 @dataclass
@@ -134,7 +140,8 @@ def remote_header(listing: Listing, model: Gguf, budget: Budget) -> Header:
         Unsupported: GGUF version 1.
         EdgepruneError: the Hub cannot be read from.
     """
-    headers = [_header(listing, file, budget) for file in model.files]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        headers = list(pool.map(lambda file: _header(listing, file, budget), model.files))
     names = [PurePosixPath(file.path).name for file in model.files]
     if names_of_parts(names[0], headers[0]) != names:
         raise BadFile(f"{headers[0].path}: its metadata speak of other parts than there are ({len(names)})")
@@ -173,8 +180,12 @@ def remote_checkpoint(listing: Listing, budget: Budget) -> tuple[Checkpoint, int
     shard_of: dict[str, str] = {}
     stored: dict[str, Stored] = {}
     files = _weights(listing, budget)
-    for file in files:
-        found = shard_header(RemoteBytes(listing, file, budget), f"{repo}/{file.path}")
-        stored |= found
-        shard_of |= dict.fromkeys(found, file.path)
+
+    def described(file: HubFile) -> dict[str, Stored]:
+        return shard_header(RemoteBytes(listing, file, budget), f"{repo}/{file.path}")
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for file, found in zip(files, pool.map(described, files), strict=True):
+            stored |= found
+            shard_of |= dict.fromkeys(found, file.path)
     return Checkpoint(Path(repo), config, shard_of, stored), sum(file.size for file in files)

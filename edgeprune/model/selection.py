@@ -14,8 +14,10 @@ from edgeprune.model.parts import numbered, part_name
 from edgeprune.units import format_bytes
 
 CONFIG = "config.json"
-# What a checkpoint needs beside its weights: configurations, tokenizers, chat templates.
+# What a checkpoint needs beside its weights: configurations, tokenizers, chat templates; and its card, which names
+# the licence.
 _SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+_CARD = "README.md"
 LARGEST_SMALL = 256 << 20  # bytes
 # GGUF files that are no language models.
 _COMPANIONS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
@@ -113,7 +115,11 @@ def _require_all_parts(listing: Listing, model: Gguf) -> None:
 
 def small_files(listing: Listing) -> list[HubFile]:
     """What a checkpoint needs beside its weights."""
-    files = [file for path, file in listing.files.items() if "/" not in path and path.endswith(_SMALL_SUFFIXES)]
+    files = [
+        file
+        for path, file in listing.files.items()
+        if path == _CARD or ("/" not in path and path.endswith(_SMALL_SUFFIXES))
+    ]
     large = next((file for file in files if file.size > LARGEST_SMALL), None)
     if large is not None:
         raise BadFile(
