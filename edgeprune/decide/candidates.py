@@ -10,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.decide.keep import keep_set
+from edgeprune.decide.latency import speed
 from edgeprune.decide.placement import Placement, place
 from edgeprune.decide.plan import SOLVER, Plan, Prediction
 from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
 from edgeprune.device.budget import CACHE, Budget
 from edgeprune.device.profile import Profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
-from edgeprune.measure.launch import Launch
+from edgeprune.measure.launch import Launch, prompt_tokens
+from edgeprune.measure.rates import KernelRates
 from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
@@ -41,6 +43,7 @@ class Problem:
         launch: settings before placement.
         made_from: digests for the plan.
         heal: whether the plan's changed experts are healed.
+        rates: measured speed of the device's products, or None where its bandwidth has to do.
     """
 
     file: GgufFile
@@ -55,6 +58,7 @@ class Problem:
     method: str
     made_from: dict[str, Any]
     heal: bool = False
+    rates: KernelRates | None = None
 
 
 def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:
@@ -185,7 +189,27 @@ def priced(
         if tensor.name in types
     )
     drop = problem.drop_nats[kept]
-    return Candidate(_promised(plan, made, where, drop, quant, solution.gap if solution else 0.0), made)
+    promised = _promised(plan, made, where, drop, quant, solution.gap if solution else 0.0)
+    return Candidate(_timed(promised, problem), made)
+
+
+def _timed(plan: Plan, problem: Problem) -> Plan:
+    """``plan`` with the speed that the device's measured products say, where they are known and the CPU computes."""
+    if problem.rates is None or plan.launch.gpu_layers:
+        return plan
+    found = speed(
+        problem.architecture,
+        plan.kept,
+        plan.types,
+        problem.rates,
+        prompt_tokens=prompt_tokens(plan.launch.context),
+        threads=plan.launch.threads or problem.profile.threads,
+        bandwidth=problem.profile.ram.bandwidth_bytes_per_s,
+    )
+    if found is None:
+        return plan
+    timed = replace(plan.predicted, decode_per_s=found.decode_per_s, prefill_per_s=found.prefill_per_s)
+    return replace(plan, predicted=timed)
 
 
 def _promised(plan: Plan, made: Layout, where: Placement, drop: float, quant: float, gap: float) -> Plan:

@@ -87,6 +87,7 @@ class DecideStages(HealStages):
             method=self.settings.method,
             made_from=self._made_from(measured=True),
             heal=self.settings.heal,
+            rates=self.rates,
         )
 
     def candidates(self) -> list[Candidate]:
@@ -137,7 +138,8 @@ class DecideStages(HealStages):
         """The source as it is, if that fits: no other plan can be closer to it, so nothing need be measured."""
         if self.settings.types or self.architecture.experts not in self._counts():
             return None
-        return priced(self.unmeasured({}, frozenset()), self.architecture.experts, {})
+        problem = replace(self.unmeasured({}, frozenset()), rates=self.rates)
+        return priced(problem, self.architecture.experts, {})
 
     def plan(self) -> Plan:
         """The plan in the folder if it is still right, else the best candidate, saved."""

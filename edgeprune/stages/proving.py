@@ -17,6 +17,7 @@ from edgeprune.decide.plan import PRESET, SOLVER, Plan, folded
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import read_json, to_json, write_text
 from edgeprune.measure import child
+from edgeprune.measure.launch import generated_tokens, prompt_tokens
 from edgeprune.prove import baseline
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.page import render
@@ -119,16 +120,14 @@ class Run(DecideStages):
         context = plan.launch.context
         if self.settings.device not in (None, "auto"):  # this machine may not have the memory of that device
             context = min(context, _FOREIGN_CONTEXT)
-        generated = min(48, max(1, context // 8))
-        prompt = max(1, min(512, context - generated - 1))
         with self.listener.progress("speed and memory"):
             value: dict[str, Any] = child.call(
                 "edgeprune.measure.tasks:benchmark",
                 {
                     "model": build.path,
                     "launch": replace(plan.launch, threads=0, context=context).to_json(),
-                    "prompt_tokens": prompt,
-                    "generated_tokens": generated,
+                    "prompt_tokens": prompt_tokens(context),
+                    "generated_tokens": generated_tokens(context),
                 },
                 as_user=True,
             )
