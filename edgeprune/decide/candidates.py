@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.decide.keep import keep_set
+from edgeprune.decide.latency import speed
 from edgeprune.decide.placement import Placement, place
 from edgeprune.decide.plan import SOLVER, Plan, Prediction
 from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
@@ -18,7 +19,8 @@ from edgeprune.device.budget import CACHE, Budget
 from edgeprune.device.probe import cores
 from edgeprune.device.profile import Profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
-from edgeprune.measure.launch import Launch
+from edgeprune.measure.launch import Launch, prompt_tokens
+from edgeprune.measure.rates import KernelRates
 from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
@@ -45,6 +47,7 @@ class Problem:
         heal: whether the plan's changed experts are healed.
         limit_seconds: most time to encode what changes type, on all cores.
         part_bytes: most bytes of one file if it is to be split, or 0.
+        rates: measured speed of the device's products, or None where its bandwidth has to do.
     """
 
     file: GgufFile
@@ -61,6 +64,7 @@ class Problem:
     heal: bool = False
     limit_seconds: float = math.inf
     part_bytes: int = 0
+    rates: KernelRates | None = None
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
@@ -203,7 +207,27 @@ def priced(
     seconds = sum(problem.seconds(t, kept, types[t.name]) for t in problem.architecture.tensors if t.name in types)
     drop = problem.drop_nats[kept]
     promised = _promised(plan, made, where, drop, quant, solution.gap if solution else 0.0)
-    return Candidate(replace(promised, predicted=replace(promised.predicted, encode_seconds=seconds)), made)
+    promised = replace(promised, predicted=replace(promised.predicted, encode_seconds=seconds))
+    return Candidate(_timed(promised, problem), made)
+
+
+def _timed(plan: Plan, problem: Problem) -> Plan:
+    """``plan`` with the speed that the device's measured products say, where they are known and the CPU computes."""
+    if problem.rates is None or plan.launch.gpu_layers:
+        return plan
+    found = speed(
+        problem.architecture,
+        plan.kept,
+        plan.types,
+        problem.rates,
+        prompt_tokens=prompt_tokens(plan.launch.context),
+        threads=plan.launch.threads or problem.profile.threads,
+        bandwidth=problem.profile.ram.bandwidth_bytes_per_s,
+    )
+    if found is None:
+        return plan
+    timed = replace(plan.predicted, decode_per_s=found.decode_per_s, prefill_per_s=found.prefill_per_s)
+    return replace(plan, predicted=timed)
 
 
 def _promised(plan: Plan, made: Layout, where: Placement, drop: float, quant: float, gap: float) -> Plan:

@@ -32,6 +32,7 @@ class Prediction:
         nats: KL divergence from the source, nats per token: ``nats_drop`` measured by masking plus
             ``nats_quant`` predicted from sensitivities.
         decode_per_s: tokens per second at the start of the context.
+        prefill_per_s: the same of a prompt, or 0 where it cannot be said.
         gap: proven relative gap to the best choice of types.
         encode_seconds: time to encode the tensors that change type, on the machine that made the plan.
     """
@@ -42,6 +43,7 @@ class Prediction:
     nats_drop: float = 0.0
     nats_quant: float = 0.0
     decode_per_s: float = 0.0
+    prefill_per_s: float = 0.0
     gap: float = 0.0
     encode_seconds: float = 0.0
 

@@ -24,6 +24,20 @@ _RANGES = {
 _SWITCHES = ("mmap", "repack")
 
 
+# How speed is measured, and predicted: after a prompt of so many tokens, over so many more.
+_PROMPT, _GENERATED = 512, 48
+
+
+def generated_tokens(context: int) -> int:
+    """Tokens that are generated to measure speed in a context of ``context`` tokens."""
+    return min(_GENERATED, max(1, context // 8))
+
+
+def prompt_tokens(context: int) -> int:
+    """Tokens of the prompt before them."""
+    return max(1, min(_PROMPT, context - generated_tokens(context) - 1))
+
+
 @dataclass(frozen=True)
 class Launch:
     """How llama.cpp is started, for measuring and for the user alike.

@@ -201,7 +201,9 @@ def promises(
             INFORMATION,
         )
     )
-    lines.append(Promise("prefill (tokens per second)", "", rate(speed["prefill_per_s"]) + here, INFORMATION))
+    expected = rate(predicted["prefill_per_s"]) if predicted.get("prefill_per_s") else ""
+    prefill = rate(speed["prefill_per_s"]) + here
+    lines.append(Promise("prefill (tokens per second)", expected, prefill, INFORMATION))
     first = f"first token after {speed['prompt_tokens']} tokens"
     lines.append(Promise(first, "", format_seconds(speed["first_token_seconds"]) + here, INFORMATION))
     return lines

@@ -93,6 +93,7 @@ class DecideStages(HealStages):
             heal=self.settings.heal,
             limit_seconds=self.settings.limit_seconds or math.inf,
             part_bytes=self.settings.part_bytes or 0,
+            rates=self.rates,
         )
 
     def candidates(self) -> list[Candidate]:
@@ -157,7 +158,8 @@ class DecideStages(HealStages):
         """The source as it is, if that fits: no other plan can be closer to it, so nothing need be measured."""
         if self.settings.types or self.architecture.experts not in self._counts():
             return None
-        return priced(self.unmeasured({}, frozenset()), self.architecture.experts, {})
+        problem = replace(self.unmeasured({}, frozenset()), rates=self.rates)
+        return priced(problem, self.architecture.experts, {})
 
     def plan(self) -> Plan:
         """The plan in the folder if it is still right, else the best candidate, saved."""

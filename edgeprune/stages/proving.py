@@ -17,7 +17,7 @@ from edgeprune.decide.plan import PRESET, SOLVER, Plan, folded
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import read_json, to_json, write_text
 from edgeprune.measure import child
-from edgeprune.measure.launch import Launch
+from edgeprune.measure.launch import Launch, generated_tokens, prompt_tokens
 from edgeprune.prove import baseline
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.deeper import NOTHING, Deeper
@@ -126,17 +126,14 @@ class Run(TryStages):
     def speed(self, plan: Plan, build: Build) -> dict[str, Any]:
         """Prefill and decode speed and peak memory with the plan's launch settings, on this machine."""
         launch = self.launch_here(plan.launch)
-        context = launch.context
-        generated = min(48, max(1, context // 8))
-        prompt = max(1, min(512, context - generated - 1))
         with self.listener.progress("speed and memory"):
             value: dict[str, Any] = child.call(
                 "edgeprune.measure.tasks:benchmark",
                 {
                     "model": build.path,
                     "launch": launch.to_json(),
-                    "prompt_tokens": prompt,
-                    "generated_tokens": generated,
+                    "prompt_tokens": prompt_tokens(launch.context),
+                    "generated_tokens": generated_tokens(launch.context),
                 },
                 as_user=True,
             )

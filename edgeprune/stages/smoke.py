@@ -184,7 +184,7 @@ def _promised(
 ) -> checks.Promised:
     least = wish.least_decode_per_s or 0.0
     if plan is None or beside is None:
-        return checks.Promised(profile.usable_ram_bytes, 0, 0.0, least)
+        return checks.Promised(profile.usable_ram_bytes, least_decode_per_s=least)
     peak = 0
     # Resident memory is the whole of it only where everything is in one pool that the CPU computes in, and the plan
     # counted with the context that is filled.
@@ -192,7 +192,8 @@ def _promised(
     if set(pools) == {"ram"} and not launch.gpu_layers and launch.context == plan.launch.context:
         held = _held(plan, profile, beside)
         peak = max(0, pools["ram"] - held) if held is not None else 0
-    return checks.Promised(profile.usable_ram_bytes, peak, plan.predicted.decode_per_s, least)
+    predicted = plan.predicted
+    return checks.Promised(profile.usable_ram_bytes, peak, predicted.decode_per_s, predicted.prefill_per_s, least)
 
 
 def _held(plan: Plan, profile: Profile, beside: Path) -> int | None:

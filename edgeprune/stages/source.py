@@ -15,6 +15,7 @@ from edgeprune.device.profile import Profile, find_profile
 from edgeprune.errors import EdgepruneError
 from edgeprune.measure import child, memory
 from edgeprune.measure.launch import Launch
+from edgeprune.measure.rates import KernelRates, kernel_rates
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.checkpoint import open_checkpoint
 from edgeprune.model.convert import SOURCE_KEY
@@ -136,6 +137,18 @@ class SourceStages:
         else:
             profile = replace(profile, name=self.settings.target)
         return profile
+
+    @cached_property
+    def rates(self) -> KernelRates | None:
+        """How fast this machine's products are, where it is the device and its CPU computes."""
+        if self.settings.device not in (None, "auto") or self.profile.backend != "cpu":
+            return None
+        try:
+            with self.listener.progress("speed of this machine") as progress:
+                return kernel_rates(progress)
+        except EdgepruneError as error:
+            self.listener.say(f"the speed is predicted from the bandwidth alone: {error.cause}")
+            return None
 
     @cached_property
     def launch(self) -> Launch:

@@ -41,13 +41,14 @@ class Promised:
     Attributes:
         ceiling_bytes: memory of the process on the device, or 0 when nobody says.
         peak_bytes: what the plan predicts of that, or 0.
-        decode_per_s: what the plan predicts, or 0.
+        decode_per_s, prefill_per_s: what the plan predicts, or 0.
         least_decode_per_s: what was asked for, or 0.
     """
 
     ceiling_bytes: int = 0
     peak_bytes: int = 0
     decode_per_s: float = 0.0
+    prefill_per_s: float = 0.0
     least_decode_per_s: float = 0.0
 
 
@@ -115,8 +116,11 @@ def _decode(promised: Promised, _: Sequence[Question], steps: Mapping[str, Any])
     return ", ".join(words), rate(speed), verdict(speed >= least) if least else INFORMATION
 
 
-def _prefill(_: Promised, __: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
-    return ("", rate(steps["speed"]["prefill_per_s"]), INFORMATION) if "speed" in steps else None
+def _prefill(promised: Promised, _: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
+    if "speed" not in steps:
+        return None
+    words = f"{rate(promised.prefill_per_s)} predicted" if promised.prefill_per_s else ""
+    return words, rate(steps["speed"]["prefill_per_s"]), INFORMATION
 
 
 def _deterministic(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:

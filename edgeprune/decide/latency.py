@@ -1,0 +1,95 @@
+"""How fast a plan will be where its products were measured: the sum over what a token meets on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from edgeprune.measure.rates import KernelRates
+from edgeprune.model import ggml
+from edgeprune.model.architecture import Architecture, Tensor
+
+_CACHE_TYPE = "F16"  # a quantised cache is turned into it where it is read
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second: of a prompt, and of an answer after it."""
+
+    prefill_per_s: float
+    decode_per_s: float
+
+
+def _work(architecture: Architecture, tensor: Tensor, kept: int) -> float:
+    """Weights of ``tensor`` that one token is multiplied with."""
+    weights = prod(tensor.kept_shape(kept))
+    if tensor.is_expert:
+        return weights * architecture.used / kept
+    tied = not any(other.role == "output" for other in architecture.tensors)
+    is_product = len(tensor.shape) > 1 and (tensor.role != "embedding" or tied)
+    return float(weights) if is_product else 0.0
+
+
+def _attention(architecture: Architecture, depth: float) -> float:
+    """Products with the cache of one token at ``depth``: its queries with the keys, their weights with the values.
+
+    As wide as what the output matrix of the attention takes in; layers without one have no such cache.
+    """
+    widths = [tensor.shape[0] for tensor in architecture.tensors if tensor.name.endswith("attn_output.weight")]
+    return 2 * depth * sum(widths)
+
+
+def speed(
+    architecture: Architecture,
+    kept: int,
+    types: Mapping[str, str],
+    rates: KernelRates,
+    *,
+    prompt_tokens: int,
+    threads: int,
+    bandwidth: float,
+) -> Speed | None:
+    """Speed with ``kept`` experts in ``types``; None where a type was not measured.
+
+    Args:
+        types: GGML type by tensor, for those that have another than their own.
+        prompt_tokens: length of the prompt, and depth at which decoding begins.
+        threads: that share the products.
+        bandwidth: of the memory, bytes per second, which they share, too.
+    """
+    nbytes = sum(_nbytes(tensor, kept, types) for tensor in architecture.tensors)
+    reading = _reading(rates, nbytes, threads, bandwidth)
+    decode = _attention(architecture, prompt_tokens) * rates.dense[_CACHE_TYPE] / threads
+    prefill = _attention(architecture, prompt_tokens / 2) * rates.dense_batch[_CACHE_TYPE] / threads
+    for tensor in architecture.tensors:
+        work, kind = _work(architecture, tensor, kept), types.get(tensor.name, tensor.type)
+        if not work:
+            continue
+        one, many = (rates.experts, rates.experts_batch) if tensor.is_expert else (rates.dense, rates.dense_batch)
+        if kind not in one or kind not in many:
+            return None
+        bytes_per_weight = ggml.BY_NAME[kind].bits_per_weight / 8
+        decode += work * max(one[kind] / threads, bytes_per_weight * reading)
+        # Only the last token of a prompt has logits.
+        prefill += work * many[kind] / threads / (prompt_tokens if tensor.role in ("output", "embedding") else 1)
+    decode += _besides(architecture, rates.besides)
+    prefill += _besides(architecture, rates.besides_batch)
+    return Speed(1 / prefill, 1 / decode)
+
+
+def _reading(rates: KernelRates, nbytes: int, threads: int, bandwidth: float) -> float:
+    """Seconds for reading a byte of ``nbytes`` that are read in turn: each thread as fast as one alone, but together
+    not faster than the memory what no cache holds."""
+    alone = rates.stream(nbytes) / threads
+    return alone if threads == 1 or nbytes < rates.streams[-1][0] else max(alone, 1 / bandwidth)
+
+
+def _nbytes(tensor: Tensor, kept: int, types: Mapping[str, str]) -> int:
+    return ggml.tensor_bytes(types.get(tensor.name, tensor.type), tensor.kept_shape(kept))
+
+
+def _besides(architecture: Architecture, seconds: tuple[float, float, float]) -> float:
+    """What llama.cpp takes for a token beside its products, from ``KernelRates.besides``."""
+    fixed, layer, element = seconds
+    return fixed + architecture.layers * (layer + element * architecture.width)

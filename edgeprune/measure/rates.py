@@ -1,0 +1,115 @@
+"""How fast a machine multiplies with weights of each GGML type, as ``kernels`` measures it once and remembers it."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+
+from edgeprune.errors import BadFile, EdgepruneError
+from edgeprune.files import check_keys, checked_number, digest, read_json, to_json, write_text
+from edgeprune.measure import child
+from edgeprune.model import ggml
+
+Progress = Callable[[int, int], None]
+# Raised when rates measured before would be misread, or were measured in another way.
+FORMAT = 1
+BATCH = 64  # tokens that are multiplied at once, as in a prompt
+# What a plan can choose from, and what sources come in.
+TYPES = (*ggml.CHOICES, "F32", "F16", "BF16", "MXFP4", "Q4_1", "Q5_1")
+
+
+@dataclass(frozen=True)
+class KernelRates:
+    """Times on one machine with one thread.
+
+    Attributes:
+        dense, dense_batch: seconds per weight and token, by GGML type, for one token and for ``BATCH`` at once.
+        experts, experts_batch: the same for experts, weights of used experts counted.
+        streams: working sets in bytes with the seconds that reading a byte of them takes, smallest first.
+        besides, besides_batch: seconds that llama.cpp takes besides the products: for a token, for each layer, and
+            for each layer and element of the width; of one token, and of ``BATCH`` at once.
+    """
+
+    dense: dict[str, float]
+    dense_batch: dict[str, float]
+    experts: dict[str, float]
+    experts_batch: dict[str, float]
+    streams: list[tuple[int, float]]
+    besides: tuple[float, float, float]
+    besides_batch: tuple[float, float, float]
+
+    def stream(self, nbytes: int) -> float:
+        """Seconds that reading a byte takes when ``nbytes`` are read in turn."""
+        sizes, seconds = zip(*self.streams, strict=True)
+        return float(np.interp(np.log(max(1, nbytes)), np.log(sizes), seconds))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str) -> KernelRates:
+        """The rates in ``value``.
+
+        Raises:
+            BadFile: it is not what ``to_json`` writes.
+        """
+        check_keys(where, value, {"format", *cls.__dataclass_fields__}, set())
+        if value["format"] != FORMAT:
+            raise BadFile(f"{where} is of form {str(value['format'])[:20]}, not {FORMAT}")
+        tables = {}
+        for name in ("dense", "dense_batch", "experts", "experts_batch"):
+            check_keys(f"{where}: {name}", value[name], set(), set(ggml.BY_NAME))
+            tables[name] = {kind: checked_number(f"{where}: {name}", found) for kind, found in value[name].items()}
+        try:
+            streams = [(int(size), checked_number(f"{where}: streams", found)) for size, found in value["streams"]]
+            besides = [
+                tuple(checked_number(f"{where}: {name}", found) for found in value[name])
+                for name in ("besides", "besides_batch")
+            ]
+            (fixed, layer, element), (fixed_batch, layer_batch, element_batch) = besides
+        except (TypeError, ValueError) as error:
+            raise BadFile(f"{where} holds no rates: {error}") from error
+        return cls(
+            **tables,
+            streams=streams,
+            besides=(fixed, layer, element),
+            besides_batch=(fixed_batch, layer_batch, element_batch),
+        )
+
+
+def kernel_rates(progress: Progress | None = None) -> KernelRates:
+    """Rates of this machine: measured now, or on an earlier day, with this llama.cpp.
+
+    Raises:
+        NativeCrash: the measurement died.
+    """
+    made_from = {
+        "format": FORMAT,
+        "types": TYPES,
+        "processor": _processor(),
+        "llama-cpp-python": version("llama-cpp-python"),
+    }
+    path = Path(platformdirs.user_cache_dir("edgeprune")) / "kernels" / f"{digest(made_from)[:32]}.json"
+    if path.is_file():
+        with contextlib.suppress(BadFile):
+            return KernelRates.from_json(read_json(path), str(path))
+    value = child.call("edgeprune.measure.kernels:measure_kernels", {"types": list(TYPES)}, progress)
+    with contextlib.suppress(OSError, EdgepruneError):  # a cache that cannot be written to is none
+        write_text(path, to_json(value))
+    return KernelRates.from_json(value, "the measurement")
+
+
+def _processor() -> str:
+    """Name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "cpu part"))]
+    return " ".join([platform.machine(), platform.processor(), *sorted(set(named))])
