@@ -236,7 +236,7 @@ MODELS: dict[str, tuple[Callable[[Workshop], Path], str, str]] = {
     "an unknown model_type": (
         lambda shop: shop.copied(lambda path: toys.change_json(path / "config.json", model_type="gpt_neox")),
         "no converter for checkpoints of type 'gpt_neox'",
-        "mixtral, olmoe, qwen3_moe",
+        "mixtral, ",
     ),
     "a dense checkpoint": (
         lambda shop: shop.copied(without_experts),
