@@ -102,6 +102,24 @@ class Ear:
         yield lambda done, total: None
 
 
+_PEAKS = """
+import sys
+from pathlib import Path
+from edgeprune.measure.child import peak_memory_bytes
+from edgeprune.model.convert import convert
+for folder in sys.argv[2:]:
+    convert(Path(folder), Path(folder + ".gguf"), sys.argv[1])
+    print(peak_memory_bytes())
+"""
+
+
+def conversion_peaks(base: str, *folders: Path) -> list[int]:
+    """Peak memory of a process after converting each of ``folders`` to type ``base`` in turn."""
+    command = [sys.executable, "-c", _PEAKS, base, *map(str, folders)]
+    lines = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True).stdout
+    return [int(line) for line in lines.split()]
+
+
 @dataclass(frozen=True)
 class Fit:
     """A finished fit: the command line after ``fit``, its folder and its report."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,10 @@ import pytest
 import torch
 import toys
 from agreement import log_probabilities, token_windows
+from runs import conversion_peaks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import edgeprune
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.files import data_folder
 from edgeprune.model.architecture import read_architecture
@@ -426,25 +423,6 @@ def test_broken_converter_is_refused(case: str, tmp_path: Path) -> None:
     assert "\n" not in refusal.value.cause
 
 
-PEAKS = """
-import sys
-from pathlib import Path
-from edgeprune.measure.child import peak_memory_bytes
-from edgeprune.model.convert import convert
-for folder in sys.argv[1:]:
-    convert(Path(folder), Path(folder + ".gguf"))
-    print(peak_memory_bytes())
-"""
-
-
-def conversion_peaks(*folders: Path) -> list[int]:
-    """Peak memory of a process after converting each of ``folders`` in turn."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(edgeprune.__file__).parents[1])}
-    command = [sys.executable, "-c", PEAKS, *map(str, folders)]
-    lines = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
-    return [int(line) for line in lines.split()]
-
-
 def test_memory_of_a_conversion_does_not_grow_with_the_checkpoint(small: Path, tmp_path: Path) -> None:
     # 16 layers of one 6 MB file each, with the configuration of the toy around them.
     folder = Path(shutil.copytree(small, tmp_path / "model"))
@@ -464,5 +442,5 @@ def test_memory_of_a_conversion_does_not_grow_with_the_checkpoint(small: Path, t
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert size > 90e6
-    first, second = conversion_peaks(Path(shutil.copytree(small, tmp_path / "small")), folder)
+    first, second = conversion_peaks("auto", Path(shutil.copytree(small, tmp_path / "small")), folder)
     assert second - first < 30e6

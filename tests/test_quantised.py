@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import families
 import numpy as np
+import observed
 import pytest
 import torch
 import toys
+from runs import conversion_peaks
 from safetensors.torch import load_file, save_file
 
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported
+from edgeprune.measure.replay import LayerExperts, activation_of
 from edgeprune.model import ggml
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import SINGLE, open_checkpoint
@@ -196,6 +200,53 @@ def test_a_gguf_of_mxfp4_experts_is_as_small_as_the_checkpoint(mxfp4: tuple[Path
     experts = sum(t.nbytes for t in read_architecture(GgufFile(tmp_path / "model.gguf")).tensors if t.is_expert)
     stored = [w for n, w in load_file(folder / SINGLE).items() if n.endswith(("_blocks", "_scales"))]
     assert experts == sum(weight.numel() for weight in stored)
+
+
+@pytest.mark.parametrize("base", ["auto", "bf16"])
+def test_experts_in_one_tensor_are_never_in_memory_together(
+    base: str, mxfp4: tuple[Path, Weights], tmp_path: Path
+) -> None:
+    experts, width = 32, 2048
+    sizes = {"gate_up_proj": (2 * width, 8), "down_proj": (256, width // 32)}
+    weights: Weights = {}
+    for name, weight in load_file(mxfp4[0] / SINGLE).items():
+        own = next((size for part, size in sizes.items() if part in name and "_bias" not in name), None)
+        if "layers.1." in name:
+            continue
+        if "gate_up_proj_bias" in name:
+            weights[name] = torch.zeros(experts, 2 * width)
+        elif "mlp" in name and own is None:
+            weights[name] = torch.zeros(experts, *weight.shape[1:])
+        elif own is not None:
+            last = (16,) if name.endswith("_blocks") else ()
+            weights[name] = torch.full((experts, *own, *last), 120, dtype=torch.uint8)
+        else:
+            weights[name] = weight
+    folder = with_weights(mxfp4[0], tmp_path / "large", weights)
+    changes = {"num_local_experts": experts, "intermediate_size": width, "num_hidden_layers": 1}
+    toys.change_json(folder / "config.json", layer_types=["sliding_attention"], **changes)
+    small = Path(shutil.copytree(mxfp4[0], tmp_path / "small"))
+    first, second = conversion_peaks(base, small, folder)
+    assert (folder / SINGLE).stat().st_size > 26e6
+    assert second - first < 90e6  # the mapped file counts; the experts as floats take 300 MB
+
+
+@pytest.mark.parametrize("name", ["MXFP4", "Q8_0"])
+def test_experts_of_a_quantised_source_are_recognised_by_their_outputs(
+    name: str, mxfp4: tuple[Path, Weights], odd: Path, tmp_path: Path
+) -> None:
+    """llama.cpp rounds the inputs of quantised products, so that its outputs are not those of exact arithmetic."""
+    source, base = {"MXFP4": (mxfp4[0], "auto"), "Q8_0": (odd, "q8_0")}[name]
+    convert(source, tmp_path / "model.gguf", base)
+    file = GgufFile(tmp_path / "model.gguf")
+    architecture = read_architecture(file)
+    windows = observed.token_windows(architecture.vocabulary, 1)
+    tokens = observed.collected(file.path, windows, tmp_path).reservoirs()[0]
+    experts = LayerExperts(file, architecture, 0)
+    assert file.tensors["blk.0.ffn_up_exps.weight"].type == name
+    assert activation_of(experts, tokens) == experts.activations()["swiglu_oai" if name == "MXFP4" else "silu"]
+    wrong = dataclasses.replace(tokens, y=tokens.y * np.float32(1.05))
+    assert activation_of(experts, wrong) is None
 
 
 # Q8_0.

@@ -15,7 +15,6 @@ from edgeprune.decide.elimination import Layer, Replay, eliminate, error_of
 from edgeprune.decide.scores import NAEE
 from edgeprune.measure.activation import Activation
 from edgeprune.measure.replay import (
-    TOLERANCE,
     LayerExperts,
     activation_of,
     outputs,
@@ -39,7 +38,7 @@ _FEW_EXPERTS, _LEAST_SPARE = 32, 4
 _SHARE_OF_PLAIN = 0.3
 _MOST_SUBSETS, _SUBSET_TOKENS = 5_000, 1_024
 # Random projection moves a squared error by a percent or two.
-_PROJECTED_TOLERANCE = 2 * TOLERANCE
+_PROJECTION = 2
 
 
 def rank(
@@ -139,7 +138,7 @@ class _Ranker:
             self.whole = Layer(self.first, everyone)
             seen = tokens.y @ projection(tokens.y.shape[1]).T
             error = relative_error(self.whole.target, seen)
-            if error > _PROJECTED_TOLERANCE:
+            if error > _PROJECTION * self.experts.tolerance:
                 self.obstacle = f"its replayed output is off by {100 * error:.1f} %"
 
     def _replay(self, kept: Flags, before: Replay | None = None) -> Replay:

@@ -70,27 +70,38 @@ class Checkpoint:
         """Shape of tensor ``name`` in PyTorch's order."""
         return self.stored[name].shape
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, matrix: int | None = None) -> torch.Tensor:
         """Tensor ``name``, read from disk now; float32 when it is quantised.
+
+        Args:
+            matrix: only this one of a stack, as a stack of one.
 
         Raises:
             BadFile: it cannot be read, or its scales do not fit it.
         """
-        scaled = self.scaled.get(name)
-        if scaled is None:
-            return self._raw(name)
-        return decoded(scaled, self._raw(name), self._raw(scaled.scale), self.block)
+        if name not in self.scaled:
+            return self._raw(name, matrix)
+        return decoded(self.scaled[name], self._raw(name, matrix), self._scale(name, matrix), self.block)
 
-    def packed(self, name: str) -> torch.Tensor:
+    def packed(self, name: str, matrix: int | None = None) -> torch.Tensor:
         """Tensor ``name``, which is stored as MXFP4, as uint8 [..., rows, bytes of a GGUF row].
+
+        Args:
+            matrix: only this one of a stack, as a stack of one.
 
         Raises:
             BadFile: it cannot be read, or a scale is not a number.
         """
-        scales = self._raw(self.scaled[name].scale)
+        scales = self._scale(name, matrix)
         if bool((scales == MXFP4_NAN).any()):
             raise BadFile(f"tensor {self.scaled[name].scale} holds scales that are NaN")
-        return mxfp4_rows(self._raw(name), scales)
+        return mxfp4_rows(self._raw(name, matrix), scales)
+
+    def _scale(self, name: str, matrix: int | None) -> torch.Tensor:
+        """The scales of tensor ``name``; of one matrix of a stack where every matrix has its own."""
+        scale = self._raw(self.scaled[name].scale)
+        own = matrix is not None and scale.dim() > 0 and len(scale) == self.shape(name)[0]
+        return scale[matrix : matrix + 1] if own and matrix is not None else scale
 
     @property
     def block(self) -> tuple[int, int]:
@@ -101,10 +112,13 @@ class Checkpoint:
             return size[0], size[1]
         return 128, 128
 
-    def _raw(self, name: str) -> torch.Tensor:
+    def _raw(self, name: str, matrix: int | None = None) -> torch.Tensor:
         import safetensors
 
         try:
+            if matrix is not None:
+                part: torch.Tensor = self._handle(name).get_slice(name)[matrix : matrix + 1]
+                return part
             tensor: torch.Tensor = self._handle(name).get_tensor(name)
         except safetensors.SafetensorError as error:
             raise BadFile(f"{self.folder / self.shard_of[name]}: tensor {name}: {error}") from error

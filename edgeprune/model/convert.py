@@ -331,11 +331,14 @@ def _data(checkpoint: Checkpoint, plan: _Planned, sizes: Sizes) -> Iterator[byte
 
     if plan.values:
         yield _piece_bytes(torch.tensor(plan.values), plan.target.type, plan.target.name)
-    apply = TRANSFORMS[plan.transform].apply
+    transform = TRANSFORMS[plan.transform]
     for source in plan.sources:
-        if plan.target.type == MXFP4 and checkpoint.stored[source].type == MXFP4:
-            yield from (piece.contiguous().numpy().tobytes() for piece in apply(checkpoint.packed(source), sizes))
-        else:
-            yield from (
-                _piece_bytes(piece, plan.target.type, source) for piece in apply(checkpoint.tensor(source), sizes)
-            )
+        stored = checkpoint.stored[source]
+        stack = transform.one_by_one and len(stored.shape) == 3
+        for matrix in range(stored.shape[0]) if stack else (None,):
+            if plan.target.type == MXFP4 and stored.type == MXFP4:
+                for piece in transform.apply(checkpoint.packed(source, matrix), sizes):
+                    yield piece.contiguous().numpy().tobytes()
+            else:
+                for piece in transform.apply(checkpoint.tensor(source, matrix), sizes):
+                    yield _piece_bytes(piece, plan.target.type, source)

@@ -47,11 +47,13 @@ class Transform:
     Attributes:
         shape: from the shapes of all sources to that of the result.
         apply: yields consecutive pieces of the result from one source tensor.
+        one_by_one: the matrices of a stack may be given one after the other, each as a stack of one.
         moves_rows: only whole rows move, so that it may be done to rows of packed blocks.
     """
 
     shape: Callable[[tuple[Shape, ...], Sizes], Shape]
     apply: Callable[[torch.Tensor, Sizes], Iterator[torch.Tensor]]
+    one_by_one: bool = False
     moves_rows: bool = False
 
 
@@ -163,23 +165,31 @@ def _of(function: Callable[[torch.Tensor, Sizes], torch.Tensor]) -> Callable[...
 
 
 TRANSFORMS: dict[str, Transform] = {
-    "keep": Transform(_same, _whole, moves_rows=True),
+    "keep": Transform(_same, _whole, one_by_one=True, moves_rows=True),
     # One 2-D matrix per expert becomes one 3-D tensor, experts in order.
     "stack_experts": Transform(_stacked, _whole, moves_rows=True),
     # One row, or one column, as the vector that it is.
     "vector": Transform(_flat, lambda weight, _: iter((weight.reshape(-1),))),
     # [E, 2F, D] with the gate rows first: gate and up are separate tensors in GGUF.
-    "gate_of_gate_up": Transform(_halved, _each(lambda expert: expert[: len(expert) // 2]), moves_rows=True),
-    "up_of_gate_up": Transform(_halved, _each(lambda expert: expert[len(expert) // 2 :]), moves_rows=True),
+    "gate_of_gate_up": Transform(
+        _halved, _each(lambda expert: expert[: len(expert) // 2]), one_by_one=True, moves_rows=True
+    ),
+    "up_of_gate_up": Transform(
+        _halved, _each(lambda expert: expert[len(expert) // 2 :]), one_by_one=True, moves_rows=True
+    ),
     # [E, D, 2F], each expert turned round, with the gate's columns first (Llama 4) or every other (gpt-oss).
-    "gate_of_columns": Transform(_half_turned, _each(lambda expert: expert[:, : expert.shape[1] // 2].T)),
-    "up_of_columns": Transform(_half_turned, _each(lambda expert: expert[:, expert.shape[1] // 2 :].T)),
-    "even_columns_turned": Transform(_half_turned, _each(lambda expert: expert[:, ::2].T)),
-    "odd_columns_turned": Transform(_half_turned, _each(lambda expert: expert[:, 1::2].T)),
-    "turned": Transform(_turned, _each(lambda expert: expert.T)),
+    "gate_of_columns": Transform(
+        _half_turned, _each(lambda expert: expert[:, : expert.shape[1] // 2].T), one_by_one=True
+    ),
+    "up_of_columns": Transform(
+        _half_turned, _each(lambda expert: expert[:, expert.shape[1] // 2 :].T), one_by_one=True
+    ),
+    "even_columns_turned": Transform(_half_turned, _each(lambda expert: expert[:, ::2].T), one_by_one=True),
+    "odd_columns_turned": Transform(_half_turned, _each(lambda expert: expert[:, 1::2].T), one_by_one=True),
+    "turned": Transform(_turned, _each(lambda expert: expert.T), one_by_one=True),
     # Rows and columns that take turns: [E, 2F, D] and, for biases, [E, 2F].
-    "even_rows": Transform(_halved, _each(lambda expert: expert[::2]), moves_rows=True),
-    "odd_rows": Transform(_halved, _each(lambda expert: expert[1::2]), moves_rows=True),
+    "even_rows": Transform(_halved, _each(lambda expert: expert[::2]), one_by_one=True, moves_rows=True),
+    "odd_rows": Transform(_halved, _each(lambda expert: expert[1::2]), one_by_one=True, moves_rows=True),
     "even_columns": Transform(_halved, lambda weight, _: iter((weight[:, ::2],))),
     "odd_columns": Transform(_halved, lambda weight, _: iter((weight[:, 1::2],))),
     # [2F, D] likewise, of a shared expert.
