@@ -234,6 +234,20 @@ FAMILIES: dict[str, Family] = {
         ("Granite-3.1-3B-A800M", "Granite-3.1-1B-A400M", "PowerMoE-3B"),
         _GRANITE,
         experts="num_local_experts",
+        real=(
+            {
+                "vocab_size": 49155,
+                "hidden_size": 1536,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 24,
+                "num_key_value_heads": 8,
+                "intermediate_size": 512,
+                "num_local_experts": 40,
+                "num_experts_per_tok": 8,
+                "tie_word_embeddings": True,
+            },
+            3.3,
+        ),
     ),
     "granitemoehybrid": Family(
         "granitehybrid",
@@ -251,6 +265,25 @@ FAMILIES: dict[str, Family] = {
         },
         variants={"rotated positions": {"position_embedding_type": "rope"}},
         experts="num_local_experts",
+        real=(
+            {
+                "vocab_size": 100352,
+                "hidden_size": 4096,
+                "num_hidden_layers": 40,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "intermediate_size": 768,
+                "shared_intermediate_size": 1536,
+                "num_local_experts": 72,
+                "num_experts_per_tok": 10,
+                "mamba_n_heads": 128,
+                "mamba_d_state": 128,
+                "mamba_d_head": 64,
+                "tie_word_embeddings": True,
+                "layer_types": [*["linear_attention"] * 5, "full_attention", *["linear_attention"] * 4] * 4,
+            },
+            32.2,
+        ),
     ),
     "lfm2_moe": Family(
         "lfm2moe",
@@ -264,6 +297,13 @@ FAMILIES: dict[str, Family] = {
             "num_experts": EXPERTS,
             "rope_parameters": ROPE,
         },
+        real=(
+            {
+                "num_hidden_layers": 24,
+                "layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+            },
+            8.3,
+        ),
     ),
     "nemotron_h": Family(
         "nemotron_h_moe",
@@ -286,6 +326,21 @@ FAMILIES: dict[str, Family] = {
         },
         experts="n_routed_experts",
         note="blocks that predict further tokens are left out",
+        real=(
+            {
+                "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+                "hidden_size": 2688,
+                "num_key_value_heads": 2,
+                "mamba_num_heads": 64,
+                "n_routed_experts": 128,
+                "num_experts_per_tok": 6,
+                "moe_intermediate_size": 1856,
+                "moe_shared_expert_intermediate_size": 3712,
+                "routed_scaling_factor": 2.5,
+                "max_position_embeddings": 262144,
+            },
+            31.6,
+        ),
     ),
     "qwen3_next": Family(
         "qwen3next",
@@ -294,6 +349,7 @@ FAMILIES: dict[str, Family] = {
         variants={"as many value heads as key heads": {"linear_num_value_heads": 2}},
         center=0.0,
         note="blocks that predict further tokens are left out",
+        real=({}, 79.7),
     ),
     "qwen3_5_moe": Family(
         "qwen35moe",

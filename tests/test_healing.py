@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 import toys
 from observed import LAUNCH, Toy, collected, token_windows
 from runs import Ear, read
+from safetensors.torch import load_file, save_file
 
 from edgeprune import pipeline
 from edgeprune.build.builder import build
@@ -26,6 +29,8 @@ from edgeprune.measure.refit import RIDGES, Share, refit, residual
 from edgeprune.measure.statistics import Statistics
 from edgeprune.model import ggml
 from edgeprune.model.architecture import read_architecture
+from edgeprune.model.checkpoint import SINGLE
+from edgeprune.model.convert import convert
 from edgeprune.model.gguf import GgufFile
 from edgeprune.pipeline import Settings
 from edgeprune.stages.healing import changed_layers, groups
@@ -216,6 +221,30 @@ def test_every_layer_of_every_family_is_healed(family: str, toy_gguf: Toy, tmp_p
     assert not np.array_equal(healed.raw(down), source.raw(down).reshape(toys.EXPERTS, -1)[2:].reshape(-1))
     with llama.session(Path(made["path"]), LAUNCH) as opened:
         assert np.isfinite(opened.run(token_windows(toys.VOCABULARY)[0])).all()
+
+
+def test_fitted_projections_answer_as_fitted_beside_the_scales_of_experts(tmp_path: Path) -> None:
+    """Gemma 4 multiplies what an expert gives by a factor of its own, here from 1/4 to 4."""
+    folder = families.make_checkpoint("gemma4", tmp_path / "model")
+    weights = load_file(folder / SINGLE)
+    for name, weight in weights.items():
+        if name.endswith("per_expert_scale"):
+            weight *= 2 ** torch.linspace(-2, 2, toys.EXPERTS)
+    save_file(weights, folder / SINGLE)
+    model = tmp_path / "model.gguf"
+    convert(folder, model, "f32")
+    _, store, plan = healed_toy(model, tmp_path, 6, {})
+    windows = token_windows(toys.VOCABULARY, 2)
+    names = frozenset(name for name in GgufFile(model).tensors if name.startswith("blk.0.ffn"))
+
+    def first_outputs(path: str) -> npt.NDArray[np.float32]:
+        kept: npt.NDArray[np.float32] = collected(Path(path), windows, tmp_path, weights=names).reservoirs()[0].y
+        return kept
+
+    wanted = first_outputs(str(model))
+    plain = first_outputs(build(str(model), plan.to_json(), str(tmp_path / "plain.gguf"))["path"])
+    healed = first_outputs(build(str(model), plan.to_json(), str(tmp_path / "healed.gguf"), store=str(store))["path"])
+    assert np.square(healed - wanted).sum() < 0.95 * np.square(plain - wanted).sum()
 
 
 def test_low_bits_are_answered_by_the_down_projection(toy_gguf: Toy, tmp_path: Path) -> None:

@@ -175,7 +175,9 @@ class _Healer:
             means = self._importance(self.shares).mean()
 
             def encoded_down(place: int) -> Bytes:
-                return self._encoded(down, fit.weights[place], means[place])
+                # A scale of zero leaves nothing to fit.
+                scale = self.experts.scale("down", self.kept[place]) or np.float32(1)
+                return self._encoded(down, fit.weights[place] / scale, means[place])
 
             store.write(down.name, pool.map(encoded_down, range(len(self.kept))))
         for expert in self.kept:
@@ -213,6 +215,8 @@ class _Healer:
             up = both[len(both) // 2 :]
         else:
             gate, up = (row[0].values, row[1].values) if old.gate is not None else (None, row[0].values)
+        up = up * self.experts.scale("up", expert)
+        gate = None if gate is None else gate * self.experts.scale("gate", expert)
         return Expert(gate, up, old.down, old.gate_bias, old.up_bias, old.down_bias)
 
     def _fitted(self, experts: Sequence[Expert], activation: Activation) -> Healed:

@@ -35,7 +35,8 @@ _QUANTISED_TOLERANCE = 3e-2
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert's weights: gate (or None) and up float32 [F, D], down float32 [D, F], and their biases or 0."""
+    """One expert's weights with their scales: gate (or None) and up float32 [F, D], down float32 [D, F], and their
+    biases or 0."""
 
     gate: Floats | None
     up: Floats
@@ -56,16 +57,26 @@ class LayerExperts:
     def __init__(self, file: GgufFile, architecture: Architecture, layer: int) -> None:
         self._file, self._layer = file, layer
         self._tensors = layer_tensors(architecture, layer)
-        self._biases = {t.name: t for t in architecture.tensors if t.layer == layer and t.name.endswith("exps.bias")}
+        vectors = ("exps.bias", "exps.scale")
+        self._vectors = {t.name: t for t in architecture.tensors if t.layer == layer and t.name.endswith(vectors)}
         self.count = architecture.experts
 
-    def _bias(self, kind: str, expert: int) -> Floats | float:
-        tensor: Tensor | None = self._biases.get(f"blk.{self._layer}.ffn_{kind}_exps.bias")
+    def _vector(self, name: str) -> Floats | None:
+        tensor: Tensor | None = self._vectors.get(f"blk.{self._layer}.ffn_{name}")
         if tensor is None:
-            return 0.0
+            return None
         rows: Floats = ggml.decode(ggml.BY_NAME[tensor.type], self._file.raw(tensor.name), tensor.shape[0])
-        own: Floats = rows[expert]
-        return own
+        return rows
+
+    def _bias(self, kind: str, expert: int) -> Floats | float:
+        rows = self._vector(f"{kind}_exps.bias")
+        return 0.0 if rows is None else rows[expert]
+
+    def scale(self, kind: str, expert: int) -> np.float32:
+        """What llama.cpp multiplies the product with the expert's gate, up or down matrix by, before its bias."""
+        joint = kind == "gate" and "expert_gate_up" in self._tensors  # then llama.cpp takes the one of up for both
+        rows = self._vector(f"{'up' if joint else kind}_exps.scale")
+        return np.float32(1 if rows is None else rows.reshape(-1)[expert])
 
     def __getitem__(self, expert: int) -> Expert:
         tensors = self._tensors
@@ -78,8 +89,11 @@ class LayerExperts:
             up = expert_matrix(self._file, tensors["expert_up"], expert)
             if "expert_gate" in tensors:
                 gate = expert_matrix(self._file, tensors["expert_gate"], expert)
-        biases = (self._bias(kind, expert) for kind in ("gate", "up", "down"))
-        return Expert(gate, up, down, *biases)
+        kinds = ("gate", "up", "down")
+        biases = (self._bias(kind, expert) for kind in kinds)
+        gate_scale, up_scale, down_scale = (self.scale(kind, expert) for kind in kinds)
+        gate = None if gate is None else gate * gate_scale
+        return Expert(gate, up * up_scale, down * down_scale, *biases)
 
     def release(self, expert: int) -> None:
         """Give the mapped pages of an expert back: all together are gigabytes."""

@@ -55,6 +55,8 @@ class Parameters:
         layer = int(found[1]) if found else 0
         if name.endswith(".experts.gate_up_proj"):
             return torch.cat([self._experts(_GATE, layer), self._experts(_UP, layer)], dim=1)
+        if name.endswith(".experts.up_proj"):  # where they have no gate
+            return self._experts(_UP, layer)
         if name.endswith(".experts.down_proj"):
             return self._experts(_DOWN, layer)
         for sources in self.converter.tensors.values():
