@@ -19,9 +19,10 @@ import toys
 from runs import Ear, Fit, gone, read, run_edgeprune
 
 from edgeprune.device.machine import user_folder
-from edgeprune.errors import BadFile, EdgepruneError
+from edgeprune.errors import BadFile, EdgepruneError, UsageError
 from edgeprune.files import to_json
 from edgeprune.model.gguf import GgufFile
+from edgeprune.model.splitting import split
 from edgeprune.prove.smoke.checks import KEYS, Promised, checks
 from edgeprune.prove.smoke.conversation import RUNNER, Measured
 from edgeprune.prove.smoke.history import against_baseline, against_earlier, earlier, save
@@ -436,3 +437,14 @@ def test_a_damaged_report_is_refused(
     path.write_text(json.dumps(value))
     with pytest.raises(BadFile):
         SmokeReport.load(path)
+
+
+def test_parts_are_not_sent_one_by_one(synthetic: toys.Maker, tmp_path: Path) -> None:
+    size = synthetic("qwen3moe").stat().st_size
+    parts = split(synthetic("qwen3moe"), tmp_path, "good", size // 2)
+    device = tmp_path / "far.toml"
+    device.write_text(
+        'name = "far"\ntransport = "ssh"\nprofile = "cpu-16gb"\nfolder = "edgeprune"\n[ssh]\nhost = "far.invalid"\n'
+    )
+    with pytest.raises(UsageError, match=f"is one of {len(parts)} parts"):
+        smoke(Wish(tmp_path / f"good-00001-of-0000{len(parts)}.gguf", device=str(device)), Ear())

@@ -116,6 +116,11 @@ def _prepared(wish: Wish, listener: Listener) -> _Setting:
     if not wish.model.is_file():
         raise UsageError(f"no file {wish.model}", hint="give the GGUF that `edgeprune fit` made, or any other")
     machine, file = find_machine(wish.device), GgufFile(wish.model)
+    if len(file.paths) > 1 and machine.transport != LOCAL:
+        raise UsageError(
+            f"{wish.model} is one of {len(file.paths)} parts, and one file is sent to {machine.name}",
+            hint="join them first: `llama-gguf-split --merge FIRST_PART JOINED.gguf`",
+        )
     plan, beside = _plan(wish, file, listener)
     baseline = SmokeReport.load(wish.baseline) if wish.baseline is not None else None
     profile = _profile(wish.profile or machine.profile)

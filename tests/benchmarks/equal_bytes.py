@@ -127,7 +127,8 @@ def reaped(run: Run, flat: Flat, name: str, nbytes: int) -> Flat:
     counts = (n for n in range(architecture.experts, 0, -1) if architecture.count_allowed(n))
     fitting = (n for n in counts if layout(run.file, architecture, n, flat.types, []).nbytes <= nbytes)
     kept = next(fitting)
-    problem = replace(run.unmeasured({}, frozenset()), ranked=run.ranked("reap", [kept]), drop_nats={kept: 0.0})
+    anywhere = Run(replace(run.settings, file_bytes=1 << 60), run.listener)
+    problem = replace(anywhere.unmeasured({}, frozenset()), ranked=run.ranked("reap", [kept]), drop_nats={kept: 0.0})
     found = priced(problem, kept, {})
     assert found is not None
     path = run.folder.path / f"reap-{kept}.gguf"
