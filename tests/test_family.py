@@ -83,7 +83,7 @@ def test_the_page_and_its_numbers_compare_them(made: Made) -> None:
         assert member["quality"] == report.quality and member["file"] == f"{folder.name}/{report.build['path']}"
         figure = f"{report.quality['kl_mean']:.5f}"
         assert all(wanted in page for wanted in (f"{folder.name}/report.html", member["launch_line"], figure))
-    assert page.count("<circle") == 3  # two files, and the legend
+    assert page.count("<circle") == 2 * 3  # two files, and the legend
 
 
 def test_a_family_is_published_as_one(made: Made, hub: HubServer, command: Command) -> None:

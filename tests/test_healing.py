@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import architectures
 import families
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune import pipeline
 from edgeprune.build.builder import build
-from edgeprune.build.staged import heal_layers, write_prefix
+from edgeprune.build.staged import heal_layers, joins_the_stream, write_prefix
 from edgeprune.build.store import Store
 from edgeprune.decide.candidates import priced
 from edgeprune.decide.plan import Plan, Prediction
@@ -279,6 +280,24 @@ def test_layers_lean_towards_the_originals_residual_stream(toy_gguf: Toy, tmp_pa
     # Nothing is lost before the first layer, so its target is the same; the second has more to put right.
     assert leaning["0"]["before"] == pytest.approx(plain["0"]["before"], rel=1e-5)
     assert leaning["1"]["before"] != pytest.approx(plain["1"]["before"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "values", "expected"),
+    [
+        ("qwen3moe", {}, True),
+        ("granitemoe", {}, True),
+        ("granitemoe", {"residual_scale": 1.0}, True),
+        ("granitemoe", {"residual_scale": 0.22}, False),
+        ("gemma4", {}, False),
+    ],
+)
+def test_layers_lean_only_where_the_experts_output_joins_the_stream_as_it_is(
+    arch: str, values: dict[str, float], expected: bool, tmp_path: Path
+) -> None:
+    metadata = {key: ("f32", value) for key, value in values.items()}
+    file = GgufFile(architectures.toy(tmp_path / "toy.gguf", arch, **metadata))
+    assert joins_the_stream(file, read_architecture(file), 1) is expected
 
 
 def test_tokens_of_another_text_are_refused(toy_gguf: Toy, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ _HELD_OUT_EVERY, _RUN = 8, 256
 # How much of what the residual stream has gone astray before a layer that layer is to put right. With 28 of 32
 # experts KL divergence was 0.0093 so and 0.0101 without (tests/benchmarks/healing.py).
 _LEAN = 0.5
+_NORM_BEHIND = re.compile(r"post_ffw_norm|layer_output_norm")
 
 
 def write_prefix(
@@ -128,6 +130,13 @@ def heal_layers(
     return found
 
 
+def joins_the_stream(file: GgufFile, architecture: Architecture, layer: int) -> bool:
+    """Whether the experts' output is added to the residual stream as it is: not normed again (Gemma), nor scaled
+    (Granite)."""
+    normed = any(t.layer == layer and _NORM_BEHIND.search(t.name) for t in architecture.tensors)
+    return not normed and file.get(f"{architecture.arch}.residual_scale", 1.0) == 1.0
+
+
 @dataclass(frozen=True)
 class _Matrix:
     """One expert's matrix as the file will have it: its bytes, and decoded again float32 [rows, width]."""
@@ -148,7 +157,7 @@ class _Healer:
         teacher: Reservoir,
         student: Statistics,
     ) -> None:
-        self.file, self.plan, self.layer = file, plan, layer
+        self.file, self.architecture, self.plan, self.layer = file, architecture, plan, layer
         self.kept = plan.kept_of(layer)
         self.teacher, self.student = teacher, student.reservoirs[layer]
         self.moments = student.moments
@@ -221,7 +230,9 @@ class _Healer:
 
     def _fitted(self, experts: Sequence[Expert], activation: Activation) -> Healed:
         target = self.teacher.y.copy()
-        if self.teacher.stream is not None and self.student.stream is not None:
+        known = self.teacher.stream is not None and self.student.stream is not None
+        if known and joins_the_stream(self.file, self.architecture, self.layer):
+            assert self.teacher.stream is not None and self.student.stream is not None
             target += np.float32(_LEAN) * (self.teacher.stream - self.student.stream)
         self.shares: list[Share] = []
         for place, expert in enumerate(experts):

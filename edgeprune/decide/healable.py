@@ -30,7 +30,7 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 Orders = Mapping[str, Mapping[str, Sequence[int]]]
 # Put forward for every layer.
-RIVALS = ("reap", "gated-energy", "easy-ep", "replay")
+RIVALS = ("reap", "gated-energy", "easy-ep")
 # Of the hidden values of all experts on all tokens that some set sends to them.
 _MOST_BYTES = 400 << 20
 # Runs of tokens, of which every so many judges.

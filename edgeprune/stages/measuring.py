@@ -326,14 +326,12 @@ class MeasureStages(TextStages):
         return protecting(order, self.protected)
 
     def _judged_counts(self, stops: Sequence[int]) -> list[int]:
-        """Numbers of experts at which rankings are told apart: that which is asked for, or a smaller and a larger
-        cut."""
+        """Numbers of experts at which rankings are told apart: that which is asked for, or about three quarters."""
         experts = self.architecture.experts
         if self.settings.keep is not None and self.settings.keep < experts:
             return [self.settings.keep]
-        possible = sorted({*self.architecture.allowed_counts(), *stops} - {experts})
-        wanted = (3 * experts // 4, experts // 2)
-        return sorted({min(possible, key=lambda count: abs(count - one)) for one in wanted}) if possible else []
+        possible = {*self.architecture.allowed_counts(), *stops} - {experts}
+        return [min(possible, key=lambda count: abs(count - 3 * experts // 4))] if possible else []
 
     def _healable(self, stops: Sequence[int]) -> dict[int, Order]:
         """In every layer the order of that of several methods whose sets heal best."""
