@@ -36,7 +36,7 @@ def edgeprune_command(*words: str | Path) -> list[str]:
 
 def run_edgeprune(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """The real command in a process of its own, with its output as text."""
-    options = {"env": environment(), "timeout": 120, **options}
+    options = {"env": environment(), "timeout": 300, **options}
     return subprocess.run(edgeprune_command(*words), capture_output=True, text=True, check=False, **options)
 
 

@@ -28,7 +28,7 @@ from edgeprune.model.gguf import GgufFile, align
 from edgeprune.model.layout import Layout, layout
 from edgeprune.units import format_bytes
 
-# What healing leaves of the nats that dropping experts costs: 0.10 to 0.14 on a model of 41 M weights, whatever the
+# What healing leaves of the nats that dropping experts costs: 0.09 to 0.12 on a model of 41 M weights, whatever the
 # number that is kept (tests/benchmarks/healing.py). Other models will differ, so neighbours are built and measured.
 HEALED_SHARE = 0.15
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.

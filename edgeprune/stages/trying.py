@@ -41,8 +41,10 @@ class TryStages(DecideStages):
         rivals = [own.predicted.nats for kept, own in found.items() if kept < own.experts]
         if len(found) > 1 and min(rivals) <= _NEAR * plan.predicted.nats:
             nats = self._walk(found, plan.kept)
-            plan = found[min(nats, key=lambda kept: nats[kept])]
-            plan.save(self.folder.plan)
+            best = min(nats, key=lambda kept: nats[kept])
+            if best != plan.kept:
+                plan = found[best]
+                plan.save(self.folder.plan)
             tried = {str(kept): value for kept, value in nats.items()}
             write_text(path, to_json({"made_from": about, "nats": tried}))
         return plan
