@@ -165,6 +165,41 @@ def test_link_to_weights_outside_the_folder_is_refused(place: str, tmp_path: Pat
     assert str(target.resolve()) in refusal.value.cause and "move the file" in refusal.value.hint
 
 
+SMALL = [
+    "config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "additional_chat_templates/x.jinja",
+]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_link_to_another_file_of_the_user_is_refused(name: str, tmp_path: Path, sharded: Path) -> None:
+    """What a template says ends up in the GGUF, and in what is published."""
+    secret = tmp_path.parent / f"{tmp_path.name}-secret"
+    content = (sharded / name).read_text() if (sharded / name).is_file() else "hf_SECRET"
+    secret.write_text(content)
+    (sharded / name).parent.mkdir(exist_ok=True)
+    (sharded / name).unlink(missing_ok=True)
+    (sharded / name).symlink_to(secret)
+    with pytest.raises(BadFile, match="is a link that leaves the checkpoint's folder"):
+        open_checkpoint(sharded)
+
+
+def test_one_file_of_weights_counts_where_there_are_shards_too(sharded: Path) -> None:
+    """As for transformers."""
+    save_file({"a": A + 1, "b": B}, sharded / SINGLE)
+    assert torch.equal(open_checkpoint(sharded).tensor("a"), A + 1)
+
+
+def test_a_further_chat_template_is_part_of_the_fingerprint(sharded: Path) -> None:
+    before = open_checkpoint(sharded).fingerprint()
+    (sharded / "additional_chat_templates").mkdir()
+    (sharded / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    assert open_checkpoint(sharded).fingerprint() != before
+
+
 def in_the_cache(repository: Path, source: Path) -> Path:
     """``source`` as the Hugging Face cache lays it out: blobs, and a snapshot of links to them."""
     snapshot = repository / "snapshots" / "abc123"

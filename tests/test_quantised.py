@@ -24,6 +24,7 @@ from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import SINGLE, open_checkpoint
 from edgeprune.model.convert import convert
 from edgeprune.model.gguf import GgufFile
+from edgeprune.model.quantised import FP8, Scaled, decoded
 
 Weights = dict[str, torch.Tensor]
 # Neither rows nor columns are a multiple of the blocks of 128.
@@ -145,6 +146,12 @@ def test_fp8_experts_in_one_tensor_have_their_own_scales(tmp_path: Path) -> None
 
 
 # MXFP4.
+
+
+def test_scales_that_are_exponents_in_integers_are_not_taken_for_numbers() -> None:
+    weight = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(Unsupported, match="x_scale has scales of the type uint8"):
+        decoded(Scaled(FP8, "x_scale"), weight, torch.full((1,), 127, dtype=torch.uint8), (128, 128))
 
 
 @pytest.fixture(scope="module")

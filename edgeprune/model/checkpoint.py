@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SMALL = (".json", ".jinja", ".model", ".txt")
 # Raised when conversion changes its result, so that converted files are made again.
 CONVERSION_FORMAT = 1
 LARGEST_HEADER = 100_000_000
@@ -158,9 +159,8 @@ class Checkpoint:
             BadFile: one of them cannot be read.
         """
         state = hashlib.sha256()
-        for path in sorted(self.folder.iterdir()):
-            if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
-                state.update(path.name.encode() + path.read_bytes())
+        for path in _small_files(self.folder):
+            state.update(path.name.encode() + path.read_bytes())
         for shard in sorted(set(self.shard_of.values())):
             state.update(content_digest(self.folder / shard).encode())
         return state.hexdigest()
@@ -251,6 +251,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds no config.json; it is no Hugging Face checkpoint",
             hint="give a folder as save_pretrained writes it, or a GGUF file",
         )
+    for path in _small_files(folder):
+        _require_inside(folder, str(path.relative_to(folder)))
     config = parsed_config((folder / "config.json").read_bytes(), str(folder / "config.json"))
     shards = _shards(folder)
     shard_of: dict[str, str] = {}
@@ -289,6 +291,12 @@ def parsed_config(content: bytes, where: str) -> dict[str, Any]:
     return config
 
 
+def _small_files(folder: Path) -> list[Path]:
+    """Configurations, tokenizer and chat templates: all that is read of a checkpoint beside its weights."""
+    inside = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")]
+    return sorted(path for path in inside if path.suffix in _SMALL and path.is_file())
+
+
 def _require_inside(folder: Path, shard: str) -> None:
     """Refuse a link to what is no part of the checkpoint, any file of this user for instance.
 
@@ -302,7 +310,7 @@ def _require_inside(folder: Path, shard: str) -> None:
     if not any(target.is_relative_to(place) for place in allowed):
         raise BadFile(
             f"{folder / shard} is a link that leaves the checkpoint's folder, to {target}",
-            hint="if these are its weights, move the file itself into the folder",
+            hint="if that is a part of it, move the file itself into the folder",
         )
 
 
@@ -326,10 +334,10 @@ def weight_files(index: Any, where: str) -> list[str]:
 
 
 def _shards(folder: Path) -> list[str]:
+    if (folder / SINGLE).is_file():  # first, as for transformers, where both are there
+        return [SINGLE]
     if (folder / INDEX).is_file():
         return weight_files(read_json(folder / INDEX), str(folder / INDEX))
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise Unsupported(
             f"{folder} has its weights as Python pickles, which can run code when they are opened",

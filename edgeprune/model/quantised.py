@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgeprune.errors import BadFile
+from edgeprune.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +58,12 @@ def decoded(scaled: Scaled, weight: torch.Tensor, scale: torch.Tensor, block: tu
 
     Raises:
         BadFile: as many scales as do not fit the weights.
+        Unsupported: scales that are integers.
     """
     if scaled.form == MXFP4:
         return _mxfp4_values(weight, scale)
+    if not scale.is_floating_point():
+        raise Unsupported(f"{scaled.scale} has scales of the type {str(scale.dtype).removeprefix('torch.')}")
     return weight.float() * _spread(scale.float(), tuple(weight.shape), block, scaled.scale)
 
 

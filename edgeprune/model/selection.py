@@ -132,15 +132,15 @@ def weights_of(listing: Listing, index: bytes | None) -> list[HubFile]:
     """The safetensors of a checkpoint.
 
     Args:
-        index: content of its ``model.safetensors.index.json`` if it has one; other safetensors beside them are
-            copies in another form.
+        index: content of its ``model.safetensors.index.json`` if it has one; other safetensors beside what it names
+            are copies in another form.
 
     Raises:
         BadFile: the index is no index, or names files that are not there.
         Unsupported: weights only as pickles.
     """
     repo = listing.name.repo
-    if index is None and SINGLE in listing.files:
+    if SINGLE in listing.files:  # first, as for transformers, where an index is there as well
         return [listing.files[SINGLE]]
     if index is None:
         pickles = any(path.endswith((".bin", ".pt", ".pth")) for path in listing.files)
