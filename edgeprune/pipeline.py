@@ -67,9 +67,11 @@ def verify(settings: Settings, listener: Listener, wishes: Wishes) -> tuple[Repo
     """
     settings.check()
     with opened(settings, listener) as run:
-        plan = run.plan()
+        finished = run.finished()
+        plan = finished[0] if finished else run.best_plan()
         wishes.check(run.launch_here(plan.launch).context)
-        report = deepening.deepen(run, run.verify(plan, run.build(plan)), wishes)
+        build = finished[1] if finished else run.build(plan)
+        report = deepening.deepen(run, run.verify(plan, build), wishes)
         run.clear_scratch()
         raise_if_broken(report, run.folder.page)
         return report, run.folder.path

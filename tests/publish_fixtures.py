@@ -19,16 +19,16 @@ from edgeprune.cli import edgeprune
 
 
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
+def far() -> Iterator[HubServer]:
     with hub_server() as server:
         yield server
 
 
 @pytest.fixture
-def hub_environment(hub: HubServer, tmp_path: Path) -> dict[str, str]:
+def hub_environment(far: HubServer, tmp_path: Path) -> dict[str, str]:
     """Environment of a command whose Hub is the one on loopback; without Xet, which is a server of its own."""
     return environment(
-        HF_ENDPOINT=hub.address,
+        HF_ENDPOINT=far.address,
         HF_TOKEN=TOKEN,
         HF_HUB_OFFLINE="0",
         HF_HUB_DISABLE_XET="1",
@@ -37,13 +37,13 @@ def hub_environment(hub: HubServer, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def command(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def command(far: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """The command line in this process, which spares the start of one: what huggingface_hub read from the environment
     when it was imported is set to what ``hub_environment`` says."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "ENDPOINT", far.address)
+    template = f"{far.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

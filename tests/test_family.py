@@ -86,7 +86,7 @@ def test_the_page_and_its_numbers_compare_them(made: Made) -> None:
     assert page.count("<circle") == 2 * 3  # two files, and the legend
 
 
-def test_a_family_is_published_as_one(made: Made, hub: HubServer, command: Command) -> None:
+def test_a_family_is_published_as_one(made: Made, far: HubServer, command: Command) -> None:
     done = value(command("publish", made.folder, "me/tiny-GGUF", "--license", "mit", "--dry-run", "--json"))
     models = [row["nbytes"] for row in done["files"] if row["path"].endswith(".gguf") and "/" not in row["path"]]
     assert models == [report.build["nbytes"] for _, report in made.runs]

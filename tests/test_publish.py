@@ -55,8 +55,8 @@ def gguf_of(folder: Path) -> Path:
     return folder / str(read(folder / "build.json")["path"])
 
 
-def published(hub: HubServer, name: str = REPO, branch: str = "main") -> dict[str, Blob]:
-    return hub.repositories[name].branches[branch][-1][1]
+def published(far: HubServer, name: str = REPO, branch: str = "main") -> dict[str, Blob]:
+    return far.repositories[name].branches[branch][-1][1]
 
 
 def front_matter(card: bytes) -> dict[str, Any]:
@@ -71,12 +71,12 @@ def test_help(command: Command) -> None:
     assert "publish" in command("--help").stdout and all(len(line) <= 100 for line in text.splitlines())
 
 
-def test_a_run_arrives_whole(hub: HubServer, command: Command, run_folder: Path) -> None:
+def test_a_run_arrives_whole(far: HubServer, command: Command, run_folder: Path) -> None:
     done = value(command("publish", run_folder, REPO, *LICENCE, "--yes", "--json"))
-    files = published(hub)
+    files = published(far)
     assert {row["path"] for row in done["files"]} == files.keys()
     assert {row["path"]: row["nbytes"] for row in done["files"]} == {p: len(b.content) for p, b in files.items()}
-    assert done["address"].startswith(f"{hub.address}/{REPO}/commit/")
+    assert done["address"].startswith(f"{far.address}/{REPO}/commit/")
     (name,) = (path for path in files if path.endswith(".gguf") and "/" not in path)
     assert re.fullmatch(r"tiny-K6-\d\.\d\dbpw-IQ4_NL\.gguf", name)
     assert files[name].large and files[name].content == gguf_of(run_folder).read_bytes()
@@ -90,11 +90,11 @@ def test_a_run_arrives_whole(hub: HubServer, command: Command, run_folder: Path)
     assert str(run_folder) not in "".join(blob.content.decode(errors="ignore") for blob in files.values())
 
 
-def test_the_card_says_what_the_hub_and_its_readers_want(hub: HubServer, command: Command, run_folder: Path) -> None:
-    hub.repositories["org/base"] = Repository(card={"license": "mit", "language": ["en", "de"]})
+def test_the_card_says_what_the_hub_and_its_readers_want(far: HubServer, command: Command, run_folder: Path) -> None:
+    far.repositories["org/base"] = Repository(card={"license": "mit", "language": ["en", "de"]})
     done = command("publish", run_folder, REPO, "--base-model", "org/base", "--yes")
     assert done.exception is None
-    card = published(hub)["README.md"].content
+    card = published(far)["README.md"].content
     assert front_matter(card) == {
         "library_name": "gguf",
         "pipeline_tag": "text-generation",
@@ -107,12 +107,12 @@ def test_the_card_says_what_the_hub_and_its_readers_want(hub: HubServer, command
     }
     text = card.decode()
     report = Report.from_json(read(run_folder / "report.json"))
-    name = next(path for path in published(hub) if path.endswith(".gguf"))
+    name = next(path for path in published(far) if path.endswith(".gguf"))
     dropped = sorted(set(range(8)) - set(report.plan["keep"]["0"]))
     for wanted in (
         f"llama-server -hf {REPO} -hff {name} -c ",
         f"edgeprune pull {REPO} --device auto",
-        "6 of 8 experts per layer, chosen by replay",
+        "6 of 8 experts per layer, chosen by reap",
         f"layer 0: {', '.join(map(str, dropped))}",
         f"SHA-256 `{report.build['sha256']}`",
         f"{report.quality['kl_mean']:.5f}",
@@ -120,7 +120,7 @@ def test_the_card_says_what_the_hub_and_its_readers_want(hub: HubServer, command
     ):
         assert wanted in text, wanted
     for target in re.findall(r"\]\((?!https://)([^)]+)\)", text):
-        assert target in published(hub)
+        assert target in published(far)
 
 
 def test_a_hostile_name_is_shown_in_the_card_and_not_obeyed(tiny_fit: Fit) -> None:
@@ -142,26 +142,26 @@ def test_a_hostile_name_is_shown_in_the_card_and_not_obeyed(tiny_fit: Fit) -> No
         assert "&lt;script&gt;" in prose
 
 
-def test_what_is_there_is_not_sent_again(hub: HubServer, command: Command, run_folder: Path) -> None:
+def test_what_is_there_is_not_sent_again(far: HubServer, command: Command, run_folder: Path) -> None:
     words = ("publish", run_folder, REPO, *LICENCE, "--yes")
     first = command(*words)
-    sent, commits = list(hub.received), len(hub.repositories[REPO].branches["main"])
+    sent, commits = list(far.received), len(far.repositories[REPO].branches["main"])
     again = command(*words)
     assert (first.exception, again.exception) == (None, None)
     assert again.stdout == f"{REPO} holds all of it already\n"
-    assert hub.received == sent and len(hub.repositories[REPO].branches["main"]) == commits
+    assert far.received == sent and len(far.repositories[REPO].branches["main"]) == commits
     (run_folder / "imatrix.gguf").write_bytes(b"GGUF" + bytes(100))
     changed = value(command(*words, "--json"))
     assert [row["path"].rpartition("/")[2] for row in changed["files"] if not row["there"]] == ["imatrix.gguf"]
-    assert len(hub.received) == len(sent) + 1
+    assert len(far.received) == len(sent) + 1
 
 
 def test_a_large_file_is_sent_in_parts_that_belong_together(
-    hub: HubServer, command: Command, run_folder: Path, tmp_path: Path
+    far: HubServer, command: Command, run_folder: Path, tmp_path: Path
 ) -> None:
     done = command("publish", run_folder, REPO, *LICENCE, "--yes", "--max-file-size", SMALL)
     assert done.exception is None
-    files = published(hub)
+    files = published(far)
     parts = sorted(path for path in files if re.search(r"-\d{5}-of-\d{5}\.gguf$", path))
     assert len(parts) == 2 and all(len(files[path].content) <= 400_000 for path in parts)
     (tmp_path / "edgeprune.json").write_bytes(files["edgeprune.json"].content)
@@ -171,11 +171,11 @@ def test_a_large_file_is_sent_in_parts_that_belong_together(
     assert not (run_folder / "scratch").exists()
     # Whole again: the parts of before go.
     assert command("publish", run_folder, REPO, *LICENCE, "--yes").exception is None
-    assert [path for path in published(hub) if path.endswith(".gguf") and "/" not in path] == [f"{entry.name}.gguf"]
+    assert [path for path in published(far) if path.endswith(".gguf") and "/" not in path] == [f"{entry.name}.gguf"]
 
 
 def test_a_run_that_was_built_in_parts_is_sent_in_those_or_in_smaller_ones(
-    hub: HubServer, command: Command, run_folder: Path
+    far: HubServer, command: Command, run_folder: Path
 ) -> None:
     whole = gguf_of(run_folder)
     parts = split(whole, run_folder, whole.stem, 400_000)
@@ -190,27 +190,27 @@ def test_a_run_that_was_built_in_parts_is_sent_in_those_or_in_smaller_ones(
     made_from = {**read(run_folder / "report.json")["made_from"], "build": built["sha256"]}
     change_report(run_folder, build={**record, **built}, made_from=made_from)
     assert command("publish", run_folder, REPO, *LICENCE, "--yes").exception is None
-    sent = {path: blob.sha256 for path, blob in published(hub).items() if "-of-" in path and "/" not in path}
+    sent = {path: blob.sha256 for path, blob in published(far).items() if "-of-" in path and "/" not in path}
     assert sorted(sent.values()) == sorted(part.sha256 for part in parts)
     smaller = ("--max-file-size", "250kB")
     assert command("publish", run_folder, REPO, *LICENCE, "--yes", *smaller).exception is None
-    again = {path: blob for path, blob in published(hub).items() if "-of-" in path and "/" not in path}
+    again = {path: blob for path, blob in published(far).items() if "-of-" in path and "/" not in path}
     assert len(again) > len(parts) and not again.keys() & sent.keys()
     assert max(len(blob.content) for blob in again.values()) <= 250_000
 
 
 def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(
-    hub: HubServer, command: Command, run_folder: Path
+    far: HubServer, command: Command, run_folder: Path
 ) -> None:
     words = ("publish", run_folder, REPO, *LICENCE, "--max-file-size", SMALL)
     shown = value(command(*words, "--dry-run", "--json"))
     text = command(*words, "--dry-run").stdout
-    assert hub.repositories == {} and hub.asked("POST", "") == hub.asked("PUT", "") == []
+    assert far.repositories == {} and far.asked("POST", "") == far.asked("PUT", "") == []
     assert value(command(*words, "--yes", "--json"))["files"] == shown["files"]
     assert all(row["path"] in text for row in shown["files"])
     assert "to be made" in text and "library_name" in text
     assert {row["path"]: row["nbytes"] for row in shown["files"]} == {
-        path: len(blob.content) for path, blob in published(hub).items()
+        path: len(blob.content) for path, blob in published(far).items()
     }
 
 
@@ -222,12 +222,12 @@ def test_a_dry_run_needs_neither_token_nor_network(
 
 
 def test_a_family_is_one_repository_and_grows(
-    hub: HubServer, command: Command, run_folder: Path, larger_fit: Path
+    far: HubServer, command: Command, run_folder: Path, larger_fit: Path
 ) -> None:
     assert command("publish", run_folder, REPO, *LICENCE, "--yes").exception is None
-    alone = published(hub)["README.md"].content
+    alone = published(far)["README.md"].content
     assert command("publish", larger_fit, REPO, *LICENCE, "--yes").exception is None
-    grown = published(hub)
+    grown = published(far)
     names = sorted(path for path in grown if path.endswith(".gguf") and "/" not in path)
     assert len(names) == 2
     table = grown["README.md"].content.decode().split("## Files")[1].split("## Run")[0]
@@ -237,12 +237,12 @@ def test_a_family_is_one_repository_and_grows(
     )
     both = command("publish", run_folder, larger_fit, "me/other", *LICENCE, "--yes")
     assert both.exception is None
-    assert {p: b.sha256 for p, b in published(hub, "me/other").items() if p.endswith(".gguf")} == {
+    assert {p: b.sha256 for p, b in published(far, "me/other").items() if p.endswith(".gguf")} == {
         p: b.sha256 for p, b in grown.items() if p.endswith(".gguf")
     }
 
 
-def test_the_same_run_twice_is_one_file(hub: HubServer, command: Command, run_folder: Path, tiny_fit: Fit) -> None:
+def test_the_same_run_twice_is_one_file(far: HubServer, command: Command, run_folder: Path, tiny_fit: Fit) -> None:
     twin = tiny_fit.copy(run_folder.with_name("twin"))
     done = value(command("publish", run_folder, twin, run_folder, REPO, *LICENCE, "--yes", "--json"))
     assert sum(row["path"].endswith(".gguf") and "/" not in row["path"] for row in done["files"]) == 1
@@ -251,28 +251,28 @@ def test_the_same_run_twice_is_one_file(hub: HubServer, command: Command, run_fo
 # Private repositories, branches, pull requests, cards of others.
 
 
-def test_a_private_repository_a_branch_and_a_pull_request(hub: HubServer, command: Command, run_folder: Path) -> None:
+def test_a_private_repository_a_branch_and_a_pull_request(far: HubServer, command: Command, run_folder: Path) -> None:
     words = ("publish", run_folder, REPO, *LICENCE, "--yes")
     assert command(*words, "--private", "--revision", "next").exception is None
-    repository = hub.repositories[REPO]
-    assert repository.private and repository.files == {} and "README.md" in published(hub, branch="next")
+    repository = far.repositories[REPO]
+    assert repository.private and repository.files == {} and "README.md" in published(far, branch="next")
     done = command(*words, "--create-pr")
-    assert done.exception is None and done.stdout == f"{hub.address}/{REPO}/discussions/1\n"
+    assert done.exception is None and done.stdout == f"{far.address}/{REPO}/discussions/1\n"
     assert repository.files == {}
-    assert published(hub, branch="refs/pr/1") == published(hub, branch="next")
-    assert len(hub.received) == len(set(hub.received))
+    assert published(far, branch="refs/pr/1") == published(far, branch="next")
+    assert len(far.received) == len(set(far.received))
 
 
-def test_a_card_that_somebody_wrote_stays(hub: HubServer, command: Command, run_folder: Path) -> None:
+def test_a_card_that_somebody_wrote_stays(far: HubServer, command: Command, run_folder: Path) -> None:
     theirs = Blob(b"---\nlicense: mit\n---\nMine.\n", large=False)
-    hub.repositories[REPO] = Repository()
-    hub.repositories[REPO].commit("main", {"README.md": theirs})
+    far.repositories[REPO] = Repository()
+    far.repositories[REPO].commit("main", {"README.md": theirs})
     words = ("publish", run_folder, REPO, *LICENCE, "--yes")
     done = command(*words)
     assert done.exception is None and "README.md there was written" in done.stderr
-    assert published(hub)["README.md"] == theirs and "edgeprune.json" in published(hub)
+    assert published(far)["README.md"] == theirs and "edgeprune.json" in published(far)
     assert command(*words, "--force").exception is None
-    assert b"Mine." not in published(hub)["README.md"].content
+    assert b"Mine." not in published(far)["README.md"].content
 
 
 # Refusals. Nothing may have been sent after any of them.
@@ -284,17 +284,17 @@ def refused(done: Any, kind: type[EdgepruneError]) -> str:
 
 
 def test_nobody_is_asked_where_nobody_is(
-    hub: HubServer, real_command: Callable[..., subprocess.CompletedProcess[str]], run_folder: Path
+    far: HubServer, real_command: Callable[..., subprocess.CompletedProcess[str]], run_folder: Path
 ) -> None:
     done = real_command("publish", run_folder, REPO, *LICENCE)
     assert (done.returncode, done.stdout) == (2, "")
     assert "README.md" in done.stderr and "nothing was sent" in done.stderr and "--yes" in done.stderr
-    assert hub.repositories == {}
+    assert far.repositories == {}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
 def test_at_a_terminal_the_user_is_asked(
-    hub: HubServer, hub_environment: dict[str, str], command: Command, run_folder: Path
+    far: HubServer, hub_environment: dict[str, str], command: Command, run_folder: Path
 ) -> None:
     import pty  # there is none on Windows
 
@@ -317,8 +317,8 @@ def test_at_a_terminal_the_user_is_asked(
         assert "README.md" in asked and "send it? [y/N]" in asked
         return code
 
-    assert answer("n") == 130 and hub.repositories == {}
-    assert answer("y") == 0 and "README.md" in published(hub)
+    assert answer("n") == 130 and far.repositories == {}
+    assert answer("y") == 0 and "README.md" in published(far)
 
 
 @pytest.mark.parametrize(
@@ -331,12 +331,12 @@ def test_at_a_terminal_the_user_is_asked(
     ids=["bad", "may only read", "none"],
 )
 def test_a_token_that_will_not_do(
-    token: str, said: str, hub: HubServer, command: Command, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    token: str, said: str, far: HubServer, command: Command, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     message = refused(command("publish", run_folder, REPO, *LICENCE, "--yes"), EdgepruneError)
     assert said in message.splitlines()[0] and "hint: " in message
-    assert hub.repositories == {}
+    assert far.repositories == {}
 
 
 def change_report(folder: Path, **changes: Any) -> None:
@@ -345,34 +345,34 @@ def change_report(folder: Path, **changes: Any) -> None:
 
 
 def test_broken_promises_are_published_by_force_alone_and_told(
-    hub: HubServer, command: Command, run_folder: Path
+    far: HubServer, command: Command, run_folder: Path
 ) -> None:
     change_report(run_folder, promises=[Promise("peak memory", "10 MiB", "11 MiB", "broken")])
     words = ("publish", run_folder, REPO, *LICENCE, "--yes")
     assert "peak memory" in refused(command(*words), BrokenPromise)
-    assert hub.repositories == {}
+    assert far.repositories == {}
     assert command(*words, "--force").exception is None
-    card = published(hub)["README.md"].content.decode()
+    card = published(far)["README.md"].content.decode()
     assert "**Broken promises:**" in card and "| peak memory | 10 MiB | 11 MiB |" in card
 
 
-def test_a_run_that_was_not_verified_is_refused(hub: HubServer, command: Command, run_folder: Path) -> None:
+def test_a_run_that_was_not_verified_is_refused(far: HubServer, command: Command, run_folder: Path) -> None:
     (run_folder / "report.json").unlink()
     assert "has no report.json" in refused(command("publish", run_folder, REPO, "--yes", "--force"), UsageError)
     assert "not a run directory" in refused(command("publish", run_folder.parent, REPO, "--yes"), UsageError)
-    assert hub.repositories == {}
+    assert far.repositories == {}
 
 
-def test_a_report_of_another_file_is_refused(hub: HubServer, command: Command, run_folder: Path) -> None:
+def test_a_report_of_another_file_is_refused(far: HubServer, command: Command, run_folder: Path) -> None:
     build = read(run_folder / "build.json")
     (run_folder / "build.json").write_text(to_json({**build, "sha256": "0" * 64}), encoding="utf-8")
     message = refused(command("publish", run_folder, REPO, *LICENCE, "--yes", "--force"), BadFile)
     assert "about another file" in message and build["sha256"][:12] in message
-    assert hub.repositories == {}
+    assert far.repositories == {}
 
 
 def test_a_file_that_changed_since_it_was_measured_is_refused(
-    hub: HubServer, command: Command, run_folder: Path
+    far: HubServer, command: Command, run_folder: Path
 ) -> None:
     path = gguf_of(run_folder)
     content = bytearray(path.read_bytes())
@@ -380,7 +380,7 @@ def test_a_file_that_changed_since_it_was_measured_is_refused(
     path.write_bytes(content)
     message = refused(command("publish", run_folder, REPO, *LICENCE, "--yes", "--force"), BadFile)
     assert "not the file that was measured" in message and file_digest(path)[:12] in message
-    assert hub.repositories == {}
+    assert far.repositories == {}
 
 
 @pytest.mark.parametrize(
@@ -399,35 +399,35 @@ def test_licences_that_ask_for_a_person(
     card: dict[str, str],
     gated: str | bool,
     said: str,
-    hub: HubServer,
+    far: HubServer,
     command: Command,
     run_folder: Path,
 ) -> None:
-    hub.repositories["org/base"] = Repository(card=card, gated=gated)
+    far.repositories["org/base"] = Repository(card=card, gated=gated)
     every = ("publish", run_folder, REPO, "--base-model", "org/base", "--yes", *words)
     assert said in refused(command(*every), EdgepruneError)
-    assert REPO not in hub.repositories
+    assert REPO not in far.repositories
     forced = command(*every, "--force")
     assert forced.exception is None and said in forced.stderr
 
 
-def test_a_licence_that_was_read_is_enough(hub: HubServer, command: Command, run_folder: Path) -> None:
-    hub.repositories["org/base"] = Repository(card={"license": "other"}, gated="auto")
+def test_a_licence_that_was_read_is_enough(far: HubServer, command: Command, run_folder: Path) -> None:
+    far.repositories["org/base"] = Repository(card={"license": "other"}, gated="auto")
     words = ("--license", "other", "--license-name", "model-terms", "--license-link", "https://example.org/terms")
     done = command("publish", run_folder, REPO, "--base-model", "org/base", "--yes", *words)
     assert done.exception is None
-    metadata = front_matter(published(hub)["README.md"].content)
+    metadata = front_matter(published(far)["README.md"].content)
     assert metadata["license"] == "other"
     assert (metadata["license_name"], metadata["license_link"]) == ("model-terms", "https://example.org/terms")
 
 
 def test_a_base_model_that_is_not_there_is_a_slip_of_the_pen(
-    hub: HubServer, command: Command, run_folder: Path
+    far: HubServer, command: Command, run_folder: Path
 ) -> None:
     words = ("publish", run_folder, REPO, *LICENCE, "--yes", "--base-model")
     assert "the Hub has no org/bass" in refused(command(*words, "org/bass"), EdgepruneError)
     assert "'bass' is not a repository" in refused(command(*words, "bass"), UsageError)
-    assert hub.repositories == {}
+    assert far.repositories == {}
 
 
 def test_runs_of_two_models_are_no_family(command: Command, run_folder: Path, larger_fit: Path) -> None:
@@ -442,27 +442,27 @@ def test_runs_of_two_models_are_no_family(command: Command, run_folder: Path, la
 
 
 def test_a_change_by_somebody_else_meanwhile_loses_nothing(
-    hub: HubServer, command: Command, run_folder: Path
+    far: HubServer, command: Command, run_folder: Path
 ) -> None:
-    hub.repositories[REPO] = Repository()
+    far.repositories[REPO] = Repository()
     theirs = Blob(b"theirs", large=False)
 
     def interfere(method: str, path: str) -> None:
-        if "/objects/" in path and method == "PUT" and "notes.txt" not in published(hub):
-            hub.repositories[REPO].commit("main", {"notes.txt": theirs})
+        if "/objects/" in path and method == "PUT" and "notes.txt" not in published(far):
+            far.repositories[REPO].commit("main", {"notes.txt": theirs})
 
-    hub.before = interfere
+    far.before = interfere
     words = ("publish", run_folder, REPO, *LICENCE, "--yes")
     message = refused(command(*words), EdgepruneError)
     assert "changed by somebody else" in message and "run the same command again" in message
-    assert published(hub) == {"notes.txt": theirs}
-    sent = list(hub.received)
+    assert published(far) == {"notes.txt": theirs}
+    sent = list(far.received)
     assert command(*words).exception is None
-    assert published(hub)["notes.txt"] == theirs and "README.md" in published(hub)
-    assert hub.received == sent
+    assert published(far)["notes.txt"] == theirs and "README.md" in published(far)
+    assert far.received == sent
 
 
-def test_a_connection_that_is_cut_is_taken_up_again(hub: HubServer, command: Command, run_folder: Path) -> None:
+def test_a_connection_that_is_cut_is_taken_up_again(far: HubServer, command: Command, run_folder: Path) -> None:
     cuts = []
 
     def cut(method: str, path: str) -> None:
@@ -470,54 +470,73 @@ def test_a_connection_that_is_cut_is_taken_up_again(hub: HubServer, command: Com
             cuts.append(path)
             raise Cut
 
-    hub.before = cut
+    far.before = cut
     assert command("publish", run_folder, REPO, *LICENCE, "--yes").exception is None
-    assert len(cuts) == 1 and f"/objects/{hub.received[0]}" in hub.asked("PUT", "")[0]
-    assert len(hub.asked("PUT", "")) == len(hub.received) + 1
+    assert len(cuts) == 1 and f"/objects/{far.received[0]}" in far.asked("PUT", "")[0]
+    assert len(far.asked("PUT", "")) == len(far.received) + 1
 
 
 def test_a_refused_file_is_explained_and_what_arrived_is_not_sent_again(
-    hub: HubServer, command: Command, run_folder: Path
+    far: HubServer, command: Command, run_folder: Path
 ) -> None:
     def refuse(method: str, path: str) -> None:
-        if method == "PUT" and hub.received:
+        if method == "PUT" and far.received:
             raise Refusal(413, "Your storage is full")
 
-    hub.before = refuse
+    far.before = refuse
     words = ("publish", run_folder, REPO, *LICENCE, "--yes", "--max-file-size", SMALL)
     message = refused(command(*words), EdgepruneError)
     assert "413" in message and "Your storage is full" in message and len(message.splitlines()) == 2
-    (first,) = hub.received
-    assert published(hub) == {}
-    hub.before = lambda method, path: None
+    (first,) = far.received
+    assert published(far) == {}
+    far.before = lambda method, path: None
     assert command(*words).exception is None
-    assert hub.received.count(first) == 1 and len(hub.received) == 3
+    assert far.received.count(first) == 1 and len(far.received) == 3
 
 
 def test_a_publication_that_was_killed_goes_on(
-    hub: HubServer, hub_environment: dict[str, str], command: Command, run_folder: Path
+    far: HubServer, hub_environment: dict[str, str], command: Command, run_folder: Path
 ) -> None:
     words = ("publish", run_folder, REPO, *LICENCE, "--yes", "--max-file-size", SMALL)
     process = subprocess.Popen(edgeprune_command(*words), env=hub_environment, stderr=subprocess.DEVNULL)
 
     def kill(method: str, path: str) -> None:
-        if method == "PUT" and hub.received:
+        if method == "PUT" and far.received:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             raise Cut
 
-    hub.before = kill
+    far.before = kill
     assert process.wait(timeout=60) == -signal.SIGKILL
-    (first,) = hub.received
-    assert published(hub) == {}
-    hub.before = lambda method, path: None
+    (first,) = far.received
+    assert published(far) == {}
+    far.before = lambda method, path: None
     assert command(*words).exception is None
-    assert hub.received.count(first) == 1 and "README.md" in published(hub)
+    assert far.received.count(first) == 1 and "README.md" in published(far)
 
 
-def test_no_hub_at_all(hub: HubServer, command: Command, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hub_at_all(far: HubServer, command: Command, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     message = refused(command("publish", run_folder, REPO, *LICENCE, "--yes"), EdgepruneError)
     assert message.startswith("the Hub cannot be reached: ")
+
+
+def test_private_is_no_promise_for_a_repository_that_everybody_sees(
+    far: HubServer, command: Command, run_folder: Path
+) -> None:
+    far.repositories[REPO] = Repository()
+    words = ("publish", run_folder, REPO, *LICENCE, "--private")
+    for way in ("--dry-run", "--yes"):
+        assert "everybody can see it" in refused(command(*words, way), UsageError)
+    assert far.repositories[REPO].files == {}
+
+
+def test_a_licence_named_by_hand_does_not_undo_one_that_forbids_derivatives(
+    far: HubServer, command: Command, run_folder: Path
+) -> None:
+    far.repositories["org/nd"] = Repository(card={"license": "cc-by-nc-nd-4.0"})
+    words = ("publish", run_folder, REPO, "--license", "mit", "--base-model", "org/nd", "--yes")
+    assert "forbids to pass on changed copies" in refused(command(*words), EdgepruneError)
+    assert command(*words, "--force").exception is None

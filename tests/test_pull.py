@@ -31,30 +31,30 @@ GIB = 1 << 30
 
 
 @pytest.fixture
-def shelf(hub: HubServer, command: Command, tiny_fit: Fit, tmp_path: Path) -> HubServer:
+def shelf(far: HubServer, command: Command, tiny_fit: Fit, tmp_path: Path) -> HubServer:
     """A Hub with the tiny model in ``REPO``."""
     done = command("publish", tiny_fit.copy(tmp_path / "run"), REPO, "--license", "mit", "--yes")
     assert done.exception is None
-    hub.requests.clear()
-    return hub
+    far.requests.clear()
+    return far
 
 
-def models(hub: HubServer) -> dict[str, Blob]:
-    return {p: b for p, b in hub.repositories[REPO].files.items() if p.endswith(".gguf") and "/" not in p}
+def models(far: HubServer) -> dict[str, Blob]:
+    return {p: b for p, b in far.repositories[REPO].files.items() if p.endswith(".gguf") and "/" not in p}
 
 
-def put(hub: HubServer, files: dict[str, bytes]) -> None:
+def put(far: HubServer, files: dict[str, bytes]) -> None:
     """Change files of ``REPO`` behind its index's back."""
-    repository = hub.repositories.setdefault(REPO, Repository())
+    repository = far.repositories.setdefault(REPO, Repository())
     blobs = {path: Blob(content, large=path.endswith(".gguf")) for path, content in files.items()}
     repository.commit("main", {**repository.files, **blobs})
 
 
-def index_with(hub: HubServer, **changes: Any) -> None:
+def index_with(far: HubServer, **changes: Any) -> None:
     """Change the only entry of the index."""
-    found = json.loads(hub.repositories[REPO].files["edgeprune.json"].content)
+    found = json.loads(far.repositories[REPO].files["edgeprune.json"].content)
     found["files"][0] |= changes
-    put(hub, {"edgeprune.json": to_json(found).encode()})
+    put(far, {"edgeprune.json": to_json(found).encode()})
 
 
 def failed(done: Any, kind: type[EdgepruneError]) -> str:
@@ -86,14 +86,14 @@ def test_without_a_folder_it_goes_to_the_cache_of_the_hub(shelf: HubServer, comm
 
 
 def test_all_parts_of_a_split_file_arrive_and_load(
-    hub: HubServer, command: Command, tiny_fit: Fit, tmp_path: Path
+    far: HubServer, command: Command, tiny_fit: Fit, tmp_path: Path
 ) -> None:
     folder = tiny_fit.copy(tmp_path / "run")
     words = ("publish", folder, REPO, "--license", "mit", "--yes", "--max-file-size", "400kB")
     assert command(*words).exception is None
     done = value(command("pull", REPO, *ENOUGH, "-o", tmp_path / "here", "--json"))
     assert done["path"].endswith("-00001-of-00002.gguf") and done["path"] in done["launch_line"]
-    assert sorted(path.name for path in (tmp_path / "here").glob("*.gguf")) == sorted(models(hub))
+    assert sorted(path.name for path in (tmp_path / "here").glob("*.gguf")) == sorted(models(far))
     tokens = [1, 5, 9, 3]
     answers = []
     for model in (Path(done["path"]), folder / str(tiny_fit.report.build["path"])):

@@ -282,7 +282,7 @@ def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
     ):
         assert wanted in body
     assert body.count("\n| stock ") == len(report.baselines)
-    experts = "6 of 8 experts per layer, chosen by healable" if report.plan["keep"] else "all 8 experts per layer"
+    experts = "6 of 8 experts per layer, chosen by reap" if report.plan["keep"] else "all 8 experts per layer"
     assert f"- Kept: {experts}\n" in body
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,16 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(tiny_
     assert (folder / "report.json").read_bytes() == before
     done = run_edgeprune("verify", *tiny_fit.arguments, "-o", folder, "--depths", "deep")
     assert done.returncode == 2 and "0,2048,8192" in done.stderr
+
+
+def test_what_is_there_is_verified_though_it_was_built_with_other_settings(tiny_fit: Fit, folder: Path) -> None:
+    """A newer default is no reason to build another file in place of the one whose proof is asked for."""
+    built = {path.name: path.read_bytes() for path in folder.glob("*bpw.gguf")}
+    plan = (folder / "plan.json").read_bytes()
+    ear = Ear()
+    other = replace(settings(tiny_fit, folder), method="frequency", heal=False)
+    report, _ = pipeline.verify(other, ear, Wishes(depths=()))
+    assert {path.name: path.read_bytes() for path in folder.glob("*bpw.gguf")} == built
+    assert (folder / "plan.json").read_bytes() == plan
+    assert report.build["path"] in built
+    assert any("built with other settings" in line and "method" in line for line in ear.said)

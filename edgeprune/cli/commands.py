@@ -55,7 +55,7 @@ _CHOICE = (
         "--time-limit", type=_Time(), help="Most time to encode the file here, for example 30m; without healing."
     ),
     click.option(
-        "--method", help="How experts are ranked; see `compare`.  [default: healable, or replay with --no-heal]"
+        "--method", help="How experts are ranked; see `compare`.  [default: reap, or replay with --no-heal]"
     ),
 )
 _SPLIT = (
@@ -125,7 +125,7 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "self_answers": options.get("self_answers") or 0,
         "keep": options.get("keep"),
         "types": tuple(name.strip() for name in types.split(",") if name.strip()) if types else (),
-        "method": options.get("method") or ("healable" if options.get("heal", True) else "replay"),
+        "method": options.get("method") or ("reap" if options.get("heal", True) else "replay"),
         "mixture": options.get("mix") or "pooled",
         "engine": options.get("engine") or "llama.cpp",
         "heal": options.get("heal", True),

@@ -28,7 +28,7 @@ from edgeprune.model.gguf import GgufFile, align
 from edgeprune.model.layout import Layout, layout
 from edgeprune.units import format_bytes
 
-# What healing leaves of the nats that dropping experts costs: 0.09 to 0.12 on a model of 41 M weights, whatever the
+# What healing leaves of the nats that dropping experts costs: 0.08 to 0.11 on a model of 41 M weights, whatever the
 # number that is kept (tests/benchmarks/healing.py). Other models will differ, so neighbours are built and measured.
 HEALED_SHARE = 0.15
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
@@ -347,7 +347,8 @@ def _least(problem: Problem, kept: int, quantisable_bytes: int, by_file: bool) -
         return f"`--file-size {len(bare.header) + fixed + quantisable_bytes + bare.alignment}B`"
     if len(problem.budget.pools) == 1 and problem.profile.name.startswith("memory-"):
         lines = sum(line.nbytes for line in problem.budget.pools[0].lines)
-        return f"`--memory {(lines + fixed + quantisable_bytes) // 2**20 + 1}MiB`"
+        # What the process itself takes varies a little from run to run.
+        return f"`--memory {(lines + fixed + quantisable_bytes) // 2**20 + 2}MiB`"
     return ""
 
 

@@ -130,6 +130,11 @@ class Publisher:
                 names = ", ".join(promise.name for promise in release.report.broken)
                 self.listener.say(f"{release.name}: broken promises are published as asked: {names}")
         self.remote = self.hub.look(self.repository, self.wishes.revision) if self.hub else Remote()
+        if self.wishes.private and self.remote.exists and not self.remote.private:
+            raise UsageError(
+                f"{self.repository} is there already, and everybody can see it",
+                hint="make it private in its settings on the Hub, publish to another name, or leave out --private",
+            )
         self._read_remote_index()
         self._find_origin()
 
@@ -147,8 +152,9 @@ class Publisher:
 
     def _find_origin(self) -> None:
         own = Origin(self.wishes.base_models, self.wishes.licence)
+        found = Origin()
         for release in self.releases:
-            own = own.over(release.origin)
+            own, found = own.over(release.origin), found.over(release.origin)
         gated = ""
         for base in own.base_models if self.hub else ():
             try:
@@ -159,13 +165,15 @@ class Publisher:
                     raise EdgepruneError(f"the base model: {error.cause}", rows=error.rows, hint=hint) from error
                 self.listener.say(f"the base model: {error.cause}")
                 continue
-            own = own.over(origin_of_card(metadata))
+            own, found = own.over(origin_of_card(metadata)), found.over(origin_of_card(metadata))
             gated = base if closed else gated
         self.origin = own
         if not own.base_models:
             self.listener.say("the card names no base model, as the source does not; `--base-model org/name` does")
         try:
             check_licence(own, gated, read=self.wishes.licence is not None)
+            if found.licence is not None and found.licence.forbids_derivatives:  # whatever was named by hand
+                check_licence(found, "", read=True)
         except EdgepruneError as error:
             if not self.wishes.force:
                 raise

@@ -23,6 +23,7 @@ from edgeprune.measure.distortion import candidate_types
 from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model.layout import layout
 from edgeprune.model.parts import stem
+from edgeprune.rundir import changed_fields
 from edgeprune.stages.healing import HealStages
 from edgeprune.stages.measuring import tools
 from edgeprune.units import format_bytes
@@ -280,6 +281,23 @@ class DecideStages(HealStages):
         if earlier is not None:
             self._remove(earlier, made)
         return made
+
+    def finished(self) -> tuple[Plan, Build] | None:
+        """The plan in the folder and its file, if that is whole and of this source; with other settings, too, which
+        are named."""
+        with contextlib.suppress(BadFile):
+            plan, build = Plan.load(self.folder.plan), self._record()
+            if build is None or build.plan_digest != plan.digest or not build.is_whole():
+                return None
+            if plan.made_from.get("source") != self.fingerprint:
+                return None
+            plan.check(self.architecture)
+            asked = self._made_from(measured=False)
+            measured = {key: plan.made_from.get(key) for key in ("statistics", "sensitivity")}
+            if changed := changed_fields(plan.made_from, {**asked, **measured}):
+                self.listener.say(f"what is verified was built with other settings: {'; '.join(changed)}")
+            return plan, build
+        return None
 
     def construct(self, plan: Plan, output: Path) -> Build:
         """Write the file for ``plan`` as ``output``, healed if it says so."""
