@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -143,6 +144,28 @@ def test_the_worst_of_the_latest_runs_counts_and_few_runs_prove_little(
     assert (verdict(71, before), verdict(69, before)) == ("kept", "broken")
     assert (verdict(51, before[2:3]), verdict(49, before[2:3])) == ("kept", "broken")
     assert verdict(1, []) == "information"
+
+
+def test_a_fall_in_speed_does_not_become_the_measure_of_the_next_run(
+    good: tuple[SmokeReport, Path], tmp_path: Path
+) -> None:
+    report, _ = good
+    save(changed(report, speed__decode_per_s=200), tmp_path)
+    for _ in range(2):
+        slow = changed(report, speed__decode_per_s=50)
+        line = against_earlier(slow, earlier(slow, tmp_path, print))
+        assert line.verdict == "broken"
+        save(dataclasses.replace(slow, checks=[*slow.checks, line]), tmp_path)
+
+
+def test_a_file_that_was_damaged_since_it_was_built_is_refused(tiny_fit: Fit, tmp_path: Path) -> None:
+    folder = tiny_fit.copy(tmp_path / "run")
+    model = folder / file_of(tiny_fit).name
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    with pytest.raises(BadFile, match="is not the file that was built"):
+        smoke(Wish(model, context=128, output=tmp_path / "own"), Ear())
 
 
 def test_a_baseline_of_another_file_is_held_against_the_answers(

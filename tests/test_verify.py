@@ -103,3 +103,16 @@ def test_what_is_there_is_verified_though_it_was_built_with_other_settings(tiny_
     assert (folder / "plan.json").read_bytes() == plan
     assert report.build["path"] in built
     assert any("built with other settings" in line and "method" in line for line in ear.said)
+
+
+def test_files_of_questions_of_one_name_are_told_apart(tiny_fit: Fit, folder: Path, tmp_path: Path) -> None:
+    record = {"question": "What is the sum?", "choices": ["3", "4", "5"], "answer": 1}
+    words: list[str | Path] = ["--depths", "none", "--questions", "1"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        words += ["--task", tmp_path / name / "test.jsonl"]
+    assert [task["name"] for task in verify(tiny_fit, folder, *words)["deeper"]["tasks"]] == [
+        "a/test.jsonl",
+        "b/test.jsonl",
+    ]

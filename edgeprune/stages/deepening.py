@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,11 +86,12 @@ def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
         report = replace(report, deeper=deeper)
         run.save_report(report)
 
-    keep(replace(report.deeper, speeds=_speeds(run, report, built, wishes.depths)))
+    if speeds := _speeds(run, report, built, wishes.depths):
+        keep(replace(report.deeper, speeds=speeds))
     if wishes.loops:
         keep(replace(report.deeper, loops=_loops(run, built, wishes.loops)))
     for value in wishes.tasks:
-        found = _task(run, built, value, wishes.questions)
+        found = replace(_task(run, built, value, wishes.questions), name=_short_name(value, wishes.tasks))
         others = [task for task in report.deeper.tasks if task.name != found.name]
         keep(replace(report.deeper, tasks=(*others, found)))
     if wishes.slices:
@@ -166,6 +168,13 @@ def _task(run: Run, built: Path, value: str, most: int) -> Task:
     arguments = {"questions": [one.to_json() for one in questions], "name": str(path)}
     both = _of_both(run, built, "edgeprune.measure.answering:answer", arguments, f"{path.name}: answers")
     return Task(path.name, form, total, Paired.of(*both))
+
+
+def _short_name(value: str, values: Sequence[str]) -> str:
+    """The name of a file of questions; with its folder where another one of them has the same name."""
+    path = parse_task(value)[0]
+    same = [other for other in values if parse_task(other)[0].name == path.name]
+    return path.name if len(same) == 1 else f"{path.parent.name}/{path.name}"
 
 
 def _slices(run: Run, built: Path) -> tuple[Named, ...]:

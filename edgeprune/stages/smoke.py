@@ -95,6 +95,7 @@ def smoke(wish: Wish, listener: Listener) -> tuple[SmokeReport, Path]:
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with listener.progress("SHA-256"):
         sha256 = setting.file.fingerprint()
+    _require_as_built(setting.file.path, sha256)
     job = _job(setting, asked, listener)
     measured = _measured(setting, transport_to(setting.machine), sha256, job, listener)
     try:
@@ -155,6 +156,23 @@ def _plan(wish: Wish, file: GgufFile, listener: Listener) -> tuple[Plan | None, 
             return plan, path.parent
     listener.say(f"{path} is not the plan of {wish.model.name} and is left out")
     return None, None
+
+
+def _require_as_built(model: Path, sha256: str) -> None:
+    """Refuse a file that is no longer what ``build.json`` beside it says was built.
+
+    Raises:
+        BadFile: names both digests.
+    """
+    record: dict[str, Any] = {}
+    with contextlib.suppress(BadFile):
+        record = read_json(model.parent / "build.json")
+    if isinstance(record, dict) and record.get("path") == model.name and record.get("sha256") != sha256:
+        raise BadFile(
+            f"{model} is not the file that was built",
+            rows=[("SHA-256 when built", str(record.get("sha256"))[:16]), ("now", sha256[:16])],
+            hint="it was damaged or replaced; build it again, or move it out of that folder to test it as it is",
+        )
 
 
 def _is_of(plan: Plan, file: GgufFile) -> bool:
