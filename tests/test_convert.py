@@ -304,6 +304,12 @@ def replaced(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
     return change
 
 
+def _stacked_as(weights: Weights, stacked: torch.Tensor) -> None:
+    for name in [name for name in weights if name.startswith("model.layers.0.mlp.experts.") and "down" not in name]:
+        del weights[name]
+    weights["model.layers.0.mlp.experts.gate_up_proj"] = stacked
+
+
 WEIGHTS: dict[str, tuple[Callable[[Weights], object], type[EdgepruneError], str, str]] = {
     "NaN in an expert": (filled(EXPERT, float("nan")), BadFile, f"{EXPERT} holds values that are NaN", "auto"),
     "infinity in the last matrix": (filled("lm_head.weight", float("inf")), BadFile, "lm_head.weight holds", "auto"),
@@ -329,6 +335,18 @@ WEIGHTS: dict[str, tuple[Callable[[Weights], object], type[EdgepruneError], str,
         replaced(EXPERT, lambda w: w.to(torch.float8_e4m3fn)),
         Unsupported,
         r"experts\.3.* as F8_E4M3 without scales; F32, F16 and BF16 are supported",
+        "auto",
+    ),
+    "a norm without extents": (
+        replaced("model.norm.weight", lambda w: w.sum()),
+        BadFile,
+        r"model.norm.weight of the shape \[\] cannot become output_norm.weight",
+        "auto",
+    ),
+    "experts in one row": (
+        lambda weights: _stacked_as(weights, torch.zeros(64)),
+        BadFile,
+        r"gate_up_proj of the shape \[64\] cannot become blk.0.ffn_gate_exps.weight",
         "auto",
     ),
     "an embedding too few": (

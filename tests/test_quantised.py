@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import hub_files
 import numpy as np
 import observed
 import pytest
@@ -18,6 +19,7 @@ from runs import conversion_peaks
 from safetensors.torch import load_file, save_file
 
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported
+from edgeprune.inspection import inspect_model
 from edgeprune.measure.replay import LayerExperts, activation_of
 from edgeprune.model import ggml
 from edgeprune.model.architecture import read_architecture
@@ -25,6 +27,8 @@ from edgeprune.model.checkpoint import SINGLE, open_checkpoint
 from edgeprune.model.convert import convert
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.quantised import FP8, Scaled, decoded
+
+pytest_plugins = ("hub_fixtures",)
 
 Weights = dict[str, torch.Tensor]
 # Neither rows nor columns are a multiple of the blocks of 128.
@@ -324,3 +328,9 @@ def test_scales_are_parts_of_their_tensors(mxfp4: tuple[Path, Weights]) -> None:
     assert not any(name.endswith("_scales") for name in stored)
     blocks = stored["model.layers.0.mlp.experts.gate_up_proj_blocks"]
     assert (blocks.type, blocks.shape) == ("MXFP4", (8, 512, 256))
+
+
+def test_mxfp4_on_the_hub_gets_the_answers_of_a_local_one(mxfp4: tuple[Path, Weights], hub: hub_files.Hub) -> None:
+    hub.add_folder("org/oss", mxfp4[0])
+    here, there = inspect_model(str(mxfp4[0])), inspect_model("org/oss")
+    assert (there.roles, there.fits) == (here.roles, here.fits)

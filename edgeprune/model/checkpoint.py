@@ -267,6 +267,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         found = _shard_tensors(folder / shard)
         stored |= found
         shard_of |= dict.fromkeys(found, shard)
+    return described(folder, config, shard_of, stored)
+
+
+def described(
+    folder: Path, config: dict[str, Any], shard_of: dict[str, str], stored: dict[str, Stored]
+) -> Checkpoint:
+    """The checkpoint with the tensors ``stored``, of which scales belong to the weights that they scale."""
     scaled = find_scales({name: (tensor.type, tensor.shape) for name, tensor in stored.items()})
     for name, each in scaled.items():
         stored.pop(each.scale)

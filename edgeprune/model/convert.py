@@ -143,7 +143,14 @@ def _planned(settings: Settings, checkpoint: Checkpoint, base: str) -> Iterator[
         count = settings.experts if "{expert}" in source.name else 1
         names = tuple(source.name.format(layer=layer, expert=expert) for expert in range(count))
         _check_sources(checkpoint, names)
-        shape = transform.shape(tuple(checkpoint.shape(each) for each in names), settings.sizes)
+        shapes = tuple(checkpoint.shape(each) for each in names)
+        try:
+            shape = transform.shape(shapes, settings.sizes)
+            fits = 0 < len(shape) <= 4 and 0 not in shape
+        except (LookupError, TypeError, ValueError, ZeroDivisionError):  # another number of extents
+            fits = False
+        if not fits:
+            raise BadFile(f"{checkpoint.folder}: {names[0]} of the shape {list(shapes[0])} cannot become {name}")
         stored = checkpoint.stored[names[0]].type
         kind = _gguf_type(
             name, shape, stored if stored == MXFP4 else common, base, transform.moves_rows and stored == MXFP4
@@ -276,15 +283,8 @@ def convert(
         Unsupported: a dense model, no converter, or a configuration that llama.cpp cannot represent.
     """
     checkpoint = open_checkpoint(folder)
-    checkpoint.require_experts()
-    converter = converter_for(str(checkpoint.config.get("model_type", "")))
-    _check_quantisation(converter.name, checkpoint.config)
-    settings = read_settings(converter, checkpoint)
-    apply_tying(checkpoint, settings.config)
-    planned = list(_planned(settings, checkpoint, base))
-    unknown, remarks = _left_out(settings, checkpoint, _unclaimed(checkpoint, planned))
-    if unknown:
-        raise Unsupported(f"{folder} has {len(unknown)} tensors that {converter.name} does not: {unknown[0]}")
+    settings, planned, remarks = _prepared(checkpoint, base)
+    converter = settings.converter
     vocabulary = next(p.target.shape[1] for p in planned if p.target.name == "token_embd.weight")
     entries = [
         make_entry("general.architecture", "str", converter.arch),
@@ -299,6 +299,31 @@ def convert(
     top = header(entries, [plan.target for plan in planned], DEFAULT_ALIGNMENT)
     _write(checkpoint, planned, top, output, settings.sizes, progress)
     return remarks
+
+
+def require_convertible(folder: Path) -> None:
+    """Refuse a checkpoint that cannot be converted, by its headers alone.
+
+    Raises:
+        BadFile, Unsupported: as ``convert``.
+    """
+    _prepared(open_checkpoint(folder), "auto")
+
+
+def _prepared(checkpoint: Checkpoint, base: str) -> tuple[Settings, list[_Planned], list[str]]:
+    """What the converter finds, the tensors of the GGUF, and a line on each thing that is left out."""
+    checkpoint.require_experts()
+    converter = converter_for(str(checkpoint.config.get("model_type", "")))
+    _check_quantisation(converter.name, checkpoint.config)
+    settings = read_settings(converter, checkpoint)
+    apply_tying(checkpoint, settings.config)
+    planned = list(_planned(settings, checkpoint, base))
+    unknown, remarks = _left_out(settings, checkpoint, _unclaimed(checkpoint, planned))
+    if unknown:
+        raise Unsupported(
+            f"{checkpoint.folder} has {len(unknown)} tensors that {converter.name} does not: {unknown[0]}"
+        )
+    return settings, planned, remarks
 
 
 def _write(

@@ -14,7 +14,7 @@ from threading import Lock
 
 from edgeprune.errors import BadFile
 from edgeprune.model import hub
-from edgeprune.model.checkpoint import INDEX, Checkpoint, Stored, parsed_config, shard_header
+from edgeprune.model.checkpoint import INDEX, Checkpoint, Stored, described, parsed_config, shard_header
 from edgeprune.model.headers import Header, read_header
 from edgeprune.model.hub import HubFile, Listing, Unreachable
 from edgeprune.model.parts import joined, names_of_parts
@@ -181,11 +181,11 @@ def remote_checkpoint(listing: Listing, budget: Budget) -> tuple[Checkpoint, int
     stored: dict[str, Stored] = {}
     files = _weights(listing, budget)
 
-    def described(file: HubFile) -> dict[str, Stored]:
+    def tensors(file: HubFile) -> dict[str, Stored]:
         return shard_header(RemoteBytes(listing, file, budget), f"{repo}/{file.path}")
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for file, found in zip(files, pool.map(described, files), strict=True):
+        for file, found in zip(files, pool.map(tensors, files), strict=True):
             stored |= found
             shard_of |= dict.fromkeys(found, file.path)
-    return Checkpoint(Path(repo), config, shard_of, stored), sum(file.size for file in files)
+    return described(Path(repo), config, shard_of, stored), sum(file.size for file in files)

@@ -18,7 +18,7 @@ from edgeprune.measure.launch import Launch
 from edgeprune.measure.rates import KernelRates, kernel_rates
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.checkpoint import open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY
+from edgeprune.model.convert import SOURCE_KEY, require_convertible
 from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
@@ -81,6 +81,7 @@ class SourceStages:
 
     def _converted(self, checkpoint: Path) -> Path:
         output = self.folder.source
+        require_convertible(checkpoint)  # before all of it is read for its fingerprint
         with self.listener.progress("fingerprint of the checkpoint"):
             origin = open_checkpoint(checkpoint).origin()
         if output.is_file():
