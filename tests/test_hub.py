@@ -202,6 +202,17 @@ def test_cut_connection_goes_on_where_it_was_in_the_same_call(
     assert hub.sent < 1.1 * gguf.stat().st_size
 
 
+def test_file_that_was_cut_off_in_the_cache_is_completed(
+    hub: hub_files.Hub, repository: hub_files.Repository, gguf: Path
+) -> None:
+    blob = get(f"{REPO}:Q8_0").resolve()
+    with blob.open("r+b") as stream:
+        stream.truncate(gguf.stat().st_size // 2)
+    before = hub.sent
+    assert get(f"{REPO}:Q8_0").read_bytes() == gguf.read_bytes()
+    assert hub.sent - before < 0.6 * gguf.stat().st_size
+
+
 def test_cut_connection_goes_on_where_it_was_in_the_next_call(
     hub: hub_files.Hub, repository: hub_files.Repository, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

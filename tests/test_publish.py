@@ -317,7 +317,7 @@ def test_at_a_terminal_the_user_is_asked(
         assert "README.md" in asked and "send it? [y/N]" in asked
         return code
 
-    assert answer("n") == 130 and far.repositories == {}
+    assert answer("n") == 1 and far.repositories == {}
     assert answer("y") == 0 and "README.md" in published(far)
 
 

@@ -156,7 +156,8 @@ def _ask(lines: Sequence[str], *, yes: bool) -> None:
     click.echo("\n".join(lines), err=True)
     if not sys.stdin.isatty():
         raise UsageError("nothing was sent: nobody can be asked here", hint="`--yes` sends what is listed above")
-    click.confirm("send it?", abort=True, err=True)
+    if not click.confirm("send it?", err=True):
+        raise EdgepruneError("nothing was sent, as you said")
 
 
 def _print(value: Any, lines: list[str], as_json: bool) -> None:

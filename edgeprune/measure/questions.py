@@ -133,7 +133,7 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _record(raw: bytes, where: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8-sig"))
         json.dumps(value, ensure_ascii=False).encode()  # half a character is JSON, but no text
     except ValueError as error:
         raise BadFile(f"{where} is not JSON in UTF-8: {error}"[:300]) from error

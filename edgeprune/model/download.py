@@ -147,9 +147,14 @@ class _Download:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(str(lock), timeout=0):
-                if not (self.blobs / file.digest).is_file():
+                blob = self.blobs / file.digest
+                if (
+                    blob.is_file() and blob.stat().st_size != file.size
+                ):  # cut off since: go on with it
+                    blob.replace(self._partial(file))
+                if not blob.is_file():
                     self._fill(file)
-                    self._partial(file).replace(self.blobs / file.digest)
+                    self._partial(file).replace(blob)
         except Timeout:
             raise Busy(
                 f"another program downloads {file.path} of {self.listing.name.repo}", hint="wait for it"
