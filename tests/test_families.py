@@ -318,7 +318,10 @@ def test_blocks_that_predict_further_tokens_are_left_out_with_a_remark(name: str
     folder = copied(checkpoint, tmp_path / "model")
     tensor, count, other = EXTRA[name]
     save_file({tensor: torch.ones(256)}, folder / "extra.safetensors")
-    weight_map = dict.fromkeys(open_checkpoint(checkpoint).stored, SINGLE) | {tensor: "extra.safetensors"}
+    (folder / SINGLE).rename(folder / "first.safetensors")
+    weight_map = dict.fromkeys(open_checkpoint(checkpoint).stored, "first.safetensors") | {
+        tensor: "extra.safetensors"
+    }
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     toys.change_json(folder / "config.json", **{count: 1, other: ...})
     remarks = convert(folder, tmp_path / "model.gguf", "f32")

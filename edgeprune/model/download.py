@@ -148,9 +148,7 @@ class _Download:
         try:
             with FileLock(str(lock), timeout=0):
                 blob = self.blobs / file.digest
-                if (
-                    blob.is_file() and blob.stat().st_size != file.size
-                ):  # cut off since: go on with it
+                if blob.is_file() and blob.stat().st_size != file.size:  # cut off since: go on with it
                     blob.replace(self._partial(file))
                 if not blob.is_file():
                     self._fill(file)
