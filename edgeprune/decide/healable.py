@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.decide.keep import keep_set
-from edgeprune.decide.replaying import token_weights
-from edgeprune.measure.activation import Activation
+from edgeprune.decide.replaying import token_weights, understood
 from edgeprune.measure.refit import Share, refit
-from edgeprune.measure.replay import Expert, LayerExperts, activation_of, projection
+from edgeprune.measure.replay import Expert, LayerExperts, projection
 from edgeprune.measure.reservoir import Reservoir
-from edgeprune.measure.routing import Rule, coefficients, preference, rule_of
+from edgeprune.measure.routing import coefficients, preference
 from edgeprune.measure.statistics import Statistics
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile
@@ -88,14 +87,11 @@ class _Judge:
             self.obstacle = "no tokens of it were kept"
             return
         self.experts = LayerExperts(file, architecture, layer)
-        rule, activation = rule_of(tokens), activation_of(self.experts, tokens)
-        if rule is None:
-            self.obstacle = "its coefficients follow no known rule"
-        elif activation is None:
-            self.obstacle = "its experts do not reproduce the observed output"
+        found = understood(self.experts, tokens)
+        if isinstance(found, str):
+            self.obstacle = found
         else:
-            self.rule: Rule = rule
-            self.activation: Activation = activation
+            self.rule, self.activation = found
             self.tokens = tokens
             # An error counts as for a replay; with both sides of the equations scaled, so does the fit's.
             self.scale = np.sqrt(token_weights(tokens))[:, None]

@@ -145,6 +145,15 @@ def sample(domain: npt.NDArray[np.integer], most: int) -> tuple[Ids, Doubles]:
     return np.concatenate(rows)[order], np.concatenate(stands_for)[order]
 
 
+def understood(experts: LayerExperts, tokens: Reservoir) -> tuple[Rule, Activation] | str:
+    """The router's rule and the experts' activation that reproduce ``tokens`` of their layer, or why none does."""
+    rule = rule_of(tokens)
+    if rule is None:
+        return "its coefficients follow no known rule"
+    activation = activation_of(experts, tokens)
+    return "its experts do not reproduce the observed output" if activation is None else (rule, activation)
+
+
 class _Ranker:
     """Replays one layer.
 
@@ -160,15 +169,12 @@ class _Ranker:
         self.greedy: set[int] = set()
         self.weight = token_weights(tokens, balanced=mixture == "balanced")
         self.experts = LayerExperts(file, architecture, layer)
-        rule, activation = rule_of(tokens), activation_of(self.experts, tokens)
+        found = understood(self.experts, tokens)
         self.obstacle = ""
-        if rule is None:
-            self.obstacle = "its coefficients follow no known rule"
-        elif activation is None:
-            self.obstacle = "its experts do not reproduce the observed output"
+        if isinstance(found, str):
+            self.obstacle = found
         else:
-            self.rule: Rule = rule
-            self.activation: Activation = activation
+            self.rule, self.activation = found
             everyone = np.ones(architecture.experts, bool)
             self.first = self._replay(everyone)
             self.whole = Layer(self.first, everyone)

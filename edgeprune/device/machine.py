@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
+from edgeprune.device import lookup
+from edgeprune.errors import BadFile
+from edgeprune.files import check_keys, checked_int, read_toml
 
-from edgeprune.errors import BadFile, UsageError
-from edgeprune.files import check_keys, checked_int, data_folder, read_toml
-
+_KIND = "devices"
 LOCAL, SSH, ADB = "local", "ssh", "adb"
 TRANSPORTS = (LOCAL, SSH, ADB)
 AUTO = "auto"  # the profile of this machine, probed
@@ -182,14 +181,12 @@ def load_machine(path: Path) -> Machine:
 
 def user_folder() -> Path:
     """Where the user's own devices live, and what was measured on each."""
-    return Path(platformdirs.user_config_dir("edgeprune")) / "devices"
+    return lookup.user_folder(_KIND)
 
 
 def known_machines() -> dict[str, Path]:
     """Files of all devices by name, the user's own over the shipped ones."""
-    paths = {path.stem: path for path in sorted(data_folder("devices").glob("*.toml"))}
-    paths.update({path.stem: path for path in sorted(user_folder().glob("*.toml"))})
-    return dict(sorted(paths.items()))
+    return lookup.known_files(_KIND)
 
 
 def find_machine(name: str) -> Machine:
@@ -198,16 +195,5 @@ def find_machine(name: str) -> Machine:
     Raises:
         UsageError: there is none; suggests near names.
     """
-    if name.endswith(".toml"):
-        if not Path(name).is_file():
-            raise UsageError(f"no device file {name}")
-        return load_machine(Path(name))
-    paths = known_machines()
-    if name not in paths:
-        near = difflib.get_close_matches(name, paths, n=3, cutoff=0.4)
-        known = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(
-            f"no device '{name}'",
-            hint=f"{known}`edgeprune devices` lists them; describe yours in {user_folder() / f'{name[:40]}.toml'}",
-        )
-    return load_machine(paths[name])
+    way_out = f"`edgeprune devices` lists them; describe yours in {user_folder() / f'{name[:40]}.toml'}"
+    return load_machine(lookup.found_file(_KIND, "device", name, way_out))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
+from edgeprune.device import lookup
 from edgeprune.errors import BadFile, UsageError
-from edgeprune.files import check_keys, data_folder, read_toml
+from edgeprune.files import check_keys, read_toml
 from edgeprune.units import parse_bytes
 
+_KIND = "profiles"
 BACKENDS = ("cpu", "cuda", "rocm", "vulkan", "metal")
 KV_TYPES = ("f16", "q8_0", "q4_0")
 
@@ -170,14 +169,12 @@ def load_profile(path: Path) -> Profile:
 
 def user_folder() -> Path:
     """Where the user's own profiles live; a profile there wins over a shipped one of the same name."""
-    return Path(platformdirs.user_config_dir("edgeprune")) / "profiles"
+    return lookup.user_folder(_KIND)
 
 
 def known_profiles() -> dict[str, Path]:
     """Files of all profiles by name, the user's own over the shipped ones."""
-    paths = {path.stem: path for path in sorted(data_folder("profiles").glob("*.toml"))}
-    paths.update({path.stem: path for path in sorted(user_folder().glob("*.toml"))})
-    return dict(sorted(paths.items()))
+    return lookup.known_files(_KIND)
 
 
 def find_profile(name: str) -> Profile:
@@ -186,16 +183,5 @@ def find_profile(name: str) -> Profile:
     Raises:
         UsageError: there is none; suggests near names.
     """
-    if name.endswith(".toml"):
-        if not Path(name).is_file():
-            raise UsageError(f"no profile file {name}")
-        return load_profile(Path(name))
-    paths = known_profiles()
-    if name not in paths:
-        near = difflib.get_close_matches(name, paths, n=3, cutoff=0.4)
-        known = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(
-            f"no device profile '{name}'",
-            hint=f"{known}`edgeprune profiles` lists them; 'auto' is this machine",
-        )
-    return load_profile(paths[name])
+    way_out = "`edgeprune profiles` lists them; 'auto' is this machine"
+    return load_profile(lookup.found_file(_KIND, "device profile", name, way_out))
