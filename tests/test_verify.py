@@ -86,7 +86,7 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(tiny_
         ear = Ear()
         with pytest.raises(UsageError, match=message):
             pipeline.verify(settings(tiny_fit, folder), ear, wishes)
-        assert "quality of the plan" not in ear.stages
+        assert "quality of what is shipped" not in ear.stages
     assert (folder / "report.json").read_bytes() == before
     done = run_edgeprune("verify", *tiny_fit.arguments, "-o", folder, "--depths", "deep")
     assert done.returncode == 2 and "0,2048,8192" in done.stderr

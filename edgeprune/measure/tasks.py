@@ -299,7 +299,8 @@ def divergence(
         masks: each None, or kept expert ids by layer (as text, JSON has no integer keys).
 
     Returns:
-        for each mask ``{"all": Quality, "domains": {name: Quality}, "windows": [[tokens, nats], ...]}`` as JSON.
+        for each mask ``{"all": Quality, "domains": {name: Quality}, "windows": [[tokens, nats], ...], "undivided":
+        [domains that are in both halves of the held-out text]}`` as JSON.
     """
     results = []
     observer = _Switch()
@@ -326,6 +327,7 @@ def _by_domain(scores: list[TokenScores], chosen: list[Window]) -> dict[str, Any
         "all": summarise(scores).to_json(),
         "domains": {name: summarise(own).to_json() for name, own in domains.items()},
         "windows": [[len(score.divergence), float(score.divergence.sum(dtype=np.float64))] for score in scores],
+        "undivided": sorted({part.domain for part in chosen if part.undivided}),
     }
 
 

@@ -36,11 +36,20 @@ class Promise:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A stock preset, built and measured beside the plan: its name, bytes and quality."""
+    """A stock preset, built and measured beside the plan.
+
+    Attributes:
+        preset: its name.
+        nbytes: of its file.
+        quality: ``Quality`` as JSON, on the part of the held-out text that the report is about.
+        chosen_by: nats per token on the other part, with which the file to be shipped is chosen; None where nothing
+            was to be chosen.
+    """
 
     preset: str
     nbytes: int
     quality: dict[str, Any]
+    chosen_by: float | None = None
 
 
 @dataclass(frozen=True)
