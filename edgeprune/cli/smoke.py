@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from edgeprune.cli.commands import Size
 
 if TYPE_CHECKING:
     from edgeprune.prove.smoke.report import SmokeReport
@@ -55,6 +58,19 @@ def _plan_of(plan: Path | None, run: Path | None) -> Path | None:
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+class _Speed(click.FloatRange):
+    """A speed that can be reached: a finite number, not below zero."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):  # no comparison with NaN is false enough to break a promise
+            self.fail(f"{value} is no speed that can be reached", param, ctx)
+        return found
+
+
 @click.command(short_help="Run a GGUF on a device and check what was promised.")
 @click.argument("file", type=_FILE)
 @click.option("--device", default="local", show_default=True, metavar="NAME", help="A device, or a device file.")
@@ -64,7 +80,16 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--context", type=click.IntRange(128), help="Context in tokens; by default the plan's, or the profile's."
 )
-@click.option("--min-decode", type=click.FloatRange(0), metavar="N", help="Tokens per second that must be reached.")
+@click.option(
+    "--min-decode",
+    type=_Speed(),
+    metavar="N",
+    help="Tokens per second that must be reached; 0 for any.  [default: half of what the plan predicts, where it "
+    "predicts for this device]",
+)
+@click.option(
+    "--memory", type=Size(), metavar="SIZE", help="Most memory it may take, if that is less than the device has."
+)
 @click.option("--baseline", type=_FILE, help="An earlier report, the source model's say: its right answers count.")
 @click.option(
     "-o",
@@ -83,6 +108,7 @@ def smoke(
     run: Path | None,
     context: int | None,
     min_decode: float | None,
+    memory: int | None,
     baseline: Path | None,
     output: Path | None,
     remove: bool,
@@ -99,7 +125,7 @@ def smoke(
     from edgeprune.files import to_json
     from edgeprune.stages.smoke import Wish, smoke
 
-    wish = Wish(file, device, profile, _plan_of(plan, run), context, min_decode, baseline, output, remove)
+    wish = Wish(file, device, profile, _plan_of(plan, run), context, min_decode, memory, baseline, output, remove)
     report, saved = smoke(wish, Console())
     click.echo(to_json(report.to_json()), nl=False) if as_json else click.echo("\n".join(_lines(report, saved)))
     if report.broken:

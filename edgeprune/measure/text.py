@@ -2,9 +2,9 @@
 
 Files hold documents separated by lines of ``%%%%``, a file without them is one document; or JSON lines, see
 ``documents``. Every fourth document of a domain (of a domain with fewer: every fourth window) is held out: no expert
-or type is chosen with it. The held-out windows of each domain are dealt out in turn to two parts: one ``reports``, the
-other ``chooses`` which of several finished files is shipped. A single window is cut in two; a domain whose only window
-is too short for that takes part in both, and its windows say so.
+or type is chosen with it. The held-out windows of each domain are dealt out in turn to two halves: with one it is
+chosen which of several finished files is shipped, the other is for the report. A single window is cut in two; where
+it is too short for that it takes part in both, and says so.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _half(own: list[Window], part: str) -> list[Window]:
         if len(window.tokens) - middle < SHORTEST_WINDOW:
             return [replace(window, undivided=True)]
         own = [replace(window, tokens=window.tokens[:middle]), replace(window, tokens=window.tokens[middle:])]
-    return own[REPORTING != part :: 2]
+    return own[part != REPORTING :: 2]
 
 
 def _spread(own: Sequence[Window], count: int) -> list[Window]:
