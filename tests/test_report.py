@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -16,11 +17,12 @@ import yaml
 from runs import Ear, Fit, read, settings
 
 from edgeprune import pipeline
-from edgeprune.errors import BrokenPromise
+from edgeprune.errors import BadFile, BrokenPromise
 from edgeprune.files import file_digest, to_json
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.prove.page import render
+from edgeprune.prove.provenance import Provenance
 from edgeprune.prove.report import Promise, Report, promises
 from edgeprune.share.card import Sheet, model_card, plain
 from edgeprune.share.origin import Origin
@@ -258,6 +260,7 @@ def test_a_hostile_name_is_shown_and_not_obeyed(case: Case) -> None:
         source={**case.report.source, "name": name, "arch": name},
         domains={name: next(iter(case.report.domains.values()))},
         conditions={name: name},
+        provenance=Provenance((name,), {name: name}, {name: name}, {name: name}),
     )
     root = Page(render(report)).root
     assert list(root.all("script")) == list(root.all("img")) == []
@@ -284,6 +287,49 @@ def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
     assert body.count("\n| stock ") == len(report.baselines)
     experts = "6 of 8 experts per layer, chosen by reap" if report.plan["keep"] else "all 8 experts per layer"
     assert f"- Kept: {experts}\n" in body
+
+
+def test_how_it_was_made_can_be_repeated_and_checked(tiny_fit: Fit, small_text: Path) -> None:
+    """The command, what went in and came out, and the versions: in the report, on its page and in the card."""
+    made, folder = tiny_fit.report.provenance, tiny_fit.folder
+    assert made.commands == (shlex.join(["edgeprune", "fit", *tiny_fit.arguments, "-o", str(folder)]),)
+    assert made.inputs["text small"] == file_digest(small_text)
+    assert made.inputs["source"] == tiny_fit.report.plan["made_from"]["source"]
+    assert set(made.outputs) == {tiny_fit.report.build["path"], "plan.json", "imatrix.gguf"}
+    assert all(file_digest(folder / name) == digest for name, digest in made.outputs.items())
+    assert {"edgeprune", "llama-cpp-python", "ggml", "gguf"} <= set(made.versions)
+    assert re.match(r"CPU: \w", made.versions["processors"])
+    page = Case(folder, tiny_fit.report).page
+    assert sorted(map(list, made.inputs.items())) == page.table("What went in")
+    assert sorted(map(list, made.versions.items())) == page.table("Program")
+    assert any(made.commands[0] in pre.text for pre in page.root.all("pre"))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert made.commands[0] in card and made.outputs["plan.json"] in card and made.versions["ggml"] in card
+    old = {key: value for key, value in tiny_fit.report.to_json().items() if key != "provenance"}
+    assert "What went in" not in render(Report.from_json(old))  # of an earlier version
+
+
+@pytest.mark.parametrize(
+    ("typed", "shared"),
+    [
+        ("edgeprune fit demo --file-size 4MB -o small", "edgeprune fit demo --file-size 4MB -o small"),
+        ("edgeprune fit /home/me/m.gguf --text t=/home/me/a.txt", "edgeprune fit m.gguf --text t=a.txt"),
+        ("edgeprune fit '~/my models/m' -o ../runs/x/", "edgeprune fit m -o x"),
+        ("edgeprune fit ORG/NAME:Q4_K_M --device cpu-16gb", "edgeprune fit ORG/NAME:Q4_K_M --device cpu-16gb"),
+        ("edgeprune fit 'C:\\me\\m.gguf' --text=/x/y.txt", "edgeprune fit m.gguf --text=y.txt"),
+        ("edgeprune fit 'unbalanced", "edgeprune fit ''\"'\"'unbalanced'"),
+    ],
+)
+def test_folders_of_this_machine_are_not_published(typed: str, shared: str) -> None:
+    assert Provenance((typed,)).shared().commands == (shared,)
+
+
+@pytest.mark.parametrize("value", [{}, {"commands": "fit"}, {"inputs": {"a": 1}}, {"versions": ["a"]}])
+def test_a_damaged_provenance_is_refused(value: dict[str, Any]) -> None:
+    whole = Provenance(("edgeprune fit",)).to_json()
+    assert Provenance.from_json(json.loads(json.dumps(whole))) == Provenance(("edgeprune fit",))
+    with pytest.raises(BadFile):
+        Provenance.from_json({**whole, **value} if value else {})
 
 
 # Verdicts.

@@ -41,7 +41,9 @@ def test_what_is_asked_for_is_measured_and_stays_in_the_report_of_the_same_file(
     base = tmp_path / "base.kld"
     wished: tuple[str | Path, ...] = ("--loops", "1", "--depths", "0,300", "--task", task, "--questions", "2")
     wished += ("--write-kld-base", base, "--slices")
-    deeper = verify(tiny_fit, folder, *wished)["deeper"]
+    measured = verify(tiny_fit, folder, *wished)
+    deeper, commands = measured["deeper"], measured["provenance"]["commands"]
+    assert [command.split()[:2] for command in commands] == [["edgeprune", "fit"], ["edgeprune", "verify"]]
     (asked,) = deeper["tasks"]
     assert (asked["name"], asked["form"], asked["total"], sum(asked["right"].values())) == (
         "sums.jsonl",

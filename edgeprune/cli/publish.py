@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show the files and the card, and send nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask before sending.")
 @click.option("--private", is_flag=True, help="Make the repository private, if it is made now.")
-@click.option("--create-pr", is_flag=True, help="Send a pull request.")
+@click.option(
+    "--create-pr", is_flag=True, help="Send a pull request, or go on with yours of the same files if one is open."
+)
 @click.option("--revision", metavar="BRANCH", help="Branch to send to; made if it is not there.")
 @click.option("--license", "licence", metavar="ID", help="Licence of the source, which you have read.")
 @click.option("--license-name", metavar="NAME", help="Of a licence that is not on the Hub's list.")
@@ -121,7 +123,7 @@ def _hub(console: Console, *, dry_run: bool) -> Hub | None:
 
     hub = Hub(quiet=not console.interactive)
     try:
-        hub.user()
+        _ = hub.user
     except EdgepruneError as error:
         if not dry_run:
             raise

@@ -74,6 +74,9 @@ def tables(report: Report) -> dict[str, Table]:
             words=True,
         ),
         "conditions": Table(("What", "Value"), _conditions(report), words=True),
+        "inputs": Table(("What went in", "SHA-256"), sorted(report.provenance.inputs.items()), words=True),
+        "outputs": Table(("What came out", "SHA-256"), sorted(report.provenance.outputs.items()), words=True),
+        "versions": Table(("Program", "Version"), sorted(report.provenance.versions.items()), words=True),
     }
     return found | _deeper(report)
 

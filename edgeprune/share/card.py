@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgeprune.prove.provenance import UNKNOWN
 from edgeprune.prove.report import Report
 from edgeprune.share.index import Entry
 from edgeprune.share.origin import Origin
@@ -182,6 +183,7 @@ def _about(sheet: Sheet, alone: bool) -> list[str]:
     for caption, path in sheet.pictures.items():
         lines += [f"![{caption}]({path})", ""]
     lines += _dropped(report)
+    lines += _provenance(report)
     folded = [line.replace("`", "'") for line in report.folded]  # a tensor's name may hold anything, too
     lines += ["```", *folded, "```", ""]
     page, plan_file = sheet.path("report.html"), sheet.path("plan.json")
@@ -190,6 +192,22 @@ def _about(sheet: Sheet, alone: bool) -> list[str]:
         "",
     ]
     return lines
+
+
+def _provenance(report: Report) -> list[str]:
+    """How the file was made: commands, digests, versions."""
+    made = report.provenance
+    if made == UNKNOWN:
+        return []
+    lines = ["<details><summary>how it was made</summary>", ""]
+    if made.commands:
+        lines += ["```", *(" ".join(command.split()).replace("`", "'") for command in made.commands), "```", ""]
+    digests = [*sorted(made.inputs.items()), *sorted(made.outputs.items())]
+    rows = [(plain(name), plain(value)) for name, value in digests]
+    lines += [*_table(("in and out", "SHA-256"), rows), ""] if rows else []
+    versions = [(plain(name), plain(value)) for name, value in sorted(made.versions.items())]
+    lines += [*_table(("with", "version"), versions), ""] if versions else []
+    return [*lines, "</details>", ""]
 
 
 def _promises(report: Report) -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from edgeprune.prove import figures
 from edgeprune.prove.page import render
 from edgeprune.prove.pictures import standalone
 from edgeprune.share.card import Sheet, model_card
-from edgeprune.share.hub import Hub, Remote, Upload
+from edgeprune.share.hub import Hub, Remote, Request, Upload
 from edgeprune.share.index import INDEX, Entry, index_text, read_index
 from edgeprune.share.origin import Licence, Origin, check_licence, is_repository, origin_of_card
 from edgeprune.share.release import LARGEST_FILE, Release, Run, distinct, open_release
@@ -108,6 +108,7 @@ class Publisher:
     origin: Origin = field(default_factory=Origin)
     entries: list[Entry] = field(default_factory=list)
     known_card: str = ""
+    request: Request | None = None
 
     def __post_init__(self) -> None:
         for name in (self.repository, *self.wishes.base_models):
@@ -135,8 +136,24 @@ class Publisher:
                 f"{self.repository} is there already, and everybody can see it",
                 hint="make it private in its settings on the Hub, publish to another name, or leave out --private",
             )
+        self._find_request()
         self._read_remote_index()
         self._find_origin()
+
+    @property
+    def _title(self) -> str:
+        """Of the commit, or of the pull request."""
+        return f"{', '.join(release.name for release in self.releases)} by edgeprune"
+
+    def _find_request(self) -> None:
+        """Go on with the pull request that an earlier publication of the same opened, if it still is."""
+        if self.hub is None or not self.wishes.create_pr or not self.remote.exists:
+            return
+        self.request = self.hub.open_request(self.repository, self._title, self.wishes.revision)
+        if self.request is not None:
+            self.listener.say(f"goes on with the pull request that is open already: {self.request.address}")
+            self.wishes = replace(self.wishes, create_pr=False, revision=self.request.revision)
+            self.remote = self.hub.look(self.repository, self.request.revision)
 
     def _read_remote_index(self) -> None:
         """What earlier publications put there, which stays."""
@@ -200,7 +217,7 @@ class Publisher:
         publication = self._compose(parts)
         if not publication.to_send and not publication.gone:
             shutil.rmtree(scratch, ignore_errors=True)
-            return ""
+            return self.request.address if self.request else ""
         wishes = self.wishes
         self.hub.prepare(self.repository, wishes.revision, private=wishes.private, remote=self.remote)
         ready: list[Any] = []
@@ -214,13 +231,13 @@ class Publisher:
             self.repository,
             ready,
             publication.gone,
-            f"{', '.join(release.name for release in self.releases)} by edgeprune",
+            self._title,
             revision=wishes.revision,
             create_pr=wishes.create_pr,
             parent=self.remote.head if self.remote.branch else "",
         )
         shutil.rmtree(scratch, ignore_errors=True)
-        return address
+        return self.request.address if self.request else address
 
     def _compose(self, parts: Mapping[str, list[Part]]) -> Publication:
         """All files, with the GGUFs in ``parts`` by name of the release."""

@@ -16,14 +16,15 @@ from edgeprune import __version__
 from edgeprune.build.builder import Build
 from edgeprune.decide.plan import PRESET, SOLVER, Plan, folded
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
-from edgeprune.files import read_json, to_json, write_text
+from edgeprune.files import file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch, generated_tokens, prompt_tokens
 from edgeprune.measure.text import HELD_OUT, REPORTING
 from edgeprune.prove import baseline
 from edgeprune.prove.comparison import Comparison
-from edgeprune.prove.deeper import NOTHING, Deeper
+from edgeprune.prove.deeper import NOTHING
 from edgeprune.prove.page import render
+from edgeprune.prove.provenance import UNKNOWN, Provenance
 from edgeprune.prove.report import KEPT, Baseline, Report, promises
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.origin import Origin
@@ -168,7 +169,7 @@ class Run(TryStages):
             str(layer): [float(value) for value in sums.total("gated_square")]
             for layer, sums in self.statistics.layers.items()
         }
-        curve_path = self.folder.path / "candidates.json"
+        curve_path, known = self.folder.path / "candidates.json", self._known_of(build)
         report = Report(
             title=f"{self.architecture.name} for {self.profile.name}",
             verdict="",
@@ -196,17 +197,37 @@ class Run(TryStages):
             launch_line=plan.launch.command(Path(build.path).name),
             conditions=self._conditions(plan, on_device, speed, measured),
             made_from={"plan": plan.digest, "build": build.sha256, "text": self.text_digest},
-            deeper=self._known_of(build),
+            deeper=known.deeper if known else NOTHING,
+            provenance=self._provenance(plan, build, speed, known),
         )
         return replace(report, verdict=_verdict(report)).beside(saved(self))
 
-    def _known_of(self, build: Build) -> Deeper:
-        """What was measured on request earlier, of the same file."""
+    def _known_of(self, build: Build) -> Report | None:
+        """The last report in the folder, if it is of the same file."""
         with contextlib.suppress(BadFile, AttributeError, TypeError, KeyError):
             known = Report.from_json(read_json(self.folder.report))
             if known.made_from["build"] == build.sha256:
-                return known.deeper
-        return NOTHING
+                return known
+        return None
+
+    def _provenance(self, plan: Plan, build: Build, speed: Mapping[str, Any], known: Report | None) -> Provenance:
+        """Commands, digests and versions."""
+        made_from = plan.made_from
+        inputs = {"source": self.fingerprint}
+        inputs |= {f"text {text.domain}": file_digest(Path(text.path)) for text in self.texts}
+        settings = {"statistics": "settings of the statistics", "sensitivity": "settings of the sensitivities"}
+        inputs |= {name: made_from[key] for key, name in settings.items() if made_from.get(key)}
+        inputs |= {"device": made_from["device"]} if made_from.get("device") else {}
+        outputs = {path.name: file_digest(path) for path in build.paths}
+        for path in (self.folder.plan, self.folder.imatrix):
+            if path.is_file():
+                outputs[path.name] = file_digest(path)
+        libraries = ("llama-cpp-python", "gguf", "numpy", "scipy", "torch", "transformers")
+        versions = {"edgeprune": __version__, **{name: version(name) for name in libraries}}
+        versions |= {"ggml": str(speed["ggml"]), "Python": platform.python_version()}
+        versions |= {"system": platform.platform(), "processors": "; ".join(speed["processors"])}
+        commands = (known.provenance if known else UNKNOWN).after(self.settings.command)
+        return Provenance(commands, inputs, outputs, versions)
 
     def _healing(self, plan: Plan) -> str:
         """What healing did to the layers' outputs, in a line; "" where there was none."""
@@ -230,8 +251,6 @@ class Run(TryStages):
         where = "this device" if on_device else f"another machine than {self.profile.name}"
         return {
             "measured on": f"{platform.system()} {platform.machine()}, {where}",
-            "edgeprune": __version__,
-            "llama-cpp-python": version("llama-cpp-python"),
             "held-out text": tokens,
             "calibration text": f"{self.statistics.tokens:,} tokens in {len(self.statistics.domains)} domains",
             "speed": "median of 3 repeats",
