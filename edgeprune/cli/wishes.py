@@ -45,7 +45,7 @@ DEEPER = (
         "tasks",
         multiple=True,
         metavar="FILE[:FORMAT]",
-        help="Ask both the questions in FILE, JSON lines of hellaswag, arc, mmlu or gsm8k, or MMLU's CSV; repeatable. "
+        help="Ask both the questions in FILE, JSON lines of hellaswag, arc, mmlu or gsm8k or MMLU's CSV; repeatable. "
         "Costs twice reading them; gsm8k 640 decoded tokens a question.",
     ),
     click.option(

@@ -67,7 +67,8 @@ def curve(
     shipped: Mapping[str, tuple[int, float]],
     width: int = WIDTH,
 ) -> str:
-    """File size against KL divergence: candidates (predicted), presets and shipped files (measured).
+    """File size against KL divergence: candidates (predicted), presets and shipped files (measured), which a line
+    joins where there are several.
 
     Args:
         shipped: bytes and nats per token by label.
@@ -105,6 +106,9 @@ def curve(
     for line, words in enumerate(axes if wide else axes[0].split("; ")):
         body.append(text(left if wide else 4, lower + 38 + 18 * line, words))
     places = [place(size, nats) for size, nats, _, _ in marks]
+    if len(shipped) > 1:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(place(*mark[:2]) for mark in marks if mark[3] == "c4"))
+        body.append(f'<polyline points="{path}" class="line s4"/>')
     labels = _labels(places, [label for _, _, label, _ in marks], (left, upper, width, lower))
     for (size, nats, label, css), (x, y), spot in zip(marks, places, labels, strict=True):
         tip = f"{label}: {format_bytes(size)}, {nats:.4g} nats per token"

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from edgeprune.prove.comparison import Comparison, Row
+from edgeprune.prove.family import Family
 from edgeprune.prove.lines import methods_in_order
 from edgeprune.prove.paired import Paired, wilson
 from edgeprune.prove.report import INFORMATION, Report
@@ -79,6 +80,21 @@ def tables(report: Report) -> dict[str, Table]:
         "versions": Table(("Program", "Version"), sorted(report.provenance.versions.items()), words=True),
     }
     return found | _deeper(report)
+
+
+def family_table(family: Family) -> Table:
+    """Every file of a family, largest first, then the stock presets beside them."""
+    rows = []
+    for member in family.members:
+        report, needs = member.report, member.report.needed_bytes
+        kept = f"{report.plan['kept']} of {report.plan['experts']}"
+        memory = " + ".join(f"{format_bytes(nbytes)} {pool.upper()}" for pool, nbytes in sorted(needs.items()))
+        size = format_bytes(report.build["nbytes"])
+        rows.append((member.folder, size, kept, memory, *_quality(report.quality)))
+    for rival in family.presets:
+        size = format_bytes(rival["nbytes"])
+        rows.append((f"stock {rival['preset']}", size, _NONE, _NONE, *_quality(rival["quality"])))
+    return Table(("For", "Size", "Experts", "Memory", *_QUALITY), rows)
 
 
 _QUALITY = ("KL mean", "KL 99 %", "KL 99.9 %", "KL max", "Same top token", "Perplexity")

@@ -15,7 +15,8 @@ from edgeprune.errors import BadFile, EdgepruneError, UsageError
 from edgeprune.files import file_digest, to_json
 from edgeprune.model.splitting import Part
 from edgeprune.prove import figures
-from edgeprune.prove.page import render
+from edgeprune.prove.family import Member, make_family
+from edgeprune.prove.page import render, render_family
 from edgeprune.prove.pictures import standalone
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.hub import Hub, Remote, Request, Upload
@@ -23,7 +24,7 @@ from edgeprune.share.index import INDEX, Entry, index_text, read_index
 from edgeprune.share.origin import Licence, Origin, check_licence, is_repository, origin_of_card
 from edgeprune.share.release import LARGEST_FILE, Release, Run, distinct, open_release
 
-CARD = "README.md"
+CARD, FAMILY_PAGE = "README.md", "family.html"
 
 
 class Listener(Protocol):
@@ -258,7 +259,11 @@ class Publisher:
         if drawn := _curve(self.releases, everything):
             uploads.append(_bytes("curve.svg", drawn))
             pictures["File size against KL divergence"] = "curve.svg"
-        card = model_card(sheets, self.origin, self.repository, others, pictures)
+        if len(self.releases) > 1:
+            members = [Member(release.name, release.report, beside=True) for release in self.releases]
+            uploads.append(_bytes(FAMILY_PAGE, render_family(make_family(members, []))))
+        page = FAMILY_PAGE if len(self.releases) > 1 else ""
+        card = model_card(sheets, self.origin, self.repository, others, pictures, page)
         uploads.append(_bytes(INDEX, index_text(everything, hashlib.sha256(card.encode()).hexdigest())))
         if self._may_replace_card:
             uploads.append(_bytes(CARD, card))
@@ -319,11 +324,11 @@ def _sha256(content: bytes) -> str:
 
 
 def _curve(releases: Sequence[Release], entries: Iterable[Entry]) -> str:
-    """The files of the repository in one picture, with the presets that were measured beside them; of a single file
-    also the other candidates."""
+    """The files of the repository in one picture, with the presets that were measured beside them and the candidates
+    that they were chosen from."""
     entries = list(entries)
     presets = {rival["preset"]: rival for release in releases for rival in release.report.to_json()["baselines"]}
-    points = releases[0].report.curve if len(entries) == 1 else []
+    points = [point for release in releases for point in release.report.curve]
     stem = _common(entry.name for entry in entries)
     shipped = {
         entry.name.removeprefix(stem) if len(entries) > 1 else "this file": (entry.nbytes, entry.quality["kl_mean"])
