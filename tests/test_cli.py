@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toys
-from runs import Fit, edgeprune_command, environment, read, run_edgeprune
+from runs import PATIENCE_SECONDS, Fit, edgeprune_command, environment, read, run_edgeprune
 
 from edgeprune import __version__
 from edgeprune.cli.commands import COMMANDS
+from edgeprune.cli.console import Console
 from edgeprune.device.profile import known_profiles
 from edgeprune.model.gguf import GgufFile
 
@@ -199,6 +204,51 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(tiny_checkpoint: Path,
     process.stdout.close()
     assert process.wait() == 0
     assert b"convert ..." in shown and b"convert: " in shown
+
+
+class Sheet(io.StringIO):
+    """Standard error of a console that is no terminal."""
+
+    def lines(self, count: int) -> list[str]:
+        """Its lines, as soon as there are ``count``."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(found := self.getvalue().splitlines()) < count and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return found
+
+
+def test_without_a_terminal_a_stage_is_told_in_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPRUNE_QUIET", "")
+    monkeypatch.setattr(sys, "stderr", sheet := Sheet())
+    with Console(0.01, 1000).progress("calibrate"):
+        assert sheet.lines(1) == ["calibrate ..."]
+    with Console(1000, 0.01).progress("a short one"):
+        pass
+    assert sheet.lines(1) == ["calibrate ..."]
+    with Console(0.01, 0.01).progress("without steps"):
+        assert re.fullmatch(r"without steps: [\d.]+ m?s so far", sheet.lines(3)[2])
+    monkeypatch.setattr(sys, "stderr", sheet := Sheet())
+    with Console(0.01, 0.01).progress("solve") as progress:
+        progress(1, 4)
+        assert re.fullmatch(r"solve  25 %, [\d.]+ m?s left", sheet.lines(2)[1])
+    monkeypatch.setenv("EDGEPRUNE_QUIET", "1")
+    monkeypatch.setattr(sys, "stderr", sheet := Sheet())
+    with Console(0.01, 0.01).progress("not a word"):
+        time.sleep(0.1)
+    assert sheet.getvalue() == ""
+
+
+def test_a_stage_that_fails_leaves_nobody_talking(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEPRUNE_QUIET", "")
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), Console(0.01, 0.01).progress("divide"):
+        raise ZeroDivisionError
+    assert threading.active_count() == before
+    capsys.readouterr()
+    time.sleep(0.05)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
