@@ -147,6 +147,16 @@ def test_a_hostile_name_is_shown_in_the_card_and_not_obeyed(tiny_fit: Fit) -> No
         assert "&lt;script&gt;" in prose
 
 
+def test_a_dry_run_says_every_size_to_the_byte(far: HubServer, command: Command, run_folder: Path) -> None:
+    words = ("publish", run_folder, REPO, *LICENCE, "--dry-run")
+    files, shown = value(command(*words, "--json"))["files"], command(*words).stdout
+    assert far.received == [] and len(files) > 5
+    for row in files:
+        (line,) = (line for line in shown.splitlines() if line.startswith(f"{row['path']} "))
+        assert line.split() == [row["path"], f"{row['nbytes']:,}", "bytes"]
+    assert f"{sum(row['nbytes'] for row in files):,} bytes (" in shown.splitlines()[0]
+
+
 def test_what_is_there_is_not_sent_again(far: HubServer, command: Command, run_folder: Path) -> None:
     words = ("publish", run_folder, REPO, *LICENCE, "--yes")
     first = command(*words)

@@ -137,13 +137,13 @@ def _summary(publication: Publication, publisher: Publisher) -> list[str]:
     from edgeprune.units import format_bytes
 
     states = {True: "there already", False: ""}
-    rows = [(u.path, format_bytes(u.nbytes), states[u.path in publication.there]) for u in publication.uploads]
+    rows = [(u.path, f"{u.nbytes:,} bytes", states[u.path in publication.there]) for u in publication.uploads]
     rows += [(path, "", "is deleted") for path in publication.gone]
     total = sum(upload.nbytes for upload in publication.to_send)
     kind = "private" if (publisher.remote.private or publisher.wishes.private) else "public"
     state = "" if publisher.remote.exists else ", to be made"
     licence, bases = publisher.origin.licence, ", ".join(publisher.origin.base_models)
-    head = f"{publication.repository} ({kind}{state}): {format_bytes(total)} to send"
+    head = f"{publication.repository} ({kind}{state}): {total:,} bytes ({format_bytes(total)}) to send"
     return [head, f"licence {licence or 'none'}, base model {bases or 'none'}", "", *table(rows)]
 
 
