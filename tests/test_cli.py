@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ import toys
 from runs import PATIENCE_SECONDS, Fit, edgeprune_command, environment, read, run_edgeprune
 
 from edgeprune import __version__
+from edgeprune.cli import show
 from edgeprune.cli.commands import COMMANDS
 from edgeprune.cli.console import Console
+from edgeprune.decide.plan import Plan, Prediction, folded
 from edgeprune.device.profile import known_profiles
+from edgeprune.measure.launch import Launch
+from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
+from edgeprune.prove.report import Baseline
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -204,6 +210,35 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(tiny_checkpoint: Path,
     process.stdout.close()
     assert process.wait() == 0
     assert b"convert ..." in shown and b"convert: " in shown
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "deepseek2"])
+def test_the_summary_of_a_deep_model_fits_one_screen(tiny_fit: Fit, tmp_path: Path, arch: str) -> None:
+    """48 layers in many types, which change from layer to layer, as they do in small files."""
+    path = toys.synthetic_gguf(tmp_path / "deep.gguf", arch, layers=48, experts=4, width=32, expert_width=32)
+    architecture = read_architecture(GgufFile(path))
+    kinds = ("Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "IQ3_S", "IQ2_S")
+    matrices = [tensor for tensor in architecture.tensors if tensor.quantisable]
+    types = {tensor.name: kinds[index * index % 11 % 6] for index, tensor in enumerate(matrices)}
+    plan = Plan(arch, 4, 4, {}, types, Launch(), "test", "solver", Prediction(), {})
+    lines = folded(plan, architecture)
+    assert max(map(len, lines)) > 150 and len(lines) >= 8
+    rivals = [Baseline(name, 1000, tiny_fit.report.quality) for name in ("IQ3_S", "Q3_K_S")]
+    summary = show.report(replace(tiny_fit.report, folded=lines, baselines=rivals), Path("runs/deep"))
+    assert 24 <= len(summary) <= 40
+    assert not [line for line in show.type_lines(lines) if len(line) > 110]
+    for line in lines:  # every type is told, with the layers or how many they are
+        assert line.split()[0] in "\n".join(summary)
+
+
+def test_layers_are_counted_where_their_numbers_do_not_fit() -> None:
+    numbers = ",".join(map(str, range(9, 90, 2)))
+    short, long = "attn_q  Q6_K[0-3,7]  Q5_K[4-6]", f"attn_k  Q6_K[0-3,7]  Q5_K[{numbers}]"
+    assert show.type_lines([short, long]) == [short, "attn_k  Q6_K x5  Q5_K x41"]
+    many = [short, *(f"kind_{number}  Q8_0" for number in range(15))]
+    first, second, *_ = show.type_lines(many)
+    assert first == short and second.startswith("Q8_0 for all of kind_0, kind_1, ")
+    assert len(show.type_lines(many)) == 3
 
 
 class Sheet(io.StringIO):

@@ -22,10 +22,12 @@ from edgeprune.files import file_digest, to_json
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.prove.page import render
+from edgeprune.prove.pictures import pictures
 from edgeprune.prove.provenance import Provenance
 from edgeprune.prove.report import Promise, Report, promises
 from edgeprune.share.card import Sheet, model_card, plain
 from edgeprune.share.origin import Origin
+from edgeprune.units import format_bytes
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -195,13 +197,25 @@ def test_every_mark_is_inside_its_picture(case: Case) -> None:
             assert math.isfinite(value) and -0.5 <= value <= most + 0.5, (svg.attributes["aria-label"], tag, name)
 
 
-def test_the_memory_bar_shows_every_line_of_the_budget(case: Case) -> None:
-    svg = case.page.figure("Memory budget")
+def test_the_bars_of_a_size_that_was_asked_for_are_of_the_file_and_of_what_it_takes(case: Case) -> None:
+    """There is no budget of memory then, and so nothing in it that could be free."""
+    svg = case.page.figure("Size of the file within its limit, and memory that the model takes")
     tips = [next(rect.all("title")).text for rect in svg.all("rect") if rect.inside]
-    pools = case.report.budget["pools"]
+    pools, limit = case.report.budget["pools"], case.report.budget["file_limit_bytes"]
     names = [line["name"] for pool in pools for line in pool["lines"]]
+    free = ["free"] if case.report.build["nbytes"] < limit else []
+    assert [tip.partition(": ")[0] for tip in tips] == ["file", *free, *names, "weights"]
+    words = [words.text for words in svg.all("text")]
+    assert f"FILE at most {format_bytes(limit)}" in words and any(word.endswith(" taken") for word in words)
+
+
+def test_the_memory_bar_of_a_device_shows_every_line_of_its_budget(case: Case) -> None:
+    budget = {**case.report.budget, "file_limit_bytes": None}
+    root = Page(pictures(replace(case.report, budget=budget))["memory"]).root
+    tips = [next(rect.all("title")).text for rect in root.all("rect") if rect.inside]
+    names = [line["name"] for pool in budget["pools"] for line in pool["lines"]]
     assert [tip.partition(": ")[0] for tip in tips if not tip.startswith(("weights: ", "free: "))] == names
-    assert sum(tip.startswith("weights: ") for tip in tips) == len(pools)
+    assert sum(tip.startswith("weights: ") for tip in tips) == len(budget["pools"])
 
 
 def test_the_curve_has_a_point_for_every_candidate_preset_and_the_shipped_file(case: Case) -> None:

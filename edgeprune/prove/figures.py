@@ -26,19 +26,36 @@ def text(x: float, y: float, content: str, anchor: str = "start", css: str = "")
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(content)}</text>'
 
 
-def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int], width: int = WIDTH) -> str:
-    """One bar per pool: what is reserved, what the runtime takes, the weights, and what stays free."""
-    body, y = [], 18
+def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int], file_bytes: int, width: int = WIDTH) -> str:
+    """One bar per pool: what is reserved, what the runtime takes, the weights, and what stays free.
+
+    Where the size of the file was the limit, no pool has one: the bars are of the file, and of what it takes.
+
+    Args:
+        weights: bytes by pool.
+        file_bytes: of the file that is shipped.
+    """
+    title, limit = "Memory budget of the device and what the model takes of it", budget["file_limit_bytes"]
+    bars = []
+    if limit is not None:
+        title = "Size of the file within its limit, and memory that the model takes"
+        bars.append((f"FILE at most {format_bytes(limit)}", limit, [("file", file_bytes)]))
     for pool in budget["pools"]:
-        name, total = pool["pool"], pool["total_bytes"]
         parts = [(line["name"], line["nbytes"]) for line in pool["lines"]]
-        parts.append(("weights", weights.get(name, 0)))
+        parts.append(("weights", weights.get(pool["pool"], 0)))
+        total = pool["total_bytes"] if limit is None else sum(count for _, count in parts)
+        bars.append(
+            (f"{pool['pool'].upper()} {format_bytes(total)}{'' if limit is None else ' taken'}", total, parts)
+        )
+    body, y = [], 18
+    for name, total, parts in bars:
         used = sum(count for _, count in parts)
-        parts.append(("free", max(0, total - used)))
-        body.append(text(0, y, f"{name.upper()} {format_bytes(total)}", css="label"))
+        if total > used:
+            parts.append(("free", total - used))
+        body.append(text(0, y, name, css="label"))
         x = 0.0
         for index, (label, count) in enumerate(parts):
-            length = width * count / max(total, used)
+            length = width * count / max(total, used, 1)
             css = "free" if label == "free" else f"c{index % 6}"
             tip = f"{label}: {format_bytes(count)}"
             body.append(
@@ -58,7 +75,7 @@ def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int], width: in
             body.append(text(legend_x + 17, y, content))
             legend_x += length
         y += 34
-    return svg(y - 10, "Memory budget of the device and what the model takes of it", body, width)
+    return svg(y - 10, title, body, width)
 
 
 def curve(
