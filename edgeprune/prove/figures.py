@@ -39,7 +39,7 @@ def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int], file_byte
     bars = []
     if limit is not None:
         title = "Size of the file within its limit, and memory that the model takes"
-        bars.append((f"FILE at most {format_bytes(limit)}", limit, [("file", file_bytes)]))
+        bars.append((f"FILE at most {limit:,} bytes", limit, [("file", file_bytes)]))
     for pool in budget["pools"]:
         parts = [(line["name"], line["nbytes"]) for line in pool["lines"]]
         parts.append(("weights", weights.get(pool["pool"], 0)))
@@ -111,10 +111,10 @@ def curve(
         return x, y
 
     body = [f'<line x1="{left}" y1="{lower}" x2="{right}" y2="{lower}" class="axis"/>']
-    for power in range(math.ceil(bottom), math.floor(top) + 1):
-        y = place(low, 10.0**power)[1]
+    for nats in _decades(bottom, top):
+        y = place(low, nats)[1]
         body.append(f'<line x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" class="grid"/>')
-        body.append(text(left - 6, y + 4, f"{10.0**power:g}", "end"))
+        body.append(text(left - 6, y + 4, f"{nats:g}", "end"))
     for share in (0.0, 0.5, 1.0):
         x = left + (right - left) * share
         anchor = ("start", "middle", "end")[int(share * 2)]
@@ -142,6 +142,13 @@ def curve(
         body.append(f'<circle cx="{x}" cy="{y}" r="5" class="{css}"/>')
         body.append(text(x + 11, y + 4, label))
     return svg(lower + (70 if wide else 126), "File size against KL divergence", body, width)
+
+
+def _decades(bottom: float, top: float) -> list[float]:
+    """Powers of ten between two logarithms; 2 and 5 times them, too, where there are few."""
+    steps = (1, 2, 5) if top - bottom < 2.5 else (1,)
+    found = [step * 10.0**power for power in range(math.floor(bottom), math.floor(top) + 1) for step in steps]
+    return [value for value in found if bottom <= math.log10(value) <= top]
 
 
 def _labels(

@@ -177,8 +177,9 @@ class Hub:
     def open_request(self, repository: str, title: str, target: str | None) -> Request | None:
         """The user's own open pull request of that title to the branch ``target``; the latest of several."""
         with explained(repository):
-            asked = {"author": self.user, "discussion_type": "pull_request", "discussion_status": "open"}
-            for found in self.api.get_repo_discussions(repository, **asked):
+            for found in self.api.get_repo_discussions(
+                repository, author=self.user, discussion_type="pull_request", discussion_status="open"
+            ):
                 if found.title != title or not found.is_pull_request:
                     continue
                 branch = self.api.get_discussion_details(repository, found.num).target_branch or ""

@@ -32,8 +32,8 @@ _STEP_OF = {"memory": "memory", "vram": "memory", "decode": "speed", "prefill": 
 _PROCESS_BYTES, _MEMORY_TOLERANCE = 64 << 20, 0.01
 # Of the predicted speed, where nothing else is asked for: predictions are off by half, and other programs disturb.
 PREDICTED_SHARE = 0.5
-# Beside the products, which alone are predicted: graph, sampling, calls; 0.2 to 0.3 ms on two quiet x86-64 cores, 4 ms
-# where other programs make the threads wait for each other. It counts for toy models only.
+# Beside the products, which alone are predicted: graph, sampling, calls; 0.2 to 0.3 ms on two quiet x86-64 cores, and
+# 4 ms where other programs make the threads wait for each other. It counts for toy models only.
 _TOKEN_SECONDS = 0.005
 # A model asked a dozen things may once say nothing at all.
 _IMPLAUSIBLE_SHARE = 0.25
