@@ -115,7 +115,7 @@ def report(found: Report, folder: Path) -> list[str]:
     kept = found.plan["kept"]
     lines += ["", f"experts kept: {kept} of {found.plan['experts']} per layer", *type_lines(found.folded)]
     lines += ["", f"file    {folder / found.build['path']}", f"report  {folder / 'report.html'}"]
-    return [*lines, f"run it  {found.launch.command(str(folder / found.build['path']))}"]
+    return [*lines, f"run it:  {found.launch.command(str(folder / found.build['path']))}"]
 
 
 def plan(chosen: Plan, run: Run) -> list[str]:
