@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -58,19 +57,6 @@ def _plan_of(plan: Path | None, run: Path | None) -> Path | None:
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-class _Speed(click.FloatRange):
-    """A speed that can be reached: a finite number, not below zero."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = float(super().convert(value, param, ctx))
-        if not math.isfinite(found):  # no comparison with NaN is false enough to break a promise
-            self.fail(f"{value} is no speed that can be reached", param, ctx)
-        return found
-
-
 @click.command(short_help="Run a GGUF on a device and check what was promised.")
 @click.argument("file", type=_FILE)
 @click.option("--device", default="local", show_default=True, metavar="NAME", help="A device, or a device file.")
@@ -82,7 +68,7 @@ class _Speed(click.FloatRange):
 )
 @click.option(
     "--min-decode",
-    type=_Speed(),
+    type=click.FloatRange(0),
     metavar="N",
     help="Tokens per second that must be reached; 0 for any.  [default: half of what the plan predicts, where it "
     "predicts for this device]",
@@ -125,7 +111,18 @@ def smoke(
     from edgeprune.files import to_json
     from edgeprune.stages.smoke import Wish, smoke
 
-    wish = Wish(file, device, profile, _plan_of(plan, run), context, min_decode, memory, baseline, output, remove)
+    wish = Wish(
+        file,
+        device,
+        profile,
+        _plan_of(plan, run),
+        context,
+        least_decode_per_s=min_decode,
+        most_bytes=memory,
+        baseline=baseline,
+        output=output,
+        remove=remove,
+    )
     report, saved = smoke(wish, Console())
     click.echo(to_json(report.to_json()), nl=False) if as_json else click.echo("\n".join(_lines(report, saved)))
     if report.broken:

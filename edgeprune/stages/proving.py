@@ -288,7 +288,8 @@ def _apart(measured: Mapping[str, Any]) -> str:
 
 def _nats(rival: Baseline) -> float:
     """What the preset is chosen by."""
-    return math.inf if rival.chosen_by is None else rival.chosen_by
+    nats = rival.chosen_by
+    return nats if nats is not None and math.isfinite(nats) else math.inf
 
 
 def _verdict(report: Report) -> str:

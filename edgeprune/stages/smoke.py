@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -118,6 +119,9 @@ def smoke(wish: Wish, listener: Listener) -> tuple[SmokeReport, Path]:
 
 
 def _prepared(wish: Wish, listener: Listener) -> _Setting:
+    least = wish.least_decode_per_s
+    if least is not None and not 0 <= least < math.inf:  # no speed falls short of NaN
+        raise UsageError(f"--min-decode: {least} is no speed that can be reached or missed")
     if not wish.model.is_file():
         raise UsageError(f"no file {wish.model}", hint="give the GGUF that `edgeprune fit` made, or any other")
     machine, file = find_machine(wish.device), GgufFile(wish.model)
