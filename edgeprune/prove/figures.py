@@ -178,8 +178,8 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def keep_map(importance: Mapping[str, Sequence[float]], keep: Mapping[str, Sequence[int]], width: int = WIDTH) -> str:
-    """Layers by experts: darker is more important; a dropped expert is crossed out, or where there is no room for
-    that, a short mark in another colour. Only wide cells say what they are when they are pointed at."""
+    """Layers by experts: a stronger colour is more important; a dropped expert is crossed out, or where there is no
+    room for that, a short mark in another colour. Only wide cells say what they are when they are pointed at."""
     layers = sorted(importance, key=int)
     experts = len(next(iter(importance.values())))
     left = 60

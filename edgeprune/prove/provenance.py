@@ -19,7 +19,7 @@ class Provenance:
     Attributes:
         commands: as they were typed, in order.
         inputs: digest by name, SHA-256 in hexadecimal digits, some of a file and some of the settings it came of.
-        outputs: SHA-256 by the name of the file.
+        outputs: SHA-256 by the name of the file; of a model in parts, as ``Build`` has it, by the first part's.
         versions: version by program, and what the machine computes with.
     """
 
