@@ -24,9 +24,10 @@ from edgeprune.model.gguf import GgufFile
 from edgeprune.prove.page import render
 from edgeprune.prove.pictures import pictures
 from edgeprune.prove.provenance import Provenance
-from edgeprune.prove.report import Promise, Report, promises
+from edgeprune.prove.report import Baseline, Promise, Report, promises
 from edgeprune.share.card import Sheet, model_card, plain
 from edgeprune.share.origin import Origin
+from edgeprune.stages.proving import verdict_of
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -429,6 +430,24 @@ def test_verdicts(changes: dict[str, Any], name: str, verdict: str) -> None:
     arguments |= {"plan": PLAN, "on_device": True, **changes}
     (line,) = (line for line in promises(**arguments) if line.name == name)
     assert line.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("preset", "chosen_by", "said"),
+    [
+        (0.4, 0.3, "0.50 of the best stock preset of at most this size (IQ3_S)."),
+        (0.1, 0.3, "chosen on other text, while the stock preset IQ3_S is better on this one: 0.1."),
+        (0.1, None, "as asked; the stock preset IQ3_S would be better: 0.1."),
+    ],
+)
+def test_the_verdict_tells_a_worse_choice_from_a_wish(
+    tiny_fit: Fit, preset: float, chosen_by: float | None, said: str
+) -> None:
+    """What was best on the half that chooses need not be on the half that reports, and is not made up."""
+    quality = {**tiny_fit.report.quality, "kl_mean": 0.2}
+    rival = Baseline("IQ3_S", 1000, {**quality, "kl_mean": preset}, chosen_by)
+    found = verdict_of(replace(tiny_fit.report, quality=quality, baselines=[rival]))
+    assert found.startswith("All promises kept; 0.2 nats per token") and found.endswith(said)
 
 
 def test_a_broken_promise_is_an_error_that_names_the_figures(tiny_fit: Fit) -> None:

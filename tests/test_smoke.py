@@ -26,8 +26,10 @@ from edgeprune.device.machine import user_folder
 from edgeprune.device.profile import find_profile
 from edgeprune.errors import BadFile, EdgepruneError, UsageError
 from edgeprune.files import to_json
+from edgeprune.measure.llama import backend_devices
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.splitting import split
+from edgeprune.prove.smoke import runner as runner_script
 from edgeprune.prove.smoke.checks import KEYS, Promised, checks
 from edgeprune.prove.smoke.conversation import RUNNER, Measured
 from edgeprune.prove.smoke.history import against_baseline, against_earlier, earlier, save
@@ -492,6 +494,18 @@ def test_what_a_model_takes_of_graphics_cards_is_what_is_no_longer_free() -> Non
     assert taken(before, {"CUDA0": 5 << 30, "CUDA1": 4 << 30, "CUDA2": 2 << 30}) == 3 << 30  # another one's end
     assert taken(before, {}) == 0  # a card that went away says nothing
     assert taken({}, {"CUDA0": 1}) is None
+
+
+def test_free_memory_of_devices_is_what_llama_cpp_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no graphics card here; the processor stands for one."""
+    from llama_cpp import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    cards = [one for one in backend_devices() if one["kind"] == "gpu"]
+    assert set(runner_script._free_on_gpus(llama_cpp._lib)) == {one["name"] for one in cards}
+    monkeypatch.setattr(runner_script, "_GPU", 0)
+    (found,) = runner_script._free_on_gpus(llama_cpp._lib).values()
+    assert 0 < found <= psutil.virtual_memory().total
 
 
 @pytest.mark.parametrize(

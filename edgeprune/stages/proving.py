@@ -200,7 +200,7 @@ class Run(TryStages):
             deeper=known.deeper if known else NOTHING,
             provenance=self._provenance(plan, build, speed, known),
         )
-        return replace(report, verdict=_verdict(report)).beside(saved(self))
+        return replace(report, verdict=verdict_of(report)).beside(saved(self))
 
     def _known_of(self, build: Build) -> Report | None:
         """The last report in the folder, if it is of the same file."""
@@ -292,7 +292,7 @@ def _nats(rival: Baseline) -> float:
     return nats if nats is not None and math.isfinite(nats) else math.inf
 
 
-def _verdict(report: Report) -> str:
+def verdict_of(report: Report) -> str:
     """One line that says what was reached."""
     if report.broken:
         return "A promise was broken: " + ", ".join(promise.name for promise in report.broken)
