@@ -12,12 +12,12 @@ from edgeprune.errors import Unsupported
 from edgeprune.model import ggml, hub
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Tensor, read_architecture
 from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint
-from edgeprune.model.convert import OUTPUT
 from edgeprune.model.converter import Converter, converter_for
 from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.headers import Header
 from edgeprune.model.location import HubName, located
+from edgeprune.model.planning import OUTPUT
 from edgeprune.model.quantised import MXFP4
 from edgeprune.model.remote import Budget, remote_checkpoint, remote_header
 from edgeprune.model.selection import chosen_gguf, has_checkpoint

@@ -33,11 +33,11 @@ from edgeprune.measure.replay import LayerExperts, activation_of
 from edgeprune.measure.routing import preference
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import INDEX, SINGLE, Checkpoint, Stored, open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY, _planned, apply_tying, convert
-from edgeprune.model.converter import converter_for, load_converter, shipped_converters
-from edgeprune.model.gguf import DEFAULT_ALIGNMENT, GgufFile, file_bytes, header, make_entry
-from edgeprune.model.rope import FREQUENCIES, rope_entries
-from edgeprune.model.values import metadata_entries, read_settings
+from edgeprune.model.convert import SOURCE_KEY, bare_header, convert
+from edgeprune.model.converter import load_converter, shipped_converters
+from edgeprune.model.gguf import GgufFile
+from edgeprune.model.planning import plan_conversion
+from edgeprune.model.rope import FREQUENCIES
 
 CASES = [(name, "") for name in FAMILIES] + [(name, case) for name in FAMILIES for case in FAMILIES[name].variants]
 CASE_NAMES = [f"{name}, {case}" if case else name for name, case in CASES]
@@ -175,21 +175,11 @@ def test_llama_cpp_takes_the_real_model_in_its_real_size(name: str, tmp_path: Pa
     stored = {key: Stored(tuple(value.shape), "BF16") for key, value in model.state_dict().items()}
     table = json.loads(config.to_json_string(use_diff=False))
     checkpoint = Checkpoint(tmp_path, table, dict.fromkeys(stored, ""), stored)
-    converter = converter_for(table["model_type"])
-    settings = read_settings(converter, checkpoint)
-    apply_tying(checkpoint, settings.config)
-    targets = [plan.target for plan in _planned(settings, checkpoint, "q8_0")]
-    metadata = metadata_entries(settings, "config.json") + rope_entries(settings)
-    own = [
-        make_entry("general.architecture", "str", converter.arch),
-        make_entry("tokenizer.ggml.model", "str", "no_vocab"),
-        make_entry(f"{converter.arch}.vocab_size", "u32", table["vocab_size"]),
-    ]
-    top = header({entry.key: entry for entry in [*own, *metadata]}.values(), targets, DEFAULT_ALIGNMENT)
+    top, nbytes = bare_header(plan_conversion(checkpoint, "q8_0"), name, "config.json")
     path = tmp_path / "real.gguf"
     path.write_bytes(top)
     with path.open("ab") as stream:
-        stream.truncate(file_bytes(len(top), targets, DEFAULT_ALIGNMENT))
+        stream.truncate(nbytes)
     architecture = read_architecture(GgufFile(path))
     assert architecture.parameters / 1e9 == pytest.approx(billions, abs=0.05)
     arguments = {"shadow": str(path), "launch": Launch(context=512).to_json()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.files import room_for
@@ -69,16 +70,7 @@ def price(layout: Layout, launch: Launch, architecture: Architecture) -> Needs:
             f"a context of {launch.context} tokens is longer than the model's {architecture.context_length}",
             hint=f"`--context {architecture.context_length}` is the longest",
         )
-    with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
-        shadow = Path(folder) / "shadow.gguf"
-        with room_for(shadow), shadow.open("wb") as stream:
-            stream.write(layout.header)
-            stream.truncate(layout.nbytes)
-        try:
-            priced = child.call("edgeprune.measure.tasks:price", {"shadow": str(shadow), "launch": launch.to_json()})
-        except EdgepruneError as error:
-            cause = error.cause.replace(str(shadow), architecture.name)
-            raise type(error)(cause, rows=error.rows, hint=error.hint) from error
+    priced = _asked(layout.header, layout.nbytes, launch, architecture.name)
     buffers = priced["buffers"]
     by_backend = {name: sizes.get("compute", 0) + sizes.get("output", 0) for name, sizes in buffers.items()}
     host = sum(count for name, count in by_backend.items() if _on_host(name))
@@ -88,6 +80,36 @@ def price(layout: Layout, launch: Launch, architecture: Architecture) -> Needs:
     recurrent = sum(sizes.get("RS", 0) for sizes in buffers.values())
     runtime = priced["runtime_bytes"] + _decode_bytes(architecture, launch)
     return Needs(priced["kv_bytes"] + recurrent, compute, host, runtime, tuple(buffers))
+
+
+def require_loadable(top: bytes, nbytes: int, name: str) -> None:
+    """Have llama.cpp look at a file with the header ``top`` and ``nbytes`` bytes in all, none of which it reads.
+
+    Args:
+        name: what it is called in messages.
+
+    Raises:
+        BadFile: it refuses the file; the rows say why.
+        NativeCrash: it aborts on it.
+    """
+    _asked(top, nbytes, Launch(), name)
+
+
+def _asked(top: bytes, nbytes: int, launch: Launch, name: str) -> dict[str, Any]:
+    """What llama.cpp says of a shadow with the header ``top``; see ``tasks.price``."""
+    with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+        shadow = Path(folder) / "shadow.gguf"
+        with room_for(shadow), shadow.open("wb") as stream:
+            stream.write(top)
+            stream.truncate(nbytes)
+        try:
+            priced: dict[str, Any] = child.call(
+                "edgeprune.measure.tasks:price", {"shadow": str(shadow), "launch": launch.to_json()}
+            )
+        except EdgepruneError as error:
+            cause = error.cause.replace(str(shadow), name)
+            raise type(error)(cause, rows=error.rows, hint=error.hint) from error
+    return priced
 
 
 def _on_host(backend: str) -> bool:
