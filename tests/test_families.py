@@ -175,11 +175,11 @@ def test_llama_cpp_takes_the_real_model_in_its_real_size(name: str, tmp_path: Pa
     stored = {key: Stored(tuple(value.shape), "BF16") for key, value in model.state_dict().items()}
     table = json.loads(config.to_json_string(use_diff=False))
     checkpoint = Checkpoint(tmp_path, table, dict.fromkeys(stored, ""), stored)
-    top, nbytes = bare_header(plan_conversion(checkpoint, "q8_0"), name, "config.json")
+    bare = bare_header(plan_conversion(checkpoint, "q8_0"), name, "config.json")
     path = tmp_path / "real.gguf"
-    path.write_bytes(top)
+    path.write_bytes(bare.top)
     with path.open("ab") as stream:
-        stream.truncate(nbytes)
+        stream.truncate(bare.nbytes)
     architecture = read_architecture(GgufFile(path))
     assert architecture.parameters / 1e9 == pytest.approx(billions, abs=0.05)
     arguments = {"shadow": str(path), "launch": Launch(context=512).to_json()}

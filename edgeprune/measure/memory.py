@@ -16,6 +16,7 @@ from edgeprune.files import room_for
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import Architecture
+from edgeprune.model.headers import Holed
 from edgeprune.model.layout import Layout
 
 # What only a real decode touches: code pages of the kernels, stacks and work buffers of the threads.
@@ -70,7 +71,7 @@ def price(layout: Layout, launch: Launch, architecture: Architecture) -> Needs:
             f"a context of {launch.context} tokens is longer than the model's {architecture.context_length}",
             hint=f"`--context {architecture.context_length}` is the longest",
         )
-    priced = _asked(layout.header, layout.nbytes, launch, architecture.name)
+    priced = _asked(Holed(layout.header, layout.nbytes), launch, architecture.name)
     buffers = priced["buffers"]
     by_backend = {name: sizes.get("compute", 0) + sizes.get("output", 0) for name, sizes in buffers.items()}
     host = sum(count for name, count in by_backend.items() if _on_host(name))
@@ -82,8 +83,8 @@ def price(layout: Layout, launch: Launch, architecture: Architecture) -> Needs:
     return Needs(priced["kv_bytes"] + recurrent, compute, host, runtime, tuple(buffers))
 
 
-def require_loadable(top: bytes, nbytes: int, name: str) -> None:
-    """Have llama.cpp look at a file with the header ``top`` and ``nbytes`` bytes in all, none of which it reads.
+def require_loadable(file: Holed, name: str) -> None:
+    """Have llama.cpp look at a file without weights, as far as its header tells.
 
     Args:
         name: what it is called in messages.
@@ -92,16 +93,16 @@ def require_loadable(top: bytes, nbytes: int, name: str) -> None:
         BadFile: it refuses the file; the rows say why.
         NativeCrash: it aborts on it.
     """
-    _asked(top, nbytes, Launch(), name)
+    _asked(file, Launch(), name)
 
 
-def _asked(top: bytes, nbytes: int, launch: Launch, name: str) -> dict[str, Any]:
-    """What llama.cpp says of a shadow with the header ``top``; see ``tasks.price``."""
+def _asked(file: Holed, launch: Launch, name: str) -> dict[str, Any]:
+    """What llama.cpp says of a shadow; see ``tasks.price``."""
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         shadow = Path(folder) / "shadow.gguf"
         with room_for(shadow), shadow.open("wb") as stream:
-            stream.write(top)
-            stream.truncate(nbytes)
+            stream.write(file.top)
+            stream.truncate(file.nbytes)
         try:
             priced: dict[str, Any] = child.call(
                 "edgeprune.measure.tasks:price", {"shadow": str(shadow), "launch": launch.to_json()}

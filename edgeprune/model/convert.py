@@ -11,6 +11,7 @@ from edgeprune.files import atomic_writer, require_space
 from edgeprune.model import ggml
 from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
 from edgeprune.model.gguf import DEFAULT_ALIGNMENT, MAGIC, Entry, align, file_bytes, header, make_entry
+from edgeprune.model.headers import Holed
 from edgeprune.model.planning import FLOATS, Conversion, Planned, naming, plan_conversion
 from edgeprune.model.quantised import MXFP4
 from edgeprune.model.rope import rope_entries
@@ -145,12 +146,12 @@ def model_entries(planned: Conversion, name: str, where: str) -> list[Entry]:
     ]
 
 
-def bare_header(planned: Conversion, name: str, where: str) -> tuple[bytes, int]:
-    """The header of the GGUF with token numbers for a vocabulary, which llama.cpp loads as well, and the file's size
-    with it. The arguments and errors are those of ``model_entries``."""
+def bare_header(planned: Conversion, name: str, where: str) -> Holed:
+    """The header of the GGUF with token numbers for a vocabulary, which llama.cpp loads as well. The arguments and
+    errors are those of ``model_entries``."""
     entries = without_vocabulary(model_entries(planned, name, where), planned.vocabulary)
     top = header(entries, planned.shapes, DEFAULT_ALIGNMENT)
-    return top, file_bytes(len(top), planned.shapes, DEFAULT_ALIGNMENT)
+    return Holed(top, file_bytes(len(top), planned.shapes, DEFAULT_ALIGNMENT))
 
 
 def without_vocabulary(entries: Iterable[Entry], tokens: int) -> list[Entry]:

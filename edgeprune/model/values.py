@@ -233,20 +233,24 @@ def _computed(field: Field, config: Mapping[str, Any], where: str) -> Any:
 def _evaluated(field: Field, config: Mapping[str, Any], where: str) -> Any:
     """The field's value, or None."""
     value = lookup(config, field.config)
-    if value is None and field.operation:
+    computed = value is None and bool(field.operation)
+    if computed:
         value = _computed(field, config, where)
     if value is None:
         value = field.default
     value = _mapped(value, field, where)
-    whole = field.type.strip("[]")[:1] in ("u", "i")
-    return int(value) if whole and isinstance(value, float) and math.isfinite(value) else value
+    whole = field.type.strip("[]")[:1] in ("u", "i") and isinstance(value, float) and math.isfinite(value)
+    # As transformers cuts off what is computed; a fraction that is written down is a mistake.
+    return int(value) if whole and (computed or value.is_integer()) else value
 
 
 def _uniform(value: Any, where: str) -> Any:
     """A list in place of one number has to be the same throughout."""
     if not isinstance(value, list):
         return value
-    if not value or any(element != value[0] for element in value):
+    if not value:
+        raise BadFile(f"config.json: {where} = [] is an empty list")
+    if any(element != value[0] for element in value):
         raise Unsupported(f"config.json: {where} differs between layers, for which llama.cpp has one value")
     return value[0]
 

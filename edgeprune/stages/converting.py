@@ -8,9 +8,11 @@ from pathlib import Path
 from edgeprune.errors import BadFile, EdgepruneError
 from edgeprune.measure import child
 from edgeprune.measure.memory import require_loadable
+from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
 from edgeprune.model.convert import bare_header
 from edgeprune.model.gguf import GgufFile
+from edgeprune.model.headers import read_header
 from edgeprune.model.planning import Conversion, plan_conversion
 from edgeprune.model.tokenizer import DIFFERENCES_KEY
 from edgeprune.settings import Listener
@@ -28,9 +30,11 @@ def require_convertible(checkpoint: Checkpoint, base: str = "auto", *, mtp: bool
         Unsupported: a dense model, no converter, or a configuration that llama.cpp cannot represent.
     """
     planned = plan_conversion(checkpoint, base, mtp=mtp)
-    top, nbytes = bare_header(planned, checkpoint.folder.name, str(checkpoint.folder / "config.json"))
+    where = checkpoint.folder / "config.json"
+    bare = bare_header(planned, checkpoint.folder.name, str(where))
+    read_architecture(read_header(bare, where))  # numbers on which llama.cpp aborts
     try:
-        require_loadable(top, nbytes, str(checkpoint.folder))
+        require_loadable(bare, str(checkpoint.folder))
     except EdgepruneError as error:
         raise _blamed(checkpoint, planned, error) from error
     return planned
