@@ -376,7 +376,7 @@ LISTED: dict[str, tuple[dict[str, str], str]] = {
         f"says that {SECOND} holds c, which no file holds",
     ),
     "a tensor that is elsewhere": ({"a": FIRST, "b": FIRST, "c": SECOND}, f"holds b, which is in {SECOND}"),
-    "a tensor that is not listed": ({"a": FIRST}, f"{SECOND} holds b, which {INDEX} does not list"),
+    "a tensor that is not listed": ({"a": FIRST, "d": SECOND}, f"{SECOND} holds b, which {INDEX} does not list"),
     "a tensor by another name": (
         {"a": FIRST, "x": SECOND},
         f"{SECOND} holds x, which no file holds; 2 tensors differ",

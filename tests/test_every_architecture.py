@@ -95,6 +95,58 @@ def test_blocks_of_multi_token_prediction_that_are_not_in_the_file_are_no_obstac
     require_same(path, halves(path), tmp_path)
 
 
+def with_further_block(path: Path, arch: str) -> Path:
+    """A toy with one block behind the others that predicts further tokens, and numbers of heads by block."""
+    shapes = architectures.tensors(arch)
+    last, own = f"blk.{architectures.LAYERS - 1}.", f"blk.{architectures.LAYERS}."
+    shapes |= {name.replace(last, own): shape for name, shape in list(shapes.items()) if name.startswith(last)}
+    width = architectures.WIDTH
+    shapes |= {f"{own}nextn.eh_proj.weight": (2 * width, width)}
+    shapes |= {f"{own}nextn.{part}.weight": (width,) for part in ("enorm", "hnorm", "shared_head_norm")}
+    blocks = architectures.LAYERS + 1
+    known = {**architectures.COMMON, **architectures.KNOWN[arch]["metadata"]}
+    heads = known["attention.head_count_kv"][1]
+    return architectures.toy(
+        path,
+        arch,
+        shapes,
+        nextn_predict_layers=("u32", 1),
+        block_count=("u32", blocks),
+        attention__head_count_kv=("[u32]", [heads] * blocks),
+    )
+
+
+FURTHER = ["deepseek2", "glm4moe", "hy_v3", "cohere2moe"]
+
+
+@pytest.mark.parametrize("arch", FURTHER)
+def test_half_of_the_experts_without_further_blocks_equals_a_mask(arch: str, tmp_path: Path) -> None:
+    path = with_further_block(tmp_path / "toy.gguf", arch)
+    keep = halves(path)
+    assert max(keep) == architectures.LAYERS - 1
+    require_same(path, keep, tmp_path)
+    file = GgufFile(tmp_path / "half.gguf")
+    assert not any(name.startswith(f"blk.{architectures.LAYERS}.") for name in file.tensors)
+    assert (file.get(f"{arch}.block_count"), file.get(f"{arch}.nextn_predict_layers")) == (architectures.LAYERS, 0)
+    assert len(file.get(f"{arch}.attention.head_count_kv")) == architectures.LAYERS
+
+
+@pytest.mark.parametrize("arch", FURTHER)
+def test_further_blocks_can_be_kept_with_as_many_experts(arch: str, tmp_path: Path) -> None:
+    path = with_further_block(tmp_path / "toy.gguf", arch)
+    keep = {**halves(path), architectures.LAYERS: [0, 2, 5, 7]}
+    half = sliced(path, keep, tmp_path / "half.gguf", mtp=True)
+    windows = token_windows(architectures.VOCABULARY, 1)
+    alone = sliced(path, halves(path), tmp_path / "alone.gguf")
+    np.testing.assert_array_equal(logits(half, windows)[0], logits(alone, windows)[0])
+    name = f"blk.{architectures.LAYERS}.ffn_down_exps.weight"
+    before, after = GgufFile(path), GgufFile(half)
+    assert after.tensors[name].shape[-1] == 4
+    rows = before.raw(name).reshape(architectures.EXPERTS, -1)[keep[architectures.LAYERS]]
+    np.testing.assert_array_equal(after.raw(name).reshape(4, -1), rows)
+    assert after.get(f"{arch}.nextn_predict_layers") == 1
+
+
 @pytest.mark.parametrize("arch", OBSTACLES)
 def test_what_cannot_be_pruned_safely_says_why(arch: str, tmp_path: Path) -> None:
     found = read_architecture(GgufFile(architectures.toy(tmp_path / "toy.gguf", arch)))

@@ -79,15 +79,22 @@ def _layer(file: GgufFile, tensors: dict[str, Tensor], experts: int) -> LayerWei
 
 
 def weigh(
-    model: str, output: str, fingerprint: str, progress: Callable[[int, int], None] | None = None
+    model: str,
+    output: str,
+    fingerprint: str,
+    mtp: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
     """Measure every layer and write the result to ``output``. A task for a child process.
 
     One expert's matrix is decoded at a time.
+
+    Args:
+        mtp: with the blocks that predict further tokens.
     """
     file = GgufFile(Path(model))
-    architecture = read_architecture(file)
-    layers = architecture.moe_layers
+    architecture = read_architecture(file, mtp=mtp)
+    layers = architecture.sliced_layers
     measured: dict[int, LayerWeights] = {}
     for number, layer in enumerate(layers):
         measured[layer] = _layer(file, layer_tensors(architecture, layer), architecture.experts)

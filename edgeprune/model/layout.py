@@ -17,6 +17,7 @@ from edgeprune.model.gguf import (
     make_entry,
     replaced,
 )
+from edgeprune.model.headers import ARRAY, SCALARS
 from edgeprune.model.parts import PREFIX
 
 # llama.cpp's "file type" (llama.h, enum llama_ftype) for a file that is mostly of one tensor type.
@@ -26,6 +27,8 @@ _FILE_TYPES = {
     "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "MXFP4": 38,
 }  # fmt: skip
 _GUESSED_FILE_TYPE = 1024
+_BY_POSITION = "dimension_sections"  # four numbers in models of any depth
+_ARRAY_HEAD = 16  # bytes in front of an array's elements: kind, kind of elements, count
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,37 @@ def layout(
         changes.append(make_entry(f"{architecture.arch}.expert_count", "u32", kept))
         # "30B-A3B" and the like would no longer be true.
         entries.pop("general.size_label", None)
+    if architecture.left_out:
+        changes += without_further_blocks(entries, architecture)
     whole = replaced(entries, changes)
     top = header(whole, tensors, file.alignment)
     alone = Part(top, len(tensors), file_bytes(len(top), tensors, file.alignment))
     parts = [alone] if not part_bytes or alone.nbytes <= part_bytes else _split(whole, tensors, file, part_bytes)
     return Layout(top, tensors, file.alignment, sum(part.nbytes for part in parts), tuple(parts))
+
+
+def without_further_blocks(entries: Mapping[str, Entry], architecture: Architecture) -> list[Entry]:
+    """Metadata of a file without the blocks that predict further tokens: llama.cpp wants arrays with an element for
+    each block to be as long as there are blocks (src/llama-model-loader.cpp, ``get_key_or_arr``)."""
+    prefix, layers = f"{architecture.arch}.", architecture.layers
+    blocks = int(entries[f"{prefix}block_count"].value())
+    changes = [
+        make_entry(f"{prefix}block_count", "u32", layers),
+        make_entry(f"{prefix}nextn_predict_layers", "u32", 0),
+    ]
+    for key, entry in entries.items():
+        by_layer = (
+            key.startswith(prefix)
+            and entry.kind == ARRAY
+            and entry.count == blocks
+            and not key.endswith(_BY_POSITION)
+        )
+        if by_layer and entry.element in SCALARS:
+            size = (len(entry.raw) - _ARRAY_HEAD) // blocks
+            head = entry.raw[:8] + layers.to_bytes(8, "little")
+            raw = head + entry.raw[_ARRAY_HEAD : _ARRAY_HEAD + layers * size]
+            changes.append(Entry(key, ARRAY, entry.element, layers, raw))
+    return changes
 
 
 def _split(entries: Sequence[Entry], tensors: Sequence[TensorShape], file: GgufFile, part_bytes: int) -> list[Part]:

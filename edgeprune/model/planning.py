@@ -77,7 +77,8 @@ def _gguf_type(name: str, shape: tuple[int, ...], source: str, base: str, keeps_
         source: type in the checkpoint.
         keeps_blocks: its blocks can be moved as they are.
     """
-    if not takes_any_type(name, len(shape)):
+    further = ".nextn." in name and len(shape) > 1
+    if not takes_any_type(name, len(shape)) and not further:
         return "F32"
     if base != "auto":
         wanted = ggml.type_named(base)

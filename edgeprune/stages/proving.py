@@ -102,7 +102,7 @@ class Run(TryStages):
     def _as_plan(self, plan: Plan, rival: Baseline, types: Mapping[str, str]) -> Plan | None:
         """The preset as a plan of ours, or None if its bytes and our records exceed the limit."""
         own = {tensor.name: tensor.type for tensor in self.architecture.tensors}
-        changed = {name: kind for name, kind in types.items() if own[name] != kind}
+        changed = {name: kind for name, kind in types.items() if own.get(name, kind) != kind}
         flat = replace(
             plan,
             kept=plan.experts,

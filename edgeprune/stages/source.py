@@ -27,6 +27,7 @@ from edgeprune.model.parts import first_part
 from edgeprune.rundir import RunFolder, changed_fields
 from edgeprune.settings import KEEP, Listener, Settings
 from edgeprune.stages.converting import checked_plan, convert_checked
+from edgeprune.units import format_bytes
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 
@@ -113,7 +114,14 @@ class SourceStages:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return read_architecture(self.file)
+        found = read_architecture(self.file, mtp=self.settings.mtp == KEEP)
+        if found.left_out:
+            size = format_bytes(sum(tensor.nbytes for tensor in found.left_out))
+            self.listener.say(
+                f"left out: blocks that predict further tokens, {size}, which llama.cpp loads with --spec-type "
+                "draft-mtp alone; --mtp keep keeps them"
+            )
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
