@@ -52,7 +52,7 @@ def test_half_of_the_experts_equals_a_mask(arch: str, tmp_path: Path) -> None:
     require_same(path, halves(path), tmp_path)
 
 
-@pytest.mark.parametrize("arch", [arch for arch in architectures.KNOWN if arch not in OBSTACLES])
+@pytest.mark.parametrize("arch", [arch for arch in architectures.KNOWN if arch != "deepseek4"])
 def test_routing_and_every_experts_input_is_observed(arch: str, tmp_path: Path) -> None:
     path = architectures.toy(tmp_path / "toy.gguf", arch)
     architecture = read_architecture(GgufFile(path))

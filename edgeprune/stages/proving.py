@@ -18,6 +18,8 @@ from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch, generated_tokens, prompt_tokens
+from edgeprune.model.ggml import tensor_bytes
+from edgeprune.model.headers import DEFAULT_ALIGNMENT, align
 from edgeprune.prove import baseline
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.deeper import NOTHING, Deeper
@@ -45,6 +47,10 @@ class Run(TryStages):
         statistics = self.statistics_file
         sizes = child.call("edgeprune.build.preset:sizes", {"model": str(self.source), "statistics": statistics})
         limit = plan.predicted.file_bytes
+        # llama-quantize keeps blocks that predict further tokens; where the plan leaves them out they do not count.
+        gone = self.architecture.left_out
+        share = sum(tensor.nbytes for tensor in gone) / (self.architecture.nbytes + sum(t.nbytes for t in gone))
+        sizes = {name: int(nbytes * (1 - share)) for name, nbytes in sizes.items()}
         names = baseline.contenders(sizes, limit, self.file.data_offset)
         self.folder.scratch.mkdir(parents=True, exist_ok=True)
         results: list[tuple[Baseline, dict[str, str]]] = []
@@ -61,7 +67,7 @@ class Run(TryStages):
                             "output": str(path),
                             "preset": name,
                             "statistics": statistics,
-                            "expected_bytes": sizes[name],
+                            "expected_bytes": int(sizes[name] / (1 - share)),
                         },
                         progress,
                     )
@@ -69,6 +75,9 @@ class Run(TryStages):
                 self.listener.say(f"stock preset {name} is left out: {error.cause}")
                 continue
             # Presets that differ in name alone, as some do for small models, are one.
+            made["nbytes"] -= sum(
+                align(tensor_bytes(made["types"][tensor.name], tensor.shape), DEFAULT_ALIGNMENT) for tensor in gone
+            )
             if made["nbytes"] <= limit and all(made["types"] != types for _, types in results):
                 quality = self.quality(path, f"quality of {name}")
                 results.append((Baseline(name, made["nbytes"], quality["all"]), made["types"]))
