@@ -7,6 +7,7 @@ tensors lie within the file, so that a 60 GB model is priced in a second without
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,20 @@ def price(layout: Layout, launch: Launch, architecture: Architecture) -> Needs:
             f"a context of {launch.context} tokens is longer than the model's {architecture.context_length}",
             hint=f"`--context {architecture.context_length}` is the longest",
         )
-    priced = _asked(Holed(layout.header, layout.nbytes), launch, architecture.name)
+    return price_each(layout, [launch], architecture)[0]
+
+
+def price_each(layout: Layout, launches: Sequence[Launch], architecture: Architecture) -> list[Needs]:
+    """Memory needs of a file of ``layout`` for each of ``launches``.
+
+    Raises:
+        EdgepruneError: llama.cpp refuses the file or one of them.
+    """
+    priced = _asked(Holed(layout.header, layout.nbytes), launches, architecture.name)
+    return [_needs(own, launch, architecture) for own, launch in zip(priced, launches, strict=True)]
+
+
+def _needs(priced: dict[str, Any], launch: Launch, architecture: Architecture) -> Needs:
     buffers = priced["buffers"]
     by_backend = {name: sizes.get("compute", 0) + sizes.get("output", 0) for name, sizes in buffers.items()}
     host = sum(count for name, count in by_backend.items() if _on_host(name))
@@ -93,20 +107,19 @@ def require_loadable(file: Holed, name: str) -> None:
         BadFile: it refuses the file; the rows say why.
         NativeCrash: it aborts on it.
     """
-    _asked(file, Launch(), name)
+    _asked(file, [Launch()], name)
 
 
-def _asked(file: Holed, launch: Launch, name: str) -> dict[str, Any]:
-    """What llama.cpp says of a shadow; see ``tasks.price``."""
+def _asked(file: Holed, launches: Sequence[Launch], name: str) -> list[dict[str, Any]]:
+    """What llama.cpp says of a shadow for each launch; see ``tasks.price``."""
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         shadow = Path(folder) / "shadow.gguf"
         with room_for(shadow), shadow.open("wb") as stream:
             stream.write(file.top)
             stream.truncate(file.nbytes)
         try:
-            priced: dict[str, Any] = child.call(
-                "edgeprune.measure.tasks:price", {"shadow": str(shadow), "launch": launch.to_json()}
-            )
+            arguments = {"shadow": str(shadow), "launches": [launch.to_json() for launch in launches]}
+            priced: list[dict[str, Any]] = child.call("edgeprune.measure.tasks:price_each", arguments)
         except EdgepruneError as error:
             cause = error.cause.replace(str(shadow), name)
             raise type(error)(cause, rows=error.rows, hint=error.hint) from error

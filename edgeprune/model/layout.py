@@ -9,7 +9,6 @@ from edgeprune.model.architecture import Architecture
 from edgeprune.model.gguf import (
     DEFAULT_ALIGNMENT,
     Entry,
-    GgufFile,
     TensorShape,
     align,
     file_bytes,
@@ -17,7 +16,7 @@ from edgeprune.model.gguf import (
     make_entry,
     replaced,
 )
-from edgeprune.model.headers import ARRAY, SCALARS
+from edgeprune.model.headers import ARRAY, SCALARS, Header
 from edgeprune.model.parts import PREFIX
 
 # llama.cpp's "file type" (llama.h, enum llama_ftype) for a file that is mostly of one tensor type.
@@ -81,7 +80,7 @@ def _file_type(tensors: Iterable[TensorShape]) -> int:
 
 
 def layout(
-    file: GgufFile,
+    file: Header,
     architecture: Architecture,
     kept: int,
     types: Mapping[str, str],
@@ -139,7 +138,7 @@ def without_further_blocks(entries: Mapping[str, Entry], architecture: Architect
     return changes
 
 
-def _split(entries: Sequence[Entry], tensors: Sequence[TensorShape], file: GgufFile, part_bytes: int) -> list[Part]:
+def _split(entries: Sequence[Entry], tensors: Sequence[TensorShape], file: Header, part_bytes: int) -> list[Part]:
     """Files of at most ``part_bytes``, with all metadata in the first, as llama-gguf-split does it."""
     groups = _grouped(entries, tensors, file.alignment, part_bytes)
     found = []
