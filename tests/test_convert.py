@@ -21,7 +21,7 @@ from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.files import data_folder
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY, convert
+from edgeprune.model.convert import SOURCE_KEY, _piece_bytes, convert
 from edgeprune.model.converter import load_converter
 from edgeprune.model.gguf import GgufFile
 from edgeprune.stages.converting import checked_plan
@@ -531,3 +531,10 @@ def test_one_tensor_of_another_shape_is_named_before_anything_is_written(small: 
     done = run_edgeprune("convert", folder, "out.gguf", cwd=tmp_path)
     assert done.returncode == 1 and f"{name} has the shape [64, 32]" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_large_tensor_is_encoded_in_pieces() -> None:
+    weights = torch.arange(5000 * 4096, dtype=torch.float32).reshape(5000, 4096).to(torch.bfloat16)
+    pieces = list(_piece_bytes(weights, "BF16", "x"))
+    assert len(pieces) > 2 and b"".join(pieces) == weights.view(torch.uint8).numpy().tobytes()
+    assert max(map(len, pieces)) <= 1 << 24

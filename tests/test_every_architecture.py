@@ -13,6 +13,7 @@ from test_observers import logits, sliced, token_windows
 
 from edgeprune.errors import Unsupported
 from edgeprune.measure.observers import RouterMask
+from edgeprune.measure.weights import load_weights, weigh
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import Entry, GgufFile, TensorShape, make_entry
 
@@ -174,3 +175,19 @@ def rename(path: Path, arch: str) -> Path:
     ]
     pairs = [(TensorShape(t.name, t.shape, t.type), file.raw(t.name)) for t in file.tensors.values()]
     return toys.write_gguf(path.with_name("renamed.gguf"), entries, pairs)
+
+
+def test_weights_count_with_the_scales_of_their_experts(tmp_path: Path) -> None:
+    shapes = architectures.scaled(architectures.tensors("qwen3moe"))
+    path = architectures.toy(tmp_path / "toy.gguf", "qwen3moe", shapes)
+    file = GgufFile(path)
+    weigh(str(path), str(tmp_path / "weights"), "x")
+    found = load_weights(tmp_path / "weights", "x")[0]
+    total = np.zeros(architectures.EXPERTS)
+    for part in ("gate", "up", "down"):
+        name = f"blk.0.ffn_{part}_exps"
+        matrices = file.raw(f"{name}.weight").view(np.float32).reshape(architectures.EXPERTS, -1).astype(np.float64)
+        scales = file.raw(f"{name}.scale").view(np.float32)
+        assert len(set(scales.tolist())) > 1
+        total += np.square(matrices).sum(axis=1) * np.square(scales, dtype=np.float64)
+    np.testing.assert_allclose(found.square, total, rtol=1e-5)

@@ -58,8 +58,17 @@ def layer_tensors(architecture: Architecture, layer: int) -> dict[str, Tensor]:
     return found
 
 
+def _scales(file: GgufFile, tensor: Tensor) -> Floats | None:
+    """What the products of each expert's matrix are multiplied with, float32 [E], or None where they are not."""
+    name = tensor.name.removesuffix("weight") + "scale"
+    if name not in file.tensors:
+        return None
+    return ggml.decode(ggml.BY_NAME[file.tensors[name].type], file.raw(name), tensor.shape[2]).reshape(-1)
+
+
 def _layer(file: GgufFile, tensors: dict[str, Tensor], experts: int) -> LayerWeights:
     down, router = tensors["expert_down"], tensors["router"]
+    scales = {role: _scales(file, tensor) for role, tensor in tensors.items() if role != "router"}
     absolute, square, count = np.zeros(experts), np.zeros(experts), np.zeros(experts)
     columns = np.zeros((experts, down.shape[0]))
     for role, tensor in tensors.items():
@@ -67,6 +76,8 @@ def _layer(file: GgufFile, tensors: dict[str, Tensor], experts: int) -> LayerWei
             continue
         for expert in range(experts):
             matrix = expert_matrix(file, tensor, expert)
+            if (scale := scales[role]) is not None:
+                matrix = matrix * scale[expert]
             squares = np.square(matrix)
             absolute[expert] += np.abs(matrix).sum(dtype=np.float64)
             square[expert] += squares.sum(dtype=np.float64)

@@ -26,33 +26,37 @@ BASE_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 SOURCE_KEY = "edgeprune.source_digest"
 LARGEST_F16 = 65504.0
 Progress = Callable[[int, int], None]
-_ROWS_TOGETHER = 1 << 23  # weights that are quantised in one call
+_WEIGHTS_TOGETHER = 1 << 23  # that are looked at and encoded in one go
 
 
-def _piece_bytes(piece: torch.Tensor, kind: str, name: str) -> bytes:
-    """``piece`` as little-endian bytes of type ``kind``, refused when it is not finite."""
+def _piece_bytes(piece: torch.Tensor, kind: str, name: str) -> Iterator[bytes]:
+    """``piece`` as little-endian bytes of type ``kind``, some rows at a time: of the embedding matrix of a large
+    vocabulary there would be several copies in memory else.
+
+    Raises:
+        BadFile: it is not finite.
+        Unsupported: it does not fit the type.
+    """
+    rows = piece.reshape(-1, piece.shape[-1]) if piece.dim() else piece.reshape(1, 1)
+    step = max(_WEIGHTS_TOGETHER // max(rows.shape[1], 1), 1)
+    for start in range(0, rows.shape[0], step):
+        yield _row_bytes(rows[start : start + step], kind, name)
+
+
+def _row_bytes(rows: torch.Tensor, kind: str, name: str) -> bytes:
     import torch
 
-    if not bool(torch.isfinite(piece).all()):
+    if not bool(torch.isfinite(rows).all()):
         raise BadFile(
             f"tensor {name} holds values that are NaN or infinite",
             hint="the checkpoint is damaged or overflowed when it was saved; get it again",
         )
     if kind not in FLOATS:
-        return _encoded(piece, kind, name)
+        return ggml.encode(ggml.BY_NAME[kind], rows.float().numpy(), None, name).tobytes()
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
-    if kind == "F16" and piece.numel() and float(piece.abs().max()) > LARGEST_F16:
+    if kind == "F16" and rows.numel() and float(rows.abs().max()) > LARGEST_F16:
         raise Unsupported(f"tensor {name} does not fit F16", hint="convert with --type bf16")
-    contiguous = piece.to(dtype).contiguous()
-    return contiguous.view(torch.uint8).numpy().tobytes()
-
-
-def _encoded(piece: torch.Tensor, kind: str, name: str) -> bytes:
-    """``piece`` in a quantised type, some rows at a time."""
-    rows = piece.reshape(-1, piece.shape[-1])
-    step = max(_ROWS_TOGETHER // rows.shape[1], 1)
-    parts = (rows[start : start + step].float().numpy() for start in range(0, rows.shape[0], step))
-    return b"".join(ggml.encode(ggml.BY_NAME[kind], part, None, name).tobytes() for part in parts)
+    return rows.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def check_output(folder: Path, output: Path) -> None:
@@ -183,7 +187,7 @@ def _data(checkpoint: Checkpoint, plan: Planned, sizes: Sizes) -> Iterator[bytes
     import torch
 
     if plan.values:
-        yield _piece_bytes(torch.tensor(plan.values), plan.target.type, plan.target.name)
+        yield from _piece_bytes(torch.tensor(plan.values), plan.target.type, plan.target.name)
     transform = TRANSFORMS[plan.transform]
     for source in plan.sources:
         stored = checkpoint.stored[source]
@@ -194,4 +198,4 @@ def _data(checkpoint: Checkpoint, plan: Planned, sizes: Sizes) -> Iterator[bytes
                     yield piece.contiguous().numpy().tobytes()
             else:
                 for piece in transform.apply(checkpoint.tensor(source, matrix), sizes):
-                    yield _piece_bytes(piece, plan.target.type, source)
+                    yield from _piece_bytes(piece, plan.target.type, source)
