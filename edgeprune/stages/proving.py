@@ -20,6 +20,7 @@ from edgeprune.measure import child
 from edgeprune.measure.launch import Launch, generated_tokens, prompt_tokens
 from edgeprune.model.ggml import tensor_bytes
 from edgeprune.model.headers import DEFAULT_ALIGNMENT, align
+from edgeprune.model.tokenizer import DIFFERENCES_KEY
 from edgeprune.prove import baseline
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.deeper import NOTHING, Deeper
@@ -190,6 +191,7 @@ class Run(TryStages):
                 "experts": self.architecture.experts,
                 "used": self.architecture.used,
                 "parameters": self.architecture.parameters,
+                "tokenizer_differences": [str(line) for line in self.file.get(DIFFERENCES_KEY, [])],
             },
             launch_line=plan.launch.command(Path(build.path).name),
             conditions=self._conditions(plan, on_device, speed),
