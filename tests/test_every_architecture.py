@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import toys
 from observed import collected
+from runs import run_edgeprune
 from test_observers import logits, sliced, token_windows
 
+from edgeprune.decide.plan import Plan
 from edgeprune.errors import Unsupported
 from edgeprune.measure.observers import RouterMask
 from edgeprune.measure.weights import load_weights, weigh
@@ -191,3 +193,34 @@ def test_weights_count_with_the_scales_of_their_experts(tmp_path: Path) -> None:
         assert len(set(scales.tolist())) > 1
         total += np.square(matrices).sum(axis=1) * np.square(scales, dtype=np.float64)
     np.testing.assert_allclose(found.square, total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mtp", ["drop", "keep"])
+def test_commands_plan_with_and_without_further_blocks(mtp: str, tmp_path: Path) -> None:
+    path = with_further_block(tmp_path / "toy.gguf", "glm4moe")
+    words = [f"{word:x}" for word in np.random.default_rng(0).integers(0, 1 << 24, 1500)]
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    options = (
+        "--memory",
+        "1GiB",
+        "--context",
+        "64",
+        "--keep",
+        "4",
+        "--no-heal",
+        "--method",
+        "reap",
+        "--tokens",
+        "512",
+    )
+    done = run_edgeprune("plan", path, *options, "--text", "text.txt", "-o", "run", "--mtp", mtp, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    layers = range(architectures.LAYERS + (mtp == "keep"))
+    assert (plan.mtp, set(plan.keep)) == (mtp == "keep", set(layers))
+    assert ("left out: blocks that predict further tokens" in done.stderr) == (mtp == "drop")
+    if mtp == "keep":  # by AIMER, from the weights
+        weigh(str(path), str(tmp_path / "weights"), "x", mtp=True)
+        own = load_weights(tmp_path / "weights", "x")[architectures.LAYERS]
+        flatness = (own.absolute / own.count) / np.sqrt(own.square / own.count)
+        assert plan.keep[architectures.LAYERS] == tuple(sorted(np.argsort(flatness, kind="stable")[:4].tolist()))
