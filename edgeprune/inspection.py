@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,12 +12,13 @@ from edgeprune.errors import EdgepruneError, Unsupported
 from edgeprune.fitting import Fit, Shape, fits
 from edgeprune.model import ggml, hub
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Tensor, read_architecture
+from edgeprune.model.cached import NotHere, cached
 from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint
 from edgeprune.model.convert import bare_header
 from edgeprune.model.converter import Converter, converter_for
-from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.headers import Header, read_header
+from edgeprune.model.hub import Unreachable
 from edgeprune.model.location import HubName, located
 from edgeprune.model.planning import OUTPUT, Conversion, plan_conversion
 from edgeprune.model.quantised import FP8, MXFP4
@@ -74,9 +76,19 @@ def inspect_model(model: str) -> Inspection:
     """
     place = Path(__file__).resolve().parent / "demo" if model == "demo" else located(model)
     if isinstance(place, HubName):
-        if not hub.is_offline():
-            return _inspect_remote(place)
-        place = fetch(place, lambda done, total: None, lambda text: None)
+        if hub.is_offline():
+            place = cached(place)
+        else:
+            try:
+                return _inspect_remote(place)
+            except Unreachable:
+                with contextlib.suppress(NotHere):
+                    return _inspect_local(cached(place))
+                raise
+    return _inspect_local(place)
+
+
+def _inspect_local(place: Path) -> Inspection:
     if place.is_dir():
         checkpoint = open_checkpoint(place)
         total = sum((place / shard).stat().st_size for shard in set(checkpoint.shard_of.values()))

@@ -299,3 +299,14 @@ def test_command_inspects_over_the_network(hub: hub_files.Hub, synthetic: toys.M
     done = run_edgeprune("inspect", f"{REPO}:F32", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert sum(json.loads(done.stdout)["roles"].values()) == json.loads(done.stdout)["nbytes"]
+
+
+def test_without_network_what_was_downloaded_is_looked_at(
+    hub: hub_files.Hub, synthetic: toys.Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, {"toy-F32.gguf": synthetic("qwen3moe")})
+    fetch(HubName(REPO), lambda done, total: None, lambda text: None)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert inspect_model(REPO).facts == inspect_model(str(synthetic("qwen3moe"))).facts
+    with pytest.raises(EdgepruneError, match="cannot reach the Hub"):
+        inspect_model("maker/other")
