@@ -98,7 +98,8 @@ def _needs(priced: dict[str, Any], launch: Launch, architecture: Architecture) -
 
 
 def require_loadable(file: Holed, name: str) -> None:
-    """Have llama.cpp look at a file without weights, as far as its header tells.
+    """Have llama.cpp look at a file without weights, as far as its header tells; unless the temporary folder takes no
+    file of that length, which says nothing of this one.
 
     Args:
         name: what it is called in messages.
@@ -107,6 +108,11 @@ def require_loadable(file: Holed, name: str) -> None:
         BadFile: it refuses the file; the rows say why.
         NativeCrash: it aborts on it.
     """
+    with tempfile.TemporaryFile(prefix="edgeprune-") as trial:
+        try:
+            trial.truncate(file.nbytes)
+        except OSError:
+            return
     _asked(file, [Launch()], name)
 
 
