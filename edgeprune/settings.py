@@ -18,6 +18,8 @@ Progress = Callable[[int, int], None]
 # What runs the model over the calibration text.
 LLAMA, TORCH = "llama.cpp", "torch"
 ENGINES = (LLAMA, TORCH)
+# What becomes of blocks that predict further tokens.
+KEEP, DROP = "keep", "drop"
 
 
 class Listener(Protocol):
@@ -52,6 +54,7 @@ class Settings:
         heal: whether the down projections of changed experts are fitted anew.
         heal_stages: most groups of layers that this is done in, or 0 for the default.
         healing_tokens: how much text is used for it where experts are dropped; half of that where all stay.
+        mtp: what becomes of blocks that predict further tokens, ``keep`` or ``drop``.
         limit_seconds: most time for encoding what changes type, or 0 for any.
         output: run directory, or None for the default.
         window: tokens per calibration window.
@@ -80,6 +83,7 @@ class Settings:
     heal: bool = True
     heal_stages: int = 0
     healing_tokens: int = 49_152
+    mtp: str = DROP
     limit_seconds: float = 0.0
     output: str | None = None
     window: int = 512

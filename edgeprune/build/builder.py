@@ -151,8 +151,8 @@ def build(
         BadFile: the plan does not fit the model, or a tensor is not finite.
     """
     file = GgufFile(Path(model))
-    architecture = read_architecture(file)
     obeyed = Plan.from_json(plan, "plan")
+    architecture = read_architecture(file, mtp=obeyed.mtp)
     obeyed.check(architecture)
     stock = obeyed.origin.startswith(PRESET)
     made = layout(file, architecture, obeyed.kept, obeyed.types, obeyed.records(), part_bytes)

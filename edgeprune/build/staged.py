@@ -65,8 +65,8 @@ def write_prefix(
         statistics: of the calibration.
     """
     file = GgufFile(Path(model))
-    architecture = read_architecture(file)
     obeyed, finished = Plan.from_json(plan, "plan"), Store(Path(store))
+    architecture = read_architecture(file, mtp=obeyed.mtp)
     moments = Statistics.load(Path(statistics)).moments if statistics else {}
     raw = {t.name for t in architecture.tensors if t.is_expert and t.layer in range(*layers)}
     types = {name: kind for name, kind in obeyed.types.items() if name not in raw}
@@ -114,8 +114,8 @@ def heal_layers(
         ``ridge``; or ``reason`` why nothing was fitted.
     """
     file = GgufFile(Path(model))
-    architecture = read_architecture(file)
     obeyed, finished = Plan.from_json(plan, "plan"), Store(Path(store))
+    architecture = read_architecture(file, mtp=obeyed.mtp)
     original, pruned = Statistics.load(Path(teacher)), Statistics.load(Path(student))
     wanted = [layer for layer in architecture.moe_layers if layer in range(*layers)]
     found: dict[str, Any] = {}

@@ -51,6 +51,7 @@ class Problem:
         limit_seconds: most time to encode what changes type, on all cores.
         part_bytes: most bytes of one file if it is to be split, or 0.
         rates: measured speed of the device's products, or None where its bandwidth has to do.
+        mtp: whether blocks that predict further tokens are kept.
     """
 
     file: GgufFile
@@ -68,6 +69,7 @@ class Problem:
     limit_seconds: float = math.inf
     part_bytes: int = 0
     rates: KernelRates | None = None
+    mtp: bool = False
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
@@ -132,6 +134,7 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
         origin=origin,
         predicted=Prediction(),
         made_from=problem.made_from,
+        mtp=problem.mtp,
         heal=problem.heal
         and any(
             t.is_expert and (kept < problem.architecture.experts or t.name in types)

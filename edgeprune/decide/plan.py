@@ -86,6 +86,7 @@ class Plan:
         made_from: digests of what the plan was made from.
         heal: the down projections of experts in layers that change are fitted anew, so that the layers answer as
             before.
+        mtp: blocks that predict further tokens are kept.
 
     Raises:
         BadFile: counts, ids or types that no GGUF can have.
@@ -102,6 +103,7 @@ class Plan:
     predicted: Prediction
     made_from: dict[str, Any]
     heal: bool = False
+    mtp: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.kept <= self.experts:
@@ -138,7 +140,7 @@ class Plan:
         if not architecture.count_allowed(self.kept):
             reason = architecture.obstacle or f"{architecture.used} used, {architecture.groups} groups"
             raise BadFile(f"{self.kept} of {self.experts} experts cannot be kept: {reason}")
-        if self.keep and set(self.keep) != set(architecture.moe_layers):
+        if self.keep and set(self.keep) != set(architecture.sliced_layers):
             raise BadFile("the plan must list the kept experts of every MoE layer")
         self._check_groups(architecture)
         tensors = {tensor.name: tensor for tensor in architecture.tensors}
@@ -171,6 +173,7 @@ class Plan:
             # Encodings depend on the importance matrix.
             "statistics": self.made_from.get("statistics") if self.types else None,
             "healed": self.made_from.get("healing") if self.heal else None,
+            **({"mtp": True} if self.mtp else {}),
         }
         return digest(identity)
 
@@ -206,7 +209,7 @@ class Plan:
             BadFile: missing or unknown keys, or an unloadable plan.
         """
         names = set(cls.__dataclass_fields__)
-        optional = {"predicted", "heal"}
+        optional = {"predicted", "heal", "mtp"}
         check_keys(where, value, names - optional, optional | {"digest", "signature"})
         try:
             return cls(
@@ -221,6 +224,7 @@ class Plan:
                 predicted=Prediction.from_json(value.get("predicted", {}), f"{where}: predicted"),
                 made_from=dict(value["made_from"]),
                 heal=bool(value.get("heal", False)),
+                mtp=bool(value.get("mtp", False)),
             )
         except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise BadFile(f"{where} is not a plan: {error}") from error

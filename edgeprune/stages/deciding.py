@@ -25,6 +25,7 @@ from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model.layout import layout
 from edgeprune.model.parts import stem
 from edgeprune.rundir import changed_fields
+from edgeprune.settings import KEEP
 from edgeprune.stages.healing import HealStages
 from edgeprune.stages.measuring import tools
 from edgeprune.units import format_bytes
@@ -80,6 +81,7 @@ class DecideStages(HealStages):
             "mixture": self.settings.mixture,
             "healing": self.healing if self.settings.heal else None,
             "limit_seconds": self.settings.limit_seconds,
+            **({"mtp": self.settings.mtp} if self.settings.mtp == KEEP else {}),
             **({"split": self.settings.part_bytes} if self.settings.part_bytes else {}),
         }
 
@@ -99,6 +101,7 @@ class DecideStages(HealStages):
             launch=self.launch,
             method=self.settings.method,
             made_from=self._made_from(measured=True),
+            mtp=self.settings.mtp == KEEP,
             heal=self.settings.heal,
             limit_seconds=self.settings.limit_seconds or math.inf,
             part_bytes=self.settings.part_bytes or 0,
@@ -153,7 +156,7 @@ class DecideStages(HealStages):
             file=self.file,
             architecture=architecture,
             sensitivity=Sensitivity({}, distortions, {}, {}),
-            ranked={layer: np.arange(architecture.experts) for layer in architecture.moe_layers},
+            ranked={layer: np.arange(architecture.experts) for layer in architecture.sliced_layers},
             drop_nats=dict.fromkeys(self._counts(), 0.0),
             types=types,
             budget=self.budget,
@@ -161,6 +164,7 @@ class DecideStages(HealStages):
             launch=self.launch,
             method=self.settings.method,
             made_from=self._made_from(measured=False),
+            mtp=self.settings.mtp == KEEP,
         )
 
     def _untouched(self) -> Candidate | None:
