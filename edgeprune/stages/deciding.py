@@ -24,8 +24,8 @@ from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model.layout import layout
 from edgeprune.model.parts import stem
 from edgeprune.rundir import changed_fields
-from edgeprune.stages.healing import HealStages
 from edgeprune.stages.measuring import tools
+from edgeprune.stages.merging import MergeStages
 from edgeprune.units import format_bytes
 
 # How much the memory of a process varies from run to run; no reason to make another plan.
@@ -33,7 +33,7 @@ _JITTER_BYTES = 8 << 20
 
 
 @dataclass
-class DecideStages(HealStages):
+class DecideStages(MergeStages):
     """Candidates, the plan, and the file that obeys it."""
 
     def _counts(self) -> list[int]:
@@ -301,7 +301,8 @@ class DecideStages(HealStages):
 
     def construct(self, plan: Plan, output: Path) -> Build:
         """Write the file for ``plan`` as ``output``, healed if it says so."""
-        store = self.healed(plan)
+        merged = self.merged(plan)
+        store = self.healed(plan, merged)
         with self.listener.progress("build") as progress:
             value = child.call(
                 "edgeprune.build.builder:build",
@@ -312,9 +313,11 @@ class DecideStages(HealStages):
                     "statistics": self.statistics_file if plan.types else "",
                     "store": store,
                     "part_bytes": self.settings.part_bytes or 0,
+                    "merged": merged,
                 },
                 progress,
             )
+        self.remove_merged(merged)
         if store:
             shutil.rmtree(store)
         return Build(**value)
