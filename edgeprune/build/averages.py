@@ -63,7 +63,8 @@ def average(experts: Sequence[Expert], weights: Sequence[float], orders: Sequenc
         return total
 
     gate = None if neurons[0].gate is None else mean("gate")
-    bias = sum(np.float32(weight) * expert.down_bias for expert, weight in zip(experts, weights, strict=True))
+    biases = [np.float32(weight) * np.asarray(own.down_bias) for own, weight in zip(experts, weights, strict=True)]
+    bias = np.sum(biases, axis=0, dtype=np.float32)
     return Neurons(gate, mean("up"), mean("down")).expert(bias)
 
 
@@ -108,10 +109,13 @@ def _components(first: Floats, second: Floats) -> tuple[Floats, Floats]:
 
 
 def unit(rows: Floats) -> Floats:
+    """Each row scaled to length one, or left at zero."""
     length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length > 0, length, 1).astype(np.float32)
+    scaled: Floats = rows / np.where(length > 0, length, 1).astype(np.float32)
+    return scaled
 
 
 def _apart(first: Floats, second: Floats) -> Floats:
     squared = np.square(first).sum(axis=1)[:, None] + np.square(second).sum(axis=1)[None] - 2 * first @ second.T
-    return np.sqrt(np.maximum(squared, 0))
+    distance: Floats = np.sqrt(np.maximum(squared, 0))
+    return distance

@@ -20,8 +20,8 @@ def receivers(
 ) -> dict[int, dict[int, Ids]]:
     """By kept expert and by dropped one: which neurons of it are taken in.
 
-    A neuron goes to the kept expert that has the one of the largest cosine with it, the gate left out, which the paper
-    finds slightly better; if that is at most ``ALPHA``, it goes nowhere.
+    A neuron goes to the kept expert that has the one of the largest cosine with it, the gate left out, which the
+    paper finds slightly better; if that is at most ``ALPHA``, it goes nowhere.
     """
     found: dict[int, dict[int, Ids]] = {expert: {} for expert in kept}
     directions = {expert: _direction(neurons(expert)) for expert in dropped}
@@ -33,11 +33,11 @@ def receivers(
             better = cosine > nearest[expert][0]
             nearest[expert][0][better] = cosine[better]
             nearest[expert][1][better] = place + 1
-    for expert, (cosine, place) in nearest.items():
-        for number, into in enumerate(kept):
-            which = np.flatnonzero((cosine > ALPHA) & (place == number + 1))
+    for expert, (cosine, number_of) in nearest.items():
+        for number, taker in enumerate(kept):
+            which = np.flatnonzero((cosine > ALPHA) & (number_of == number + 1))
             if len(which):
-                found[into][expert] = which
+                found[taker][expert] = which
     return found
 
 

@@ -167,9 +167,9 @@ class Plan:
             raise BadFile("the plan must list the kept experts of every MoE layer")
         self._check_groups(architecture)
         if self.reduce != DROP:
-            for tensor in architecture.tensors:
-                if tensor.is_expert and not ggml.BY_NAME[tensor.type].encodable:
-                    raise BadFile(f"experts cannot be merged: nothing encodes {tensor.name} in {tensor.type} again")
+            for own in architecture.tensors:
+                if own.is_expert and not ggml.BY_NAME[own.type].encodable:
+                    raise BadFile(f"experts cannot be merged: nothing encodes {own.name} in {own.type} again")
         tensors = {tensor.name: tensor for tensor in architecture.tensors}
         for name, type_name in self.types.items():
             tensor = tensors.get(name)

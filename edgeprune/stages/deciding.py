@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
 from edgeprune.decide.keep import check_method, check_room, fewest_kept
-from edgeprune.decide.plan import USER, Plan
+from edgeprune.decide.plan import DROP, USER, Plan
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
@@ -72,6 +73,7 @@ class DecideStages(MergeStages):
             "mixture": self.settings.mixture,
             "healing": self.healing if self.settings.heal else None,
             "limit_seconds": self.settings.limit_seconds,
+            **({"reduce": self.settings.reduce} if self.settings.reduce != DROP else {}),
             **({"split": self.settings.part_bytes} if self.settings.part_bytes else {}),
         }
 
@@ -95,6 +97,7 @@ class DecideStages(MergeStages):
             limit_seconds=self.settings.limit_seconds or math.inf,
             part_bytes=self.settings.part_bytes or 0,
             rates=self.rates,
+            reduced=partial(self.merging, reduce=self.settings.reduce),
         )
 
     def candidates(self) -> list[Candidate]:
@@ -239,7 +242,11 @@ class DecideStages(MergeStages):
         drop = self.keep_nats([plan.keep])[0] if plan.keep else 0.0
         budget = self.budget_of(plan.launch)
         problem = replace(
-            self.problem([plan.experts]), drop_nats={plan.kept: drop}, launch=plan.launch, budget=budget
+            self.problem([plan.experts]),
+            drop_nats={plan.kept: drop},
+            launch=plan.launch,
+            budget=budget,
+            reduced=lambda own: replace(own, keep=plan.keep, reduce=plan.reduce, merge=plan.merge),
         )
         changed = {name: kind for name, kind in plan.types.items() if kind != self.architecture.tensor(name).type}
         self.measure_types(changed)

@@ -3,7 +3,8 @@
     python tests/benchmarks/healing.py MODEL --text CALIBRATION.txt --eval-text HELDOUT.txt --keep 28,24,16
 
 For each number of experts: REAP one-shot, measured by masking the router, and the methods named, as files with healed
-experts in the source's own types; then each way of merging, without and with healing. All against the source on held-out text, domain by domain.
+experts in the source's own types; then each way of merging, without and with healing. All against the source on
+held-out text, domain by domain.
 """
 
 from __future__ import annotations

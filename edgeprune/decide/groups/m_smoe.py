@@ -11,8 +11,8 @@ from edgeprune.decide.groups.group import Group
 
 
 def groups(evidence: Evidence, kept: int, among: Sequence[int] | None = None) -> tuple[Group, ...]:
-    """``kept`` groups around the experts with the most tokens; each other one joins the centre with the largest cosine
-    of the columns of router logits over all tokens.
+    """``kept`` groups around the experts with the most tokens; each other one joins the centre with the largest
+    cosine of the columns of router logits over all tokens.
 
     The authors take the most used experts of the whole model, so that layers keep different numbers; here every layer
     keeps as many.
