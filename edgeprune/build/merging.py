@@ -20,6 +20,7 @@ from edgeprune.build.store import Bytes, Store
 from edgeprune.decide.evidence import Evidence
 from edgeprune.decide.groups import weights
 from edgeprune.decide.plan import DERN, Plan
+from edgeprune.decide.protection import super_experts
 from edgeprune.decide.scores import dern
 from edgeprune.measure.activation import Activation
 from edgeprune.measure.replay import Expert, LayerExperts, activation_of
@@ -76,6 +77,7 @@ class _Merger:
             if t.layer == layer and (t.is_expert or t.name.partition(".")[2].partition(".")[2] in _BIAS)
         ]
         self.experts = LayerExperts(file, architecture, layer)
+        self.alone = super_experts(measured.layers, architecture.layers).get(layer, ())
         self.evidence = Evidence(layer, measured.layers[layer])
         self.read = lru_cache(maxsize=4)(self.experts.__getitem__)
 
@@ -126,7 +128,8 @@ class _Merger:
         def neurons(expert: int) -> Neurons:
             return Neurons.of(self.read(expert))
 
-        for into, parts in receivers(neurons, dropped, self.kept).items():
+        takers = [expert for expert in self.kept if expert not in self.alone]
+        for into, parts in receivers(neurons, dropped, takers).items():
             if not parts:
                 continue
             taken = [neurons(expert).pick(which) for expert, which in parts.items()]

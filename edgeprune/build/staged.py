@@ -170,11 +170,13 @@ class _Healer:
             role: tensor for role, tensor in layer_tensors(architecture, layer).items() if tensor.is_expert
         }
         self.experts = LayerExperts(file, architecture, layer)
+        # Merged experts do not answer as the teacher did, which is what the activation is known by.
+        self.originals = LayerExperts(GgufFile(file.path), architecture, layer)
         if not np.array_equal(self.teacher.domain, self.student.domain):
             raise BadFile("the statistics of the source and of the pruned model are over different tokens")
 
     def heal(self, store: Store) -> dict[str, Any]:
-        activation = activation_of(self.experts, self.teacher)
+        activation = activation_of(self.originals, self.teacher)
         if activation is None:
             return {"reason": "its experts' activation is not known"}
         with ThreadPoolExecutor(cores()) as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from operator import index
@@ -19,6 +20,7 @@ from edgeprune.model.gguf import Entry, make_entry
 # llama.cpp computes with these types but has no product with a stored weight of them.
 _NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
 _MOST_BYTES = 1 << 60
+_MERGEABLE = re.compile(r"ffn_((gate|up|down)_exps\.bias|(gate|up|down)_exps\.scale)$")
 DROP, DERN = "drop", "dern"
 REDUCTIONS = (DROP, DERN, "ream", "hc-smoe", "m-smoe")
 Merges = dict[int, dict[int, int]]
@@ -170,6 +172,8 @@ class Plan:
             for own in architecture.tensors:
                 if own.is_expert and not ggml.BY_NAME[own.type].encodable:
                     raise BadFile(f"experts cannot be merged: nothing encodes {own.name} in {own.type} again")
+                if own.role == "expert_vector" and not _MERGEABLE.search(own.name):
+                    raise BadFile(f"experts cannot be merged: {own.name} cannot be averaged")
         tensors = {tensor.name: tensor for tensor in architecture.tensors}
         for name, type_name in self.types.items():
             tensor = tensors.get(name)
