@@ -60,6 +60,7 @@ class Settings:
         calibration_tokens, evaluation_tokens, sensitivity_tokens: how much text is used.
         reservoir_tokens: how many calibration tokens are kept whole, for replays of single layers.
         baselines: whether stock presets are built and measured beside the plan.
+        command: as it was typed, for the report; "" where there was none.
     """
 
     source: str
@@ -90,6 +91,7 @@ class Settings:
     sensitivity_tokens: int = 2_048
     sensitivity_window: int = 128
     baselines: bool = True
+    command: str = ""
 
     def check(self) -> None:
         """Refuse a command line that contradicts itself.

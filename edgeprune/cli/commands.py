@@ -140,6 +140,7 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "limit_seconds": options.get("time_limit") or 0.0,
         "heal_stages": options.get("heal_stages") or 0,
         "output": options.get("output"),
+        "command": click.get_current_context().find_root().obj or "",
     }
     if options.get("tokens"):
         chosen["calibration_tokens"] = options["tokens"]

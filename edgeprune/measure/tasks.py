@@ -23,7 +23,7 @@ from edgeprune.measure.child import peak_memory_bytes
 from edgeprune.measure.divergence import Quality, Reference, TokenScores, summarise
 from edgeprune.measure.documents import Document
 from edgeprune.measure.launch import Launch
-from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, session
+from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, build_of_llama, session
 from edgeprune.measure.observers import Disturbance, RouterMask
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import LeftOut, TextFile, Window, windows
@@ -299,7 +299,8 @@ def divergence(
         masks: each None, or kept expert ids by layer (as text, JSON has no integer keys).
 
     Returns:
-        for each mask ``{"all": Quality, "domains": {name: Quality}, "windows": [[tokens, nats], ...]}`` as JSON.
+        for each mask ``{"all": Quality, "domains": {name: Quality}, "windows": [[tokens, nats], ...], "undivided":
+        [domains that are in both halves of the held-out text]}`` as JSON.
     """
     results = []
     observer = _Switch()
@@ -326,6 +327,7 @@ def _by_domain(scores: list[TokenScores], chosen: list[Window]) -> dict[str, Any
         "all": summarise(scores).to_json(),
         "domains": {name: summarise(own).to_json() for name, own in domains.items()},
         "windows": [[len(score.divergence), float(score.divergence.sum(dtype=np.float64))] for score in scores],
+        "undivided": sorted({part.domain for part in chosen if part.undivided}),
     }
 
 
@@ -429,7 +431,8 @@ def benchmark(
     Returns:
         prefill and decode tokens per second (medians over ``repeats``; ``best``: of them), the first token's delay in
         seconds, peak memory in bytes with as much of the context filled as 20 seconds allow; ``device_bytes``: what
-        was then taken of the memory of graphics cards.
+        was then taken of the memory of graphics cards; ``ggml``: its version; ``processors``: what llama.cpp computes
+        with here.
     """
     settings, clock = Launch(**launch), time.thread_time if processor_time else time.perf_counter
     prefill, decode, finite = [], [], True
@@ -461,6 +464,8 @@ def benchmark(
         "device_bytes": taken,
         "filled_tokens": filled,
         "finite": finite,
+        "ggml": build_of_llama(),
+        "processors": [f"{device['name']}: {device['description']}" for device in backend_devices()],
     }
 
 

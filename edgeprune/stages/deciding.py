@@ -17,6 +17,7 @@ from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
 from edgeprune.decide.keep import check_method, check_room, fewest_kept
 from edgeprune.decide.plan import DROP, USER, Plan
+from edgeprune.device.profile import Profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
@@ -31,6 +32,15 @@ from edgeprune.units import format_bytes
 
 # How much the memory of a process varies from run to run; no reason to make another plan.
 _JITTER_BYTES = 8 << 20
+
+
+def profile_digest(profile: Profile, *, local: bool | None = None) -> str:
+    """Of the device that a plan is for; ``local``: it is this machine, as a profile called ``auto`` says.
+
+    The free memory and bandwidth of this machine vary from run to run, so they are left out.
+    """
+    local = profile.name == "auto" if local is None else local
+    return digest([profile.ram.total_bytes, profile.backend] if local else profile.to_json())
 
 
 @dataclass
@@ -54,14 +64,12 @@ class DecideStages(MergeStages):
 
     def _made_from(self, *, measured: bool) -> dict[str, Any]:
         """What a plan is made from; one that changes nothing needs no measurement."""
-        profile = self.profile
         local = self.settings.device in (None, "auto")
         return {
             "source": self.fingerprint,
             "statistics": digest(self.statistics.made_from) if measured else None,
             "sensitivity": digest(self.sensitivity.made_from) if measured else None,
-            # The free memory and bandwidth of this machine vary from run to run.
-            "device": digest([profile.ram.total_bytes, profile.backend] if local else profile.to_json()),
+            "device": profile_digest(self.profile, local=local),
             "tools": tools(),
             "memory": self.settings.memory_bytes,
             "file_size": self.settings.file_bytes,

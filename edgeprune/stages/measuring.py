@@ -23,7 +23,7 @@ from edgeprune.measure import child
 from edgeprune.measure.merging import merge
 from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
 from edgeprune.measure.statistics import Statistics, write_imatrix
-from edgeprune.measure.text import SHORTEST_WINDOW
+from edgeprune.measure.text import CHOOSING, REPORTING, SHORTEST_WINDOW
 from edgeprune.measure.weights import LayerWeights, load_weights
 from edgeprune.settings import LLAMA, TORCH
 from edgeprune.stages.texts import TextStages
@@ -34,6 +34,8 @@ MOST_ENUMERATED = 16
 FALLBACK = "reap"
 # Raised when a measurement changes its meaning, so that saved ones are made again.
 FORMAT = 4
+# What the halves of the held-out text do.
+_HALVES = {CHOOSING: " that chooses", REPORTING: " that reports"}
 
 
 def tools(engine: str = LLAMA) -> str:
@@ -204,7 +206,8 @@ class MeasureStages(TextStages):
         path = self.folder.scratch / f"{part}-{key[:16]}.logprobs"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self.listener.progress(f"reference ({part.replace('_', '-')} text)") as progress:
+            name = f"held-out text{_HALVES[part]}" if part in _HALVES else f"{part.replace('_', '-')} text"
+            with self.listener.progress(f"reference ({name})") as progress:
                 child.call(
                     "edgeprune.measure.tasks:reference",
                     {"model": str(self.source), "output": str(path), **arguments},
@@ -218,7 +221,7 @@ class MeasureStages(TextStages):
         Raises:
             BadFile: it computes values that are not finite.
         """
-        self._reference("held_out")
+        self._reference(REPORTING)
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
