@@ -51,6 +51,7 @@ class Settings:
         method: how experts are ranked, one of ``decide.scores.METHODS``.
         mixture: how the domains of the text are put together for that, one of ``decide.keep.MIXTURES``.
         engine: what the statistics are measured with, one of ``ENGINES``; ``torch`` needs a checkpoint.
+        reduce: what becomes of experts that are not kept, one of ``decide.plan.REDUCTIONS``.
         heal: whether the down projections of changed experts are fitted anew.
         heal_stages: most groups of layers that this is done in, or 0 for the default.
         healing_tokens: how much text is used for it where experts are dropped; half of that where all stay.
@@ -80,6 +81,7 @@ class Settings:
     method: str = "replay"
     mixture: str = "pooled"
     engine: str = LLAMA
+    reduce: str = "drop"
     heal: bool = True
     heal_stages: int = 0
     healing_tokens: int = 49_152

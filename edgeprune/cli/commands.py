@@ -57,6 +57,13 @@ _CHOICE = (
     click.option(
         "--method", help="How experts are ranked; see `compare`.  [default: reap, or replay with --no-heal]"
     ),
+    click.option(
+        "--reduce",
+        type=click.Choice(["drop", "dern", "ream", "hc-smoe", "m-smoe"]),
+        default="drop",
+        show_default=True,
+        help="Drop experts, or merge them into those that are kept.",
+    ),
 )
 _MTP = (
     click.option(
@@ -135,6 +142,7 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "keep": options.get("keep"),
         "types": tuple(name.strip() for name in types.split(",") if name.strip()) if types else (),
         "method": options.get("method") or ("reap" if options.get("heal", True) else "replay"),
+        "reduce": options.get("reduce") or "drop",
         "mixture": options.get("mix") or "pooled",
         "engine": options.get("engine") or "llama.cpp",
         "heal": options.get("heal", True),

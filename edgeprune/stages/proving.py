@@ -14,7 +14,7 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.build.builder import Build
-from edgeprune.decide.plan import PRESET, SOLVER, Plan, folded
+from edgeprune.decide.plan import DROP, PRESET, SOLVER, Plan, folded
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
@@ -133,6 +133,8 @@ class Run(TryStages):
             method="all experts kept",
             origin=f"{PRESET}{rival.preset}",
             heal=False,
+            reduce=DROP,
+            merge={},
         )
         with contextlib.suppress(DoesNotFit, BadFile):
             flat.check(self.architecture)
