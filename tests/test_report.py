@@ -281,6 +281,13 @@ def test_a_hostile_name_is_shown_and_not_obeyed(case: Case) -> None:
     assert next(root.all("h1")).text == name
 
 
+def test_the_card_tells_what_the_tokenizer_does_otherwise(case: Case) -> None:
+    source = {**case.report.source, "tokenizer_differences": ["llama.cpp cuts *some* words otherwise"]}
+    told = replace(case.report, source=source)
+    assert "- Tokenizer: llama.cpp cuts \\*some\\* words otherwise" in model_card([Sheet(told)], Origin())
+    assert "- Tokenizer:" not in model_card([Sheet(case.report)], Origin())
+
+
 def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
     text = (case.folder / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)

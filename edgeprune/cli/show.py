@@ -249,8 +249,8 @@ def inspection(found: Inspection) -> list[str]:
     lines += [
         "",
         *table(
-            [(f.profile, format_bytes(f.usable_bytes), f.verdict) for f in found.fits],
-            ("profile", "usable", "fits"),
+            [(f.profile, format_bytes(f.usable_bytes), format_bytes(f.beside_bytes), f.verdict) for f in found.fits],
+            ("profile", "usable", "KV cache, buffers", "fits"),
         ),
     ]
     return lines

@@ -36,6 +36,10 @@ _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
 
 
+def _as_it_is(plan: Plan) -> Plan:
+    return plan
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a plan is chosen for and from.
@@ -50,7 +54,9 @@ class Problem:
         heal: whether the plan's changed experts are healed.
         limit_seconds: most time to encode what changes type, on all cores.
         part_bytes: most bytes of one file if it is to be split, or 0.
+        reduced: makes of a plan that drops experts the one that merges them.
         rates: measured speed of the device's products, or None where its bandwidth has to do.
+        mtp: whether blocks that predict further tokens are kept.
     """
 
     file: GgufFile
@@ -68,6 +74,8 @@ class Problem:
     limit_seconds: float = math.inf
     part_bytes: int = 0
     rates: KernelRates | None = None
+    mtp: bool = False
+    reduced: Callable[[Plan], Plan] = _as_it_is
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
@@ -132,12 +140,14 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
         origin=origin,
         predicted=Prediction(),
         made_from=problem.made_from,
+        mtp=problem.mtp,
         heal=problem.heal
         and any(
             t.is_expert and (kept < problem.architecture.experts or t.name in types)
             for t in problem.architecture.tensors
         ),
     )
+    plan = problem.reduced(plan)
     return plan, layout(problem.file, problem.architecture, kept, types, plan.records(), problem.part_bytes)
 
 

@@ -404,6 +404,11 @@ def price(shadow: str, launch: dict[str, Any]) -> dict[str, Any]:
         }
 
 
+def price_each(shadow: str, launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``price`` for several launches, one after the other."""
+    return [price(shadow, launch) for launch in launches]
+
+
 _CACHE_LINE = re.compile(r"llama_kv_cache\S*: size =\s*([0-9.]+) MiB")
 
 

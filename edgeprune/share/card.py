@@ -268,6 +268,7 @@ def model_card(
     lines.append(f"- Source: {name}, {format_bytes(first.source['nbytes'])}{', from ' + linked if linked else ''}")
     if origin.licence is not None:
         lines.append(f"- Licence, that of the source: {plain(origin.licence)}")
+    lines += [f"- Tokenizer: {plain(text)[:300]}" for text in first.source.get("tokenizer_differences", [])]
     lines += ["- Made by edgeprune for stock llama.cpp: experts and types chosen together, measured, compared", ""]
     if repository:
         lines += _files(sheets, others)

@@ -25,8 +25,10 @@ from edgeprune.measure.sensitivity import Sensitivity, responses, rounding_of, s
 from edgeprune.measure.statistics import Statistics, write_imatrix
 from edgeprune.measure.text import CHOOSING, REPORTING, SHORTEST_WINDOW
 from edgeprune.measure.weights import LayerWeights, load_weights
-from edgeprune.settings import LLAMA, TORCH
+from edgeprune.settings import KEEP, LLAMA, TORCH
 from edgeprune.stages.texts import TextStages
+
+WEIGHTS_ALONE = "aimer"  # the score that needs no text
 
 # The largest layers whose subsets are all tried.
 MOST_ENUMERATED = 16
@@ -231,6 +233,7 @@ class MeasureStages(TextStages):
             "statistics": digest(self.statistics.made_from),
             "tokens": self.settings.sensitivity_tokens,
             "window": self.settings.sensitivity_window,
+            **({"mtp": KEEP} if self.settings.mtp == KEEP else {}),
         }
         found: Sensitivity | None = None
         if self.folder.sensitivity.is_file():
@@ -274,6 +277,7 @@ class MeasureStages(TextStages):
                     "statistics": self.statistics_file,
                     "rounding": rounding,
                     "wanted": wanted,
+                    "mtp": self.settings.mtp == KEEP,
                 },
                 progress,
             )
@@ -329,9 +333,12 @@ class MeasureStages(TextStages):
     def _weights(self) -> dict[int, LayerWeights]:
         path = self.folder.path / "weights.safetensors"
         with contextlib.suppress(BadFile):
-            return load_weights(path, self.fingerprint)
+            found = load_weights(path, self.fingerprint)
+            if set(self.architecture.sliced_layers) <= found.keys():
+                return found
         with self.listener.progress("weights") as progress:
-            arguments = {"model": str(self.source), "output": str(path), "fingerprint": self.fingerprint}
+            arguments: dict[str, Any] = {"model": str(self.source), "output": str(path)}
+            arguments |= {"fingerprint": self.fingerprint, "mtp": self.settings.mtp == KEEP}
             child.call("edgeprune.measure.weights:weigh", arguments, progress)
         return load_weights(path, self.fingerprint)
 
@@ -350,7 +357,19 @@ class MeasureStages(TextStages):
             order = self._healable(stops)
         else:
             order = self._replayed(method, stops)
-        return protecting(order, self.protected)
+        return protecting({**order, **self._further()}, self.protected)
+
+    def _further(self) -> dict[int, Order]:
+        """Experts of kept blocks that predict further tokens. Text does not go through these, so nothing but their
+        weights tells them apart: AIMER. What they guess is checked by the layers before, so that a poor choice costs
+        speed and no quality."""
+        layers = self.architecture.further_moe_layers
+        if not layers:
+            return {}
+        weights = self._weights()
+        nothing = next(iter(self.statistics.layers.values()))
+        own = (Evidence(layer, nothing, None, weights[layer], 0) for layer in layers)
+        return rankings(own, WEIGHTS_ALONE, len(self.statistics.domains))
 
     def _judged_counts(self, stops: Sequence[int]) -> list[int]:
         """Numbers of experts at which rankings are told apart: that which is asked for, or about three quarters."""
@@ -457,9 +476,13 @@ class MeasureStages(TextStages):
             write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
         return known
 
+    def mask(self, keep: KeepSet) -> dict[str, list[int]]:
+        """``keep`` for the child that masks the router, without blocks that text does not go through."""
+        return {str(layer): list(ids) for layer, ids in keep.items() if layer < self.architecture.layers}
+
     def keep_nats(self, sets: Sequence[KeepSet]) -> list[float]:
         """Nats per token of keeping only the experts in each of ``sets``, measured by masking the router."""
-        masks = [{str(layer): list(ids) for layer, ids in keep.items()} for keep in sets]
+        masks = [self.mask(keep) for keep in sets]
         measured = self.divergence(self.source, "sensitivity", masks, "dropping experts")
         return [float(row["all"]["kl_mean"]) for row in measured]
 

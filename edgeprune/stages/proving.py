@@ -14,12 +14,15 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.build.builder import Build
-from edgeprune.decide.plan import PRESET, SOLVER, Plan, folded
+from edgeprune.decide.plan import DROP, PRESET, SOLVER, Plan, folded
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch, generated_tokens, prompt_tokens
 from edgeprune.measure.text import HELD_OUT, REPORTING
+from edgeprune.model.ggml import tensor_bytes
+from edgeprune.model.headers import DEFAULT_ALIGNMENT, align
+from edgeprune.model.tokenizer import DIFFERENCES_KEY
 from edgeprune.prove import baseline
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.deeper import NOTHING
@@ -51,6 +54,10 @@ class Run(TryStages):
         statistics = self.statistics_file
         sizes = child.call("edgeprune.build.preset:sizes", {"model": str(self.source), "statistics": statistics})
         limit = plan.predicted.file_bytes
+        # llama-quantize keeps blocks that predict further tokens; where the plan leaves them out they do not count.
+        gone = self.architecture.left_out
+        share = sum(tensor.nbytes for tensor in gone) / (self.architecture.nbytes + sum(t.nbytes for t in gone))
+        sizes = {name: int(nbytes * (1 - share)) for name, nbytes in sizes.items()}
         names = baseline.contenders(sizes, limit, self.file.data_offset)
         self.folder.scratch.mkdir(parents=True, exist_ok=True)
         results: list[tuple[Baseline, dict[str, str]]] = []
@@ -67,7 +74,7 @@ class Run(TryStages):
                             "output": str(path),
                             "preset": name,
                             "statistics": statistics,
-                            "expected_bytes": sizes[name],
+                            "expected_bytes": int(sizes[name] / (1 - share)),
                         },
                         progress,
                     )
@@ -75,6 +82,9 @@ class Run(TryStages):
                 self.listener.say(f"stock preset {name} is left out: {error.cause}")
                 continue
             # Presets that differ in name alone, as some do for small models, are one.
+            made["nbytes"] -= sum(
+                align(tensor_bytes(made["types"][tensor.name], tensor.shape), DEFAULT_ALIGNMENT) for tensor in gone
+            )
             if made["nbytes"] <= limit and all(made["types"] != types for _, types in results):
                 nats = self.nats_to_choose(path, f"{name}, to choose") if choosing else None
                 quality = self.quality(path, f"quality of {name}", REPORTING)
@@ -114,7 +124,7 @@ class Run(TryStages):
     def _as_plan(self, plan: Plan, rival: Baseline, types: Mapping[str, str]) -> Plan | None:
         """The preset as a plan of ours, or None if its bytes and our records exceed the limit."""
         own = {tensor.name: tensor.type for tensor in self.architecture.tensors}
-        changed = {name: kind for name, kind in types.items() if own[name] != kind}
+        changed = {name: kind for name, kind in types.items() if own.get(name, kind) != kind}
         flat = replace(
             plan,
             kept=plan.experts,
@@ -123,6 +133,8 @@ class Run(TryStages):
             method="all experts kept",
             origin=f"{PRESET}{rival.preset}",
             heal=False,
+            reduce=DROP,
+            merge={},
         )
         with contextlib.suppress(DoesNotFit, BadFile):
             flat.check(self.architecture)
@@ -193,6 +205,7 @@ class Run(TryStages):
                 "experts": self.architecture.experts,
                 "used": self.architecture.used,
                 "parameters": self.architecture.parameters,
+                "tokenizer_differences": [str(line) for line in self.file.get(DIFFERENCES_KEY, [])],
             },
             launch_line=plan.launch.command(Path(build.path).name),
             conditions=self._conditions(plan, on_device, speed, measured),
