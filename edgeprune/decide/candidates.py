@@ -51,6 +51,9 @@ class Problem:
         limit_seconds: most time to encode what changes type, on all cores.
         part_bytes: most bytes of one file if it is to be split, or 0.
         rates: measured speed of the device's products, or None where its bandwidth has to do.
+        width: channels that every expert keeps, or 0 for all; ``drop_nats`` is then of both.
+        narrowing: the score that chooses them, or "".
+        channels: digest of their order by it, or "".
     """
 
     file: GgufFile
@@ -68,6 +71,13 @@ class Problem:
     limit_seconds: float = math.inf
     part_bytes: int = 0
     rates: KernelRates | None = None
+    width: int = 0
+    narrowing: str = ""
+    channels: str = ""
+
+    def shape(self, tensor: Tensor, kept: int) -> tuple[int, ...]:
+        """Shape of ``tensor`` with ``kept`` experts."""
+        return tensor.kept_shape(kept, self.width)
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
@@ -75,7 +85,7 @@ class Problem:
         rate = self.sensitivity.rates.get(name, 0.0)
         if name == tensor.type or rate <= 0:
             return 0.0
-        return float(np.prod(tensor.kept_shape(kept), dtype=np.int64)) / (rate * cores())
+        return float(np.prod(self.shape(tensor, kept), dtype=np.int64)) / (rate * cores())
 
 
 def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:
@@ -102,10 +112,12 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
 
     With forced types its own one only if it is among them, or if no other is.
     """
-    names = [name for name in problem.sensitivity.distortions[tensor.name] if name in problem.types]
-    if not forced or not names or tensor.type in problem.types:
+    shape = problem.shape(tensor, kept)
+    measured = [name for name in problem.sensitivity.distortions[tensor.name] if _divides(name, shape)]
+    names = [name for name in measured if name in problem.types]
+    if _divides(tensor.type, shape) and (not forced or not names or tensor.type in problem.types):
         names.append(tensor.type)
-    shape = tensor.kept_shape(kept)
+    names = names or measured  # narrower rows are none of the source's type, nor of a forced one
     return undominated(
         [
             Choice(
@@ -117,6 +129,10 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
             for name in names
         ]
     )
+
+
+def _divides(type_name: str, shape: tuple[int, ...]) -> bool:
+    return shape[0] % ggml.BY_NAME[type_name].block == 0
 
 
 def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str = SOLVER) -> tuple[Plan, Layout]:
@@ -134,11 +150,15 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
         made_from=problem.made_from,
         heal=problem.heal
         and any(
-            t.is_expert and (kept < problem.architecture.experts or t.name in types)
+            t.is_expert and (kept < problem.architecture.experts or problem.width or t.name in types)
             for t in problem.architecture.tensors
         ),
+        width=problem.width,
+        narrowing=problem.narrowing if problem.width else "",
+        channels=problem.channels if problem.width else "",
     )
-    return plan, layout(problem.file, problem.architecture, kept, types, plan.records(), problem.part_bytes)
+    records, parts = plan.records(), problem.part_bytes
+    return plan, layout(problem.file, problem.architecture, kept, types, records, parts, width=problem.width)
 
 
 def _limits(problem: Problem, kept: int) -> tuple[int, int]:
@@ -226,6 +246,7 @@ def _timed(plan: Plan, problem: Problem) -> Plan:
         prompt_tokens=prompt_tokens(plan.launch.context),
         threads=plan.launch.threads or problem.profile.threads,
         bandwidth=problem.profile.ram.bandwidth_bytes_per_s,
+        width=problem.width,
     )
     if found is None:
         return plan
@@ -324,7 +345,8 @@ def _does_not_fit(problem: Problem, counts: Sequence[int], forced_types: bool) -
     smallest, budget = smallest_bytes(items) + fixed, limit + fixed
     types = sorted({choices[0].type for choices in items}, key=lambda n: ggml.BY_NAME[n].bits_per_weight)
     by_file = problem.budget.file_limit_bytes is not None and budget < problem.budget.weights_bytes
-    rows = [("smallest plan", f"K={kept}, {types[0]}"), ("its weights", format_bytes(smallest))]
+    narrow = f", {problem.width} channels" if problem.width else ""
+    rows = [("smallest plan", f"K={kept}{narrow}, {types[0]}"), ("its weights", format_bytes(smallest))]
     cause = f"{problem.architecture.name} does not fit {_limit_name(problem, by_file)}"
     if problem.budget.weights_bytes <= 0:
         short = smallest - sum(pool.weights_bytes for pool in problem.budget.pools)

@@ -86,6 +86,10 @@ class Plan:
         made_from: digests of what the plan was made from.
         heal: the down projections of experts in layers that change are fitted anew, so that the layers answer as
             before.
+        width: channels that every expert keeps (F'), or 0 for all.
+        narrowing: the score of neurons that chose them, or "".
+        channels: digest of the order of channels by that score, of which the first ``width`` are kept; "" where it
+            is to be made anew.
 
     Raises:
         BadFile: counts, ids or types that no GGUF can have.
@@ -102,8 +106,13 @@ class Plan:
     predicted: Prediction
     made_from: dict[str, Any]
     heal: bool = False
+    width: int = 0
+    narrowing: str = ""
+    channels: str = ""
 
     def __post_init__(self) -> None:
+        if self.width < 0 or bool(self.width) != bool(self.narrowing):
+            raise BadFile(f"the plan narrows experts to {self.width} channels by the score '{self.narrowing}'")
         if not 0 < self.kept <= self.experts:
             raise BadFile(f"the plan keeps {self.kept} of {self.experts} experts")
         if bool(self.keep) != (self.kept < self.experts):
@@ -141,13 +150,18 @@ class Plan:
         if self.keep and set(self.keep) != set(architecture.moe_layers):
             raise BadFile("the plan must list the kept experts of every MoE layer")
         self._check_groups(architecture)
+        if self.width and (reason := architecture.width_rule.problem(self.width)):
+            raise BadFile(f"experts cannot be narrowed to {self.width} channels: {reason}")
         tensors = {tensor.name: tensor for tensor in architecture.tensors}
         for name, type_name in self.types.items():
             tensor = tensors.get(name)
             if tensor is None or not (tensor.retypable or type_name == tensor.type):
                 raise BadFile(f"the plan changes {name}, which is not a quantisable tensor of the model")
-            if tensor.shape[0] % ggml.BY_NAME[type_name].block:
-                raise BadFile(f"the plan gives {name} {type_name}, whose blocks do not divide {tensor.shape[0]}")
+        for tensor in architecture.tensors:
+            type_name, row = self.types.get(tensor.name, tensor.type), tensor.kept_shape(self.kept, self.width)[0]
+            if row % ggml.BY_NAME[type_name].block:
+                gives = f"gives {tensor.name}" if tensor.name in self.types else f"leaves {tensor.name} in"
+                raise BadFile(f"the plan {gives} {type_name}, whose blocks do not divide {row}")
 
     def _check_groups(self, architecture: Architecture) -> None:
         if architecture.groups <= 1 or not self.keep:
@@ -171,6 +185,7 @@ class Plan:
             # Encodings depend on the importance matrix.
             "statistics": self.made_from.get("statistics") if self.types else None,
             "healed": self.made_from.get("healing") if self.heal else None,
+            **({"width": self.width, "channels": self.channels} if self.width else {}),
         }
         return digest(identity)
 
@@ -184,6 +199,8 @@ class Plan:
         ]
         if self.heal:
             entries.append(make_entry("edgeprune.healed", "bool", True))
+        if self.width:
+            entries.append(make_entry("edgeprune.narrowing", "str", f"{self.narrowing}, {self.channels:64}"))
         if self.keep:
             flat = [expert for _, ids in sorted(self.keep.items()) for expert in ids]
             entries.append(make_entry("edgeprune.kept_experts", "[u16]", flat))
@@ -206,7 +223,7 @@ class Plan:
             BadFile: missing or unknown keys, or an unloadable plan.
         """
         names = set(cls.__dataclass_fields__)
-        optional = {"predicted", "heal"}
+        optional = {"predicted", "heal", "width", "narrowing", "channels"}
         check_keys(where, value, names - optional, optional | {"digest", "signature"})
         try:
             return cls(
@@ -221,6 +238,9 @@ class Plan:
                 predicted=Prediction.from_json(value.get("predicted", {}), f"{where}: predicted"),
                 made_from=dict(value["made_from"]),
                 heal=bool(value.get("heal", False)),
+                width=index(value.get("width", 0)),
+                narrowing=str(value.get("narrowing", "")),
+                channels=str(value.get("channels", "")),
             )
         except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise BadFile(f"{where} is not a plan: {error}") from error

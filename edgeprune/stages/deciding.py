@@ -312,6 +312,7 @@ class DecideStages(HealStages):
                     "statistics": self.statistics_file if plan.types else "",
                     "store": store,
                     "part_bytes": self.settings.part_bytes or 0,
+                    "channels": self.channels_of(plan),
                 },
                 progress,
             )
