@@ -17,7 +17,7 @@ from edgeprune.measure.llama import Node
 _LOGITS = re.compile(r"ffn_moe_(?:logits|logits_biased|probs|probs_biased)-(\d+)")
 # What the experts' activations are called (``build_moe_ffn`` in src/llama-graph.cpp).
 _ACTIVATION = re.compile(
-    r"ffn_moe_(?:(?:sw|ge|re)?glu|silu|gelu|relu|relu_sqr|swiglu_oai|swiglu_limited|situ)-(\d+)"
+    r"ffn_moe_(?:swiglu|geglu|reglu|silu|gelu|relu|relu_sqr|swiglu_oai|swiglu_limited|situ)-(\d+)"
 )
 # From an activation back to its product: bias, scale, clamp, halves of one product, and what SiTU is made of.
 _MOST_STEPS = 10
