@@ -92,9 +92,7 @@ def model_of(name: str, synthetic: Toy, toy_gguf: Toy, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", [*SYNTHETIC, *CONVERTED, *FAMILIES])
-def test_masking_channels_equals_the_narrowed_file(
-    name: str, synthetic: Toy, toy_gguf: Toy, tmp_path: Path
-) -> None:
+def test_masking_channels_equals_the_narrowed_file(name: str, synthetic: Toy, toy_gguf: Toy, tmp_path: Path) -> None:
     model = model_of(name, synthetic, toy_gguf, tmp_path)
     file = GgufFile(model)
     architecture = read_architecture(file)

@@ -117,9 +117,7 @@ def _encode_jobs(
 
             def job(chunk: Bytes = chunk, importance: Any = importance, picked: Any = picked) -> Bytes:
                 weights = ggml.decode(kind, chunk, width)
-                return ggml.encode(
-                    target, weights if picked is None else weights[:, picked], importance, tensor.name
-                )
+                return ggml.encode(target, weights if picked is None else weights[:, picked], importance, tensor.name)
 
             yield job
 
@@ -167,9 +165,7 @@ def build(
     obeyed = Plan.from_json(plan, "plan")
     obeyed.check(architecture)
     stock = obeyed.origin.startswith(PRESET)
-    made = layout(
-        file, architecture, obeyed.kept, obeyed.types, obeyed.records(), part_bytes, width=obeyed.width
-    )
+    made = layout(file, architecture, obeyed.kept, obeyed.types, obeyed.records(), part_bytes, width=obeyed.width)
     orders = channel_orders.loaded(channels, obeyed.channels)
     moments = Statistics.load(Path(statistics)).moments if statistics else {}
     finished = Store(Path(store)) if store else None

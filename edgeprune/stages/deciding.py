@@ -14,7 +14,8 @@ import numpy as np
 
 from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
-from edgeprune.decide.keep import check_method, check_room, fewest_kept
+from edgeprune.decide.keep import check_method, check_room, fewest_kept, keep_set
+from edgeprune.decide.narrowing import check_narrowing
 from edgeprune.decide.plan import USER, Plan
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
@@ -39,7 +40,8 @@ class DecideStages(HealStages):
     def _counts(self) -> list[int]:
         keep = self.settings.keep
         if keep is None:
-            return list(self.architecture.allowed_counts())
+            # Narrower experts are asked for instead of fewer.
+            return [self.architecture.experts] if self.width else list(self.architecture.allowed_counts())
         if not self.architecture.count_allowed(keep):
             reason = self.architecture.obstacle or (
                 f"the router uses {self.architecture.used} of {self.architecture.experts} experts"
@@ -73,18 +75,22 @@ class DecideStages(HealStages):
             "healing": self.healing if self.settings.heal else None,
             "limit_seconds": self.settings.limit_seconds,
             **({"split": self.settings.part_bytes} if self.settings.part_bytes else {}),
+            **({"width": self.width, "narrowing": self.settings.narrowing} if self.width else {}),
         }
 
     def problem(self, counts: Sequence[int]) -> Problem:
         """Everything that candidates are chosen from."""
-        return Problem(
+        ranked = (
+            self.ranked(self.settings.method, counts)
+            if len(counts) > 1 or counts[0] != self.architecture.experts
+            else {}
+        )
+        whole = Problem(
             file=self.file,
             architecture=self.architecture,
             sensitivity=self.sensitivity,
-            ranked=self.ranked(self.settings.method, counts)
-            if len(counts) > 1 or counts[0] != self.architecture.experts
-            else {},
-            drop_nats=self.drop_nats(counts),
+            ranked=ranked,
+            drop_nats={} if self.width else self.drop_nats(counts),
             types=allowed_types(self.profile, self.settings.types),
             budget=self.budget,
             profile=self.profile,
@@ -95,6 +101,19 @@ class DecideStages(HealStages):
             limit_seconds=self.settings.limit_seconds or math.inf,
             part_bytes=self.settings.part_bytes or 0,
             rates=self.rates,
+        )
+        return self.narrower(whole, self.width, self.settings.narrowing, counts) if self.width else whole
+
+    def narrower(self, problem: Problem, width: int, narrowing: str, counts: Sequence[int]) -> Problem:
+        """``problem`` with experts of ``width`` channels, chosen by the score ``narrowing``."""
+        self.measure_narrow_types(width)
+        sets = {kept: keep_set(problem.ranked, self.architecture, kept) for kept in counts}
+        return replace(
+            problem,
+            drop_nats={kept: self.narrow_nats(width, narrowing, keep) for kept, keep in sets.items()},
+            width=width,
+            narrowing=narrowing,
+            channels=self.channels_digest(narrowing),
         )
 
     def candidates(self) -> list[Candidate]:
@@ -131,11 +150,17 @@ class DecideStages(HealStages):
             UsageError: an impossible number of experts, type or score.
         """
         _ = self.given_texts  # a missing or broken text is found now, before a checkpoint is converted
+        check_narrowing(self.settings.narrowing)
         counts, architecture = self._counts(), self.architecture
         check_method(self.settings.method)
         types = allowed_types(self.profile, self.settings.types)
         # When every type costs nothing, the best plan is the smallest.
-        free = {t.name: {k: [0.0, 0.0] for k in candidate_types(t)} for t in architecture.tensors if t.quantisable}
+        rows = {t.name: t.kept_shape(1, self.width)[0] for t in architecture.tensors if t.quantisable}
+        free = {
+            t.name: {kind: [0.0, 0.0] for kind in candidate_types(t, rows[t.name])}
+            for t in architecture.tensors
+            if t.quantisable
+        }
         candidates(self.unmeasured(free, types), [min(counts)], forced_types=bool(self.settings.types))
 
     def unmeasured(self, distortions: dict[str, dict[str, list[float]]], types: frozenset[str]) -> Problem:
@@ -153,11 +178,13 @@ class DecideStages(HealStages):
             launch=self.launch,
             method=self.settings.method,
             made_from=self._made_from(measured=False),
+            width=self.width,
+            narrowing=self.settings.narrowing,
         )
 
     def _untouched(self) -> Candidate | None:
         """The source as it is, if that fits: no other plan can be closer to it, so nothing need be measured."""
-        if self.settings.types or self.architecture.experts not in self._counts():
+        if self.settings.types or self.width or self.architecture.experts not in self._counts():
             return None
         problem = replace(self.unmeasured({}, frozenset()), rates=self.rates)
         return priced(problem, self.architecture.experts, {})
@@ -199,6 +226,7 @@ class DecideStages(HealStages):
         rows = [
             {
                 "kept": c.plan.kept,
+                "width": c.plan.width or self.architecture.expert_width,
                 "file_bytes": c.plan.predicted.file_bytes,
                 "nats": c.plan.predicted.nats,
                 "nats_drop": c.plan.predicted.nats_drop,
@@ -237,16 +265,27 @@ class DecideStages(HealStages):
             DoesNotFit: it exceeds the budget.
         """
         drop = self.keep_nats([plan.keep])[0] if plan.keep else 0.0
+        digest_of_channels = ""
+        if plan.width:
+            check_narrowing(plan.narrowing)
+            self.measure_narrow_types(plan.width)
+            drop = self.narrow_nats(plan.width, plan.narrowing, plan.keep)
+            digest_of_channels = self.channels_digest(plan.narrowing)
         budget = self.budget_of(plan.launch)
         problem = replace(
-            self.problem([plan.experts]), drop_nats={plan.kept: drop}, launch=plan.launch, budget=budget
+            self.problem([plan.experts]),
+            drop_nats={plan.kept: drop},
+            launch=plan.launch,
+            budget=budget,
+            width=plan.width,
+            narrowing=plan.narrowing,
+            channels=digest_of_channels,
         )
         changed = {name: kind for name, kind in plan.types.items() if kind != self.architecture.tensor(name).type}
         self.measure_types(changed)
-        edited = replace(plan, types=changed)
-        made = layout(
-            self.file, self.architecture, plan.kept, changed, edited.records(), self.settings.part_bytes or 0
-        )
+        edited = replace(plan, types=changed, channels=digest_of_channels)
+        records, parts = edited.records(), self.settings.part_bytes or 0
+        made = layout(self.file, self.architecture, plan.kept, changed, records, parts, width=plan.width)
         whole = priced(
             replace(problem, ranked=self._ranked_like(plan)), plan.kept, changed, placed=placed, origin=plan.origin
         )

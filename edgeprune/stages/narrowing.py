@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.decide.keep import KeepSet
-from edgeprune.decide.narrowing import asked_width, check_narrowing
+from edgeprune.decide.narrowing import asked_width
 from edgeprune.decide.neurons import NARROWINGS
 from edgeprune.decide.plan import Plan
 from edgeprune.errors import BadFile
@@ -31,9 +31,8 @@ class NarrowStages(MeasureStages):
         """Channels that the user wants every expert to keep, or 0 for all.
 
         Raises:
-            UsageError: experts of this model cannot have that width, or there is no such score.
+            UsageError: experts of this model cannot have that width.
         """
-        check_narrowing(self.settings.narrowing)
         asked = self.settings.width
         return asked_width(asked, self.architecture) if asked else 0
 

@@ -84,7 +84,7 @@ class Run(TryStages):
         measured = self.quality(Path(build.path), "quality of the plan")
         rivals = self.baselines(plan) if self.settings.baselines else []
         winner = min(rivals, key=lambda pair: pair[0].quality["kl_mean"], default=None)
-        free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types
+        free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types and not self.width
         # "not <": a divergence that is not a number loses against any preset.
         if winner is not None and free and not measured["all"]["kl_mean"] <= winner[0].quality["kl_mean"]:
             flat = self._as_plan(plan, *winner)
@@ -111,6 +111,9 @@ class Run(TryStages):
             method="all experts kept",
             origin=f"{PRESET}{rival.preset}",
             heal=False,
+            width=0,
+            narrowing="",
+            channels="",
         )
         with contextlib.suppress(DoesNotFit, BadFile):
             flat.check(self.architecture)
@@ -249,15 +252,12 @@ def _verdict(report: Report) -> str:
     if report.broken:
         return "A promise was broken: " + ", ".join(promise.name for promise in report.broken)
     kl = report.quality["kl_mean"]
-    moved = (
-        "bit for bit the source's weights"
-        if not report.plan["types"] and not report.plan["keep"]
-        else (f"{kl:.4g} nats per token from the source")
-    )
+    unchanged = not (report.plan["types"] or report.plan["keep"] or report.plan.get("width"))
+    moved = "bit for bit the source's weights" if unchanged else (f"{kl:.4g} nats per token from the source")
     kept = "All promises kept" if any(line.verdict == KEPT for line in report.promises) else "Measured"
     if not report.baselines:
         return f"{kept}; {moved}; no stock preset of at most this size was measured."
-    if not report.plan["types"] and not report.plan["keep"]:
+    if unchanged:
         rounding = f"{kl:.1g} nats are the rounding of the measurement"
         return f"{kept}; {moved}: nothing had to be dropped or quantised; {rounding}."
     best = min(report.baselines, key=lambda rival: float(rival.quality["kl_mean"]))

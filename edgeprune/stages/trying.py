@@ -30,7 +30,7 @@ class TryStages(DecideStages):
         dropped the number of them is found by building and measuring, from the predicted one up and down.
         """
         plan = self.plan()
-        free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types
+        free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types and not self.width
         if not free or not plan.heal:
             return plan
         about, path = digest(plan.made_from), self.folder.path / "tried.json"
