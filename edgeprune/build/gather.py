@@ -14,8 +14,8 @@ Channel = npt.NDArray[np.intp]
 
 
 def _indices(tensor: Tensor, channels: Channel) -> Channel:
-    """Positions of ``channels`` [F'] on the axis of ``tensor`` that counts them: of gate and up in one tensor, those of
-    gate and then those of up."""
+    """Positions of ``channels`` [F'] on the axis of ``tensor`` that counts them; those of gate before those of up where
+    both are one tensor."""
     assert tensor.channels is not None
     axis, times = tensor.channels
     extent = tensor.shape[axis] // times

@@ -31,6 +31,8 @@ from edgeprune.units import format_bytes
 # What healing leaves of the nats that dropping experts costs: 0.08 to 0.11 on a model of 41 M weights, whatever the
 # number that is kept (tests/benchmarks/healing.py). Other models will differ, so neighbours are built and measured.
 HEALED_SHARE = 0.15
+# The same of narrowing them, on the same model: 0.26 at three quarters of the width (tests/benchmarks/narrowing.py).
+NARROW_HEALED_SHARE = 0.25
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
 _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
@@ -228,7 +230,8 @@ def priced(
         if tensor.name in types
     )
     seconds = sum(problem.seconds(t, kept, types[t.name]) for t in problem.architecture.tensors if t.name in types)
-    drop = problem.drop_nats[kept] * (HEALED_SHARE if plan.heal else 1.0)
+    share = NARROW_HEALED_SHARE if plan.width and not plan.keep else HEALED_SHARE
+    drop = problem.drop_nats[kept] * (share if plan.heal else 1.0)
     promised = _promised(plan, made, where, drop, quant, solution.gap if solution else 0.0)
     promised = replace(promised, predicted=replace(promised.predicted, encode_seconds=seconds))
     return Candidate(_timed(promised, problem), made)
@@ -272,9 +275,13 @@ def candidates(
     counts: Sequence[int],
     *,
     forced_types: bool = False,
+    narrower: Sequence[Problem] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Candidate]:
     """The best plan for each of ``counts``, least predicted nats first.
+
+    Args:
+        narrower: the same with narrower experts, of each of which the best plan with all experts is among the result.
 
     Raises:
         DoesNotFit: there is none; says by how much, and what the smallest plan is.
@@ -283,12 +290,14 @@ def candidates(
     if forced_types:
         _check_forced(problem)
     found = []
-    for number, kept in enumerate(counts):
-        best = candidate(problem, kept, forced_types=forced_types)
+    everyone = problem.architecture.experts
+    points = [*((problem, kept) for kept in counts), *((own, everyone) for own in narrower)]
+    for number, (own, kept) in enumerate(points):
+        best = candidate(own, kept, forced_types=forced_types)
         if best is not None:
             found.append(best)
         if progress is not None:
-            progress(number + 1, len(counts))
+            progress(number + 1, len(points))
     if not found and problem.limit_seconds < math.inf:
         raise _takes_too_long(problem, counts, forced_types)
     if not found:

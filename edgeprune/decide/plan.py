@@ -257,6 +257,12 @@ class Plan:
             raise BadFile(error.cause, rows=error.rows, hint=hint) from error
 
 
+def experts_in_words(plan: Mapping[str, Any]) -> str:
+    """How many experts a plan as JSON keeps per layer, and how wide, as ``32 of 32, 192 channels each``."""
+    narrow = f", {plan['width']} channels each" if plan.get("width") else ""
+    return f"{plan['kept']} of {plan['experts']}{narrow}"
+
+
 def _ranges(layers: Iterable[int]) -> str:
     """``0-3,7`` for layers 0, 1, 2, 3, 7."""
     parts: list[list[int]] = []

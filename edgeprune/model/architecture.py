@@ -15,7 +15,7 @@ import numpy as np
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.model.headers import Header, TensorInfo
 from edgeprune.model.parts import stem
-from edgeprune.model.widths import WidthRule, width_rule
+from edgeprune.model.widths import UNKNOWN, WidthRule, width_rule
 
 # Weights that every llama.cpp backend multiplies with in any type. Everything else (norms, routers,
 # convolutions, state-space vectors, lookup tables) keeps the type it has.
@@ -133,7 +133,7 @@ class Architecture:
     vocabulary: int
     obstacle: str
     tensors: tuple[Tensor, ...]
-    width_rule: WidthRule = WidthRule("it is not known how wide they are")
+    width_rule: WidthRule = UNKNOWN
 
     @property
     def parameters(self) -> int:

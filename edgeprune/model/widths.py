@@ -15,6 +15,7 @@ from edgeprune.model.headers import Header
 
 # The smallest block of a quantised type: narrower steps would leave down projections only floating-point types.
 STEP = 32
+_LARGEST_BLOCK, _ENOUGH = 256, 3
 OWN, GENERAL = "expert_feed_forward_length", "feed_forward_length"
 _SHARED, _COUNT = "expert_shared_feed_forward_length", "expert_shared_count"
 # By the key that sizes the experts: their own, where shared experts have a width of their own or there are none ...
@@ -75,6 +76,14 @@ class WidthRule:
         """All possible smaller widths, largest first."""
         return tuple(w for w in range(self.width - 1, 0, -1) if w % STEP == 0 and not self.problem(w))
 
+    def worth_trying(self) -> tuple[int, ...]:
+        """Smaller widths worth trying, largest first: multiples of 256 down to a quarter, which leave all types to
+        down projections, and where those are few the nearest to eighths, down to a half."""
+        possible = self.widths()
+        large = {w for w in possible if w % _LARGEST_BLOCK == 0 and 4 * w >= self.width}
+        eighths = {min(possible, key=lambda w: abs(8 * w - share * self.width)) for share in (7, 6, 5, 4) if possible}
+        return tuple(sorted(large if len(large) >= _ENOUGH else large | eighths, reverse=True))
+
     def metadata(self, width: int) -> dict[str, int]:
         """Values of the keys, without the architecture's prefix, that a file with ``width`` channels needs."""
         if width == self.width:
@@ -85,6 +94,9 @@ class WidthRule:
         if self.shared:
             values[_SHARED] = self.shared
         return values
+
+
+UNKNOWN = WidthRule("it is not known how wide they are")
 
 
 def width_rule(

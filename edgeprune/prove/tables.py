@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from edgeprune.decide.plan import experts_in_words
 from edgeprune.prove.comparison import Comparison, Row
 from edgeprune.prove.lines import methods_in_order
 from edgeprune.prove.paired import Paired, wilson
@@ -64,7 +65,11 @@ def tables(report: Report) -> dict[str, Table]:
         "candidates": Table(
             ("Experts kept", "Size", "KL predicted"),
             [
-                (f"{row['kept']} of {report.plan['experts']}", format_bytes(row["file_bytes"]), f"{row['nats']:.4g}")
+                (
+                    experts_in_words({**row, "experts": report.plan["experts"]}),
+                    format_bytes(row["file_bytes"]),
+                    f"{row['nats']:.4g}",
+                )
                 for row in report.curve
             ],
         ),
@@ -215,7 +220,7 @@ def comparison_tables(comparison: Comparison) -> list[tuple[int, list[Table]]]:
 
 def _compared(row: Row) -> tuple[str, ...]:
     return (
-        row.method + (f" (mean of {row.seeds})" if row.seeds > 1 else ""),
+        row.label,
         f"{row.quality['kl_mean']:.4f}",
         f"{row.low:.4f} to {row.high:.4f}",
         f"{row.quality['kl_99']:.3f}",

@@ -1,4 +1,4 @@
-"""Comparing methods of choosing experts on held-out text, by masking the router: no file is written."""
+"""Comparing methods of choosing experts, or of narrowing them, on held-out text by masking: no file is written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.decide.keep import check_method, check_room, keep_set
+from edgeprune.decide.narrowing import asked_width, check_narrowing
 from edgeprune.decide.scores import SCORES
 from edgeprune.errors import BadFile, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
@@ -15,6 +16,7 @@ from edgeprune.model.architecture import Architecture
 from edgeprune.prove.comparison import Comparison, Row, ordered, row
 from edgeprune.prove.page import render_comparison
 from edgeprune.stages.measuring import MeasureStages, tools
+from edgeprune.stages.narrowing import NARROW, NarrowStages
 
 COMPARISON = "compare.json"
 
@@ -52,22 +54,26 @@ def rounded(fractions: Sequence[float], architecture: Architecture) -> list[str]
     return remarks
 
 
-def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[str] | None, seeds: int) -> Comparison:
+def compare(run: NarrowStages, fractions: Sequence[float], methods: Sequence[str] | None, seeds: int) -> Comparison:
     """Measure every method at every fraction; saved as ``compare.json`` and ``compare.html`` in the run directory.
 
     What an earlier comparison measured is taken from it; its other rows stay, if they are of the same model and text.
 
     Args:
-        methods: all that can be used on the model when None.
+        methods: all that can be used on the model when None; ``narrow:SCORE`` keeps all experts and narrows them.
         seeds: draws of the methods that draw at random.
     """
     for method in methods or ():
-        check_method(method)
+        if method.startswith(NARROW):
+            check_narrowing(method.removeprefix(NARROW))
+            asked_width(0.5, run.architecture)
+        else:
+            check_method(method)
     counts = counts_of(fractions, run.architecture)
     for remark in rounded(fractions, run.architecture):
         run.listener.say(remark)
     check_room(run.protected, run.architecture, min(counts))
-    methods = run.comparable() if methods is None else methods
+    methods = (*run.comparable(), *run.narrowable()) if methods is None else methods
     tokens = run.settings.evaluation_tokens
     made_from = {
         "source": run.fingerprint,
@@ -82,6 +88,9 @@ def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[st
     cache = _cache(path, made_from)
     rows: list[Row] = []
     for method in methods:
+        if method.startswith(NARROW):
+            rows += _narrowed(run, method, counts, cache, path)
+            continue
         draws = range(seeds if method in SCORES and SCORES[method].draws else 1)
         results: dict[int, list[dict[str, Any]]] = {kept: [] for kept in counts}
         for seed in draws:
@@ -105,6 +114,22 @@ def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[st
     write_text(run.folder.path / COMPARISON, to_json(found.to_json()))
     write_text(run.folder.path / "compare.html", render_comparison(found))
     return found
+
+
+def _narrowed(run: NarrowStages, method: str, counts: Sequence[int], cache: dict[str, Any], path: Path) -> list[Row]:
+    """Rows of narrowing all experts to the bytes of each of ``counts``, by the score that ``method`` names."""
+    score, experts = method.removeprefix(NARROW), run.architecture.experts
+    widths = {kept: asked_width(kept / experts, run.architecture) for kept in counts}
+    about = run.channels_digest(score)
+    keys = {width: digest({"channels": about, "width": width}) for width in widths.values()}
+    missing = [width for width, key in keys.items() if key not in cache["measured"]]
+    if missing:
+        masks = [run.narrowed(width, score) for width in missing]
+        title = f"{method} on held-out text"
+        measured = run.divergence(run.source, "held_out", [None] * len(masks), title, masks)
+        cache["measured"].update(zip((keys[width] for width in missing), measured, strict=True))
+        write_text(path, to_json(cache))
+    return [row(method, kept, [cache["measured"][keys[width]]], width) for kept, width in widths.items()]
 
 
 def _others(run: MeasureStages, made_from: dict[str, Any], rows: Sequence[Row]) -> list[Row]:

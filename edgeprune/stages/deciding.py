@@ -17,7 +17,7 @@ from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candi
 from edgeprune.decide.keep import check_method, check_room, fewest_kept, keep_set
 from edgeprune.decide.narrowing import check_narrowing
 from edgeprune.decide.plan import USER, Plan
-from edgeprune.errors import BadFile, DoesNotFit, UsageError
+from edgeprune.errors import BadFile, DoesNotFit, Unsupported, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.distortion import candidate_types
@@ -75,7 +75,8 @@ class DecideStages(HealStages):
             "healing": self.healing if self.settings.heal else None,
             "limit_seconds": self.settings.limit_seconds,
             **({"split": self.settings.part_bytes} if self.settings.part_bytes else {}),
-            **({"width": self.width, "narrowing": self.settings.narrowing} if self.width else {}),
+            **({"width": self.width} if self.width else {}),
+            **({"narrowing": self.settings.narrowing} if self.width or self._widths() else {}),
         }
 
     def problem(self, counts: Sequence[int]) -> Problem:
@@ -125,8 +126,25 @@ class DecideStages(HealStages):
         self._fail_early()
         counts = self._roomy(self._counts())
         problem = self.problem(counts)
+        narrower = self._narrower(problem)
+        forced = bool(self.settings.types)
         with self.listener.progress("solve") as progress:
-            return candidates(problem, counts, forced_types=bool(self.settings.types), progress=progress)
+            return candidates(problem, counts, forced_types=forced, narrower=narrower, progress=progress)
+
+    def _widths(self) -> tuple[int, ...]:
+        """Widths of experts that are tried beside their own and beside fewer experts, if nothing is forced."""
+        settings = self.settings
+        free = settings.keep is None and not settings.types and not settings.width
+        return self.architecture.width_rule.worth_trying() if free else ()
+
+    def _narrower(self, problem: Problem) -> list[Problem]:
+        """``problem`` with each of those widths; none where the channels cannot be ranked, which is said."""
+        narrowing, everyone = self.settings.narrowing, [self.architecture.experts]
+        try:
+            return [self.narrower(problem, width, narrowing, everyone) for width in self._widths()]
+        except (BadFile, Unsupported) as error:
+            self.listener.say(f"narrower experts are not considered: {error.cause}")
+            return []
 
     def _roomy(self, counts: list[int]) -> list[int]:
         """Those of ``counts`` that have room for all super experts.
@@ -226,7 +244,7 @@ class DecideStages(HealStages):
         rows = [
             {
                 "kept": c.plan.kept,
-                "width": c.plan.width or self.architecture.expert_width,
+                **({"width": c.plan.width} if c.plan.width else {}),
                 "file_bytes": c.plan.predicted.file_bytes,
                 "nats": c.plan.predicted.nats,
                 "nats_drop": c.plan.predicted.nats_drop,

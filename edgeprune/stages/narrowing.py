@@ -12,12 +12,15 @@ from edgeprune.decide.keep import KeepSet
 from edgeprune.decide.narrowing import asked_width
 from edgeprune.decide.neurons import NARROWINGS
 from edgeprune.decide.plan import Plan
-from edgeprune.errors import BadFile
+from edgeprune.errors import BadFile, Unsupported
 from edgeprune.files import digest, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.channels import Channels
 from edgeprune.measure.distortion import candidate_types
 from edgeprune.stages.measuring import MeasureStages
+
+# In front of a score of neurons, among the names of methods of choosing experts.
+NARROW = "narrow:"
 
 
 @dataclass
@@ -70,6 +73,22 @@ class NarrowStages(MeasureStages):
         if narrowing not in self._digests:
             self.channels(narrowing)
         return self._digests[narrowing]
+
+    def narrowable(self) -> tuple[str, ...]:
+        """The ways of narrowing that are compared unless some are named: without those that need gradients, and
+        without those that the experts or the text do not show enough for, which is said."""
+        if not self.architecture.width_rule.widths():
+            return ()
+        usable = []
+        for name, narrowing in NARROWINGS.items():
+            if narrowing.differentiates:
+                continue
+            try:
+                self.channels(name)
+                usable.append(f"{NARROW}{name}")
+            except (BadFile, Unsupported) as error:
+                self.listener.say(f"{NARROW}{name} is left out: {error.cause}")
+        return tuple(usable)
 
     def channels_of(self, plan: Plan) -> str:
         """Path of the file with the channels that ``plan`` keeps, or "" where it keeps all."""

@@ -11,6 +11,7 @@ from edgeprune.measure.replay import Expert
 Floats = npt.NDArray[np.float32]
 # Share of the mean diagonal that is added to it, as healing does (``measure.refit``).
 _RIDGE = 0.03
+_BLOCK = 64
 
 
 def score(evidence: NeuronEvidence) -> Doubles:
@@ -28,22 +29,29 @@ def score(evidence: NeuronEvidence) -> Doubles:
 def removals(gram: Doubles, products: Doubles) -> Doubles:
     """The step in which every neuron is removed, float64 [F].
 
-    With H' H the ``gram`` matrix of hidden values [F, F] and W the down projection, taking out neuron k and
-    re-fitting the other columns in closed form costs ||w_k||^2 / ((H' H + r I)^-1)_kk in squares of the output (Optimal
-    Brain Surgeon, for whole columns), and moves W by -w_k v', v = row k of the inverse over its diagonal. The cheapest
-    goes, and the next is chosen with what is left. Of W only ``products`` = W' W [F, F] matters.
+    With H' H the ``gram`` matrix of hidden values [F, F], W the down projection and P = (H' H + r I)^-1, taking out
+    neuron k and re-fitting the other columns in closed form costs ||w_k||^2 / P_kk in squares of the output and moves
+    W by -w_k v', v = row k of P over P_kk (Optimal Brain Surgeon, for whole columns). The cheapest goes, and the next
+    one is chosen with what is left. Of W only ``products`` = W' W [F, F] matters.
+
+    Both matrices change by a term of rank one or two in every step; only their diagonals and the row of k are needed
+    at once, so that the terms are subtracted in blocks, as matrix products.
     """
-    size = len(gram)
-    level = float(np.trace(gram)) / size
-    inverse = np.linalg.inv(gram + (_RIDGE * level or 1.0) * np.eye(size))
-    products, there = products.copy(), np.arange(size)
-    steps = np.empty(size)
-    for step in range(size):
-        k = int(np.argmin(np.diag(products) / np.diag(inverse)))
-        steps[there[k]] = step
-        v, w = inverse[k] / inverse[k, k], products[k]
-        rest = np.arange(len(there)) != k
-        products = (products - np.outer(w, v) - np.outer(v, w) + w[k] * np.outer(v, v))[np.ix_(rest, rest)]
-        inverse = (inverse - np.outer(v, inverse[k]))[np.ix_(rest, rest)]
-        there = there[rest]
+    size, level = len(gram), float(np.trace(gram)) / len(gram)
+    inverse, products = np.linalg.inv(gram + (_RIDGE * level or 1.0) * np.eye(size)), products.copy()
+    free, energy = np.diag(inverse).copy(), np.diag(products).copy()
+    steps, there = np.empty(size), np.ones(size, bool)
+    for start in range(0, size, _BLOCK):
+        count = min(_BLOCK, size - start)
+        u, a, v = np.zeros((3, count, size))
+        for turn in range(count):
+            k = int(np.argmin(np.where(there, energy / np.where(there, free, 1), np.inf)))
+            steps[k], there[k] = start + turn, False
+            row = inverse[k] - u[:turn, k] @ u[:turn]
+            others = products[k] - a[:turn, k] @ v[:turn] - v[:turn, k] @ a[:turn]
+            u[turn], v[turn] = row / np.sqrt(row[k]), row / row[k]
+            a[turn] = others - others[k] / 2 * v[turn]
+            free, energy = free - u[turn] ** 2, energy - 2 * a[turn] * v[turn]
+        inverse -= u.T @ u
+        products -= a.T @ v + v.T @ a
     return steps
