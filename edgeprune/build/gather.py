@@ -14,8 +14,8 @@ Channel = npt.NDArray[np.intp]
 
 
 def _indices(tensor: Tensor, channels: Channel) -> Channel:
-    """Positions of ``channels`` [F'] on the axis of ``tensor`` that counts them; those of gate before those of up where
-    both are one tensor."""
+    """Positions of ``channels`` [F'] on the axis of ``tensor`` that counts them; those of gate before those of up
+    where both are one tensor."""
     assert tensor.channels is not None
     axis, times = tensor.channels
     extent = tensor.shape[axis] // times
