@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from edgeprune.build.builder import encoded, kept_channels
 from edgeprune.build.gather import Channel, gathered_rows
+from edgeprune.build.overlay import opened
 from edgeprune.build.store import Bytes, Store
 from edgeprune.decide.plan import Plan
 from edgeprune.device.probe import cores
@@ -54,6 +55,7 @@ def write_prefix(
     layers: list[int],
     statistics: str = "",
     channels: str = "",
+    merged: str = "",
     progress: Progress | None = None,
 ) -> None:
     """Write a model for llama.cpp to run as far as the last of ``layers``. A task for a child process.
@@ -67,10 +69,11 @@ def write_prefix(
         layers: first layer and the one after the last.
         statistics: of the calibration.
         channels: file with the order of every expert's channels, if the plan narrows experts.
+        merged: folder of the merged experts, if the plan merges any.
     """
-    file = GgufFile(Path(model))
-    architecture = read_architecture(file)
+    file = opened(model, merged)
     obeyed, finished = Plan.from_json(plan, "plan"), Store(Path(store))
+    architecture = read_architecture(file, mtp=obeyed.mtp)
     moments = Statistics.load(Path(statistics)).moments if statistics else {}
     raw = {t.name for t in architecture.tensors if t.is_expert and t.layer in range(*layers)}
     # A narrower row may be none of the source's type.
@@ -112,6 +115,7 @@ def heal_layers(
     student: str,
     layers: list[int],
     channels: str = "",
+    merged: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fit and encode the experts of ``layers``. A task for a child process.
@@ -121,14 +125,15 @@ def heal_layers(
         teacher, student: statistics of the source and of the prefix over the same text, with reservoirs.
         layers: first layer and the one after the last.
         channels: as for ``write_prefix``.
+        merged: as for ``write_prefix``; the fit starts from the merged projections.
 
     Returns:
         by layer: ``before`` and ``after``, relative squared errors of its output on tokens that were not fitted, and
         ``ridge``; or ``reason`` why nothing was fitted.
     """
-    file = GgufFile(Path(model))
-    architecture = read_architecture(file)
+    file = opened(model, merged)
     obeyed, finished = Plan.from_json(plan, "plan"), Store(Path(store))
+    architecture = read_architecture(file, mtp=obeyed.mtp)
     original, pruned = Statistics.load(Path(teacher)), Statistics.load(Path(student))
     orders = channel_orders.loaded(channels, obeyed.channels)
     wanted = [layer for layer in architecture.moe_layers if layer in range(*layers)]
@@ -182,11 +187,13 @@ class _Healer:
             role: tensor for role, tensor in layer_tensors(architecture, layer).items() if tensor.is_expert
         }
         self.experts = LayerExperts(file, architecture, layer)
+        # Merged experts do not answer as the teacher did, which is what the activation is known by.
+        self.originals = LayerExperts(GgufFile(file.path), architecture, layer)
         if not np.array_equal(self.teacher.domain, self.student.domain):
             raise BadFile("the statistics of the source and of the pruned model are over different tokens")
 
     def heal(self, store: Store) -> dict[str, Any]:
-        activation = activation_of(self.experts, self.teacher)
+        activation = activation_of(self.originals, self.teacher)
         if activation is None:
             return {"reason": "its experts' activation is not known"}
         with ThreadPoolExecutor(cores()) as pool:

@@ -38,6 +38,10 @@ _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
 
 
+def _as_it_is(plan: Plan) -> Plan:
+    return plan
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a plan is chosen for and from.
@@ -52,10 +56,12 @@ class Problem:
         heal: whether the plan's changed experts are healed.
         limit_seconds: most time to encode what changes type, on all cores.
         part_bytes: most bytes of one file if it is to be split, or 0.
+        reduced: makes of a plan that drops experts the one that merges them.
         rates: measured speed of the device's products, or None where its bandwidth has to do.
         width: channels that every expert keeps, or 0 for all; ``drop_nats`` is then of both.
         narrowing: the score that chooses them, or "".
         channels: digest of their order by it, or "".
+        mtp: whether blocks that predict further tokens are kept.
     """
 
     file: GgufFile
@@ -73,6 +79,8 @@ class Problem:
     limit_seconds: float = math.inf
     part_bytes: int = 0
     rates: KernelRates | None = None
+    mtp: bool = False
+    reduced: Callable[[Plan], Plan] = _as_it_is
     width: int = 0
     narrowing: str = ""
     channels: str = ""
@@ -150,6 +158,7 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
         origin=origin,
         predicted=Prediction(),
         made_from=problem.made_from,
+        mtp=problem.mtp,
         heal=problem.heal
         and any(
             t.is_expert and (kept < problem.architecture.experts or problem.width or t.name in types)
@@ -159,8 +168,9 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
         narrowing=problem.narrowing if problem.width else "",
         channels=problem.channels if problem.width else "",
     )
-    records, parts = plan.records(), problem.part_bytes
-    return plan, layout(problem.file, problem.architecture, kept, types, records, parts, width=problem.width)
+    plan, parts = problem.reduced(plan), problem.part_bytes
+    made = layout(problem.file, problem.architecture, kept, types, plan.records(), parts, width=problem.width)
+    return plan, made
 
 
 def _limits(problem: Problem, kept: int) -> tuple[int, int]:

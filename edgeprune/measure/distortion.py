@@ -136,12 +136,14 @@ def measure(
     model: str,
     statistics: str,
     wanted: dict[str, list[str]] | None = None,
+    mtp: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Distortion of every quantisable tensor for every candidate type. A task for a child process.
 
     Args:
         wanted: types by tensor, instead of all candidates of all quantisable tensors.
+        mtp: with the blocks that predict further tokens.
 
     Returns:
         ``errors``: by tensor, by type: [as a product's weight, as a lookup table], relative squared errors; without
@@ -149,7 +151,7 @@ def measure(
         encodes; the first time, which fills the encoder's tables, is not among them.
     """
     file = GgufFile(Path(model))
-    everything = read_architecture(file).tensors
+    everything = read_architecture(file, mtp=mtp).tensors
     tensors = [tensor for tensor in everything if tensor.quantisable]
     if wanted is not None:
         tensors = [tensor for tensor in everything if tensor.name in wanted]

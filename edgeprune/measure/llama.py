@@ -484,6 +484,16 @@ def backend_devices() -> list[dict[str, Any]]:
     return devices
 
 
+def build_of_llama() -> str:
+    """Version and commit of the ggml that is loaded, which is llama.cpp's; "unknown" where it does not tell."""
+    handle, said = ggml.library(), []
+    for name in ("ggml_version", "ggml_commit"):
+        if function := getattr(handle, name, None):
+            function.restype = ctypes.c_char_p
+            said.append(function().decode("utf-8", errors="replace"))
+    return ", commit ".join(said) or "unknown"
+
+
 _MIB_LINE = re.compile(r"([A-Za-z0-9_]+)\s+(KV|RS|compute|output)\s+buffer size\s*=\s*([0-9.]+) MiB")
 
 

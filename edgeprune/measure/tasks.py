@@ -24,7 +24,7 @@ from edgeprune.measure.child import peak_memory_bytes
 from edgeprune.measure.divergence import Quality, Reference, TokenScores, summarise
 from edgeprune.measure.documents import Document
 from edgeprune.measure.launch import Launch
-from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, session
+from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, build_of_llama, session
 from edgeprune.measure.observers import ChannelMask, Disturbance, Masks, RouterMask
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import LeftOut, TextFile, Window, windows
@@ -303,7 +303,8 @@ def divergence(
             order}``.
 
     Returns:
-        for each mask ``{"all": Quality, "domains": {name: Quality}, "windows": [[tokens, nats], ...]}`` as JSON.
+        for each mask ``{"all": Quality, "domains": {name: Quality}, "windows": [[tokens, nats], ...], "undivided":
+        [domains that are in both halves of the held-out text]}`` as JSON.
     """
     results = []
     observer = _Switch()
@@ -338,6 +339,7 @@ def _by_domain(scores: list[TokenScores], chosen: list[Window]) -> dict[str, Any
         "all": summarise(scores).to_json(),
         "domains": {name: summarise(own).to_json() for name, own in domains.items()},
         "windows": [[len(score.divergence), float(score.divergence.sum(dtype=np.float64))] for score in scores],
+        "undivided": sorted({part.domain for part in chosen if part.undivided}),
     }
 
 
@@ -413,6 +415,11 @@ def price(shadow: str, launch: dict[str, Any]) -> dict[str, Any]:
         }
 
 
+def price_each(shadow: str, launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``price`` for several launches, one after the other."""
+    return [price(shadow, launch) for launch in launches]
+
+
 _CACHE_LINE = re.compile(r"llama_kv_cache\S*: size =\s*([0-9.]+) MiB")
 
 
@@ -441,7 +448,8 @@ def benchmark(
     Returns:
         prefill and decode tokens per second (medians over ``repeats``; ``best``: of them), the first token's delay in
         seconds, peak memory in bytes with as much of the context filled as 20 seconds allow; ``device_bytes``: what
-        was then taken of the memory of graphics cards.
+        was then taken of the memory of graphics cards; ``ggml``: its version; ``processors``: what llama.cpp computes
+        with here.
     """
     settings, clock = Launch(**launch), time.thread_time if processor_time else time.perf_counter
     prefill, decode, finite = [], [], True
@@ -473,6 +481,8 @@ def benchmark(
         "device_bytes": taken,
         "filled_tokens": filled,
         "finite": finite,
+        "ggml": build_of_llama(),
+        "processors": [f"{device['name']}: {device['description']}" for device in backend_devices()],
     }
 
 

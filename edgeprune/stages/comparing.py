@@ -99,7 +99,7 @@ def compare(run: NarrowStages, fractions: Sequence[float], methods: Sequence[str
             keys = {kept: digest({str(layer): ids for layer, ids in keep.items()}) for kept, keep in sets.items()}
             missing = [kept for kept in counts if keys[kept] not in cache["measured"]]
             if missing:
-                masks = [{str(layer): list(ids) for layer, ids in sets[kept].items()} for kept in missing]
+                masks = [run.mask(sets[kept]) for kept in missing]
                 measured = run.divergence(run.source, "held_out", masks, f"{method} on held-out text")
                 cache["measured"].update(zip((keys[kept] for kept in missing), measured, strict=True))
                 write_text(path, to_json(cache))

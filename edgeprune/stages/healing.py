@@ -136,8 +136,12 @@ class HealStages(NarrowStages):
         for part in parts:
             part.unlink()
 
-    def healed(self, plan: Plan) -> str:
-        """Folder with the finished tensors of the layers that ``plan`` changes, or "" if it heals none."""
+    def healed(self, plan: Plan, merged: str = "") -> str:
+        """Folder with the finished tensors of the layers that ``plan`` changes, or "" if it heals none.
+
+        Args:
+            merged: folder of the merged experts, if it merges any.
+        """
         changed = changed_layers(plan, self.architecture)
         if not plan.heal or plan.origin.startswith(PRESET) or not changed:
             return ""
@@ -152,7 +156,7 @@ class HealStages(NarrowStages):
             done = dict(read_json(record))
         for stage in groups(changed, self._most_stages):
             if not all(str(layer) in done for layer in changed if layer in range(*stage)):
-                done |= self._heal(plan, store, stage)
+                done |= self._heal(plan, store, stage, merged)
                 write_text(record, to_json(done))
         for layer, found in done.items():
             if "reason" in found:
@@ -160,7 +164,7 @@ class HealStages(NarrowStages):
         write_text(self.folder.healing, to_json(done))
         return str(folder)
 
-    def _heal(self, plan: Plan, store: Store, stage: tuple[int, int]) -> dict[str, Any]:
+    def _heal(self, plan: Plan, store: Store, stage: tuple[int, int], merged: str) -> dict[str, Any]:
         """One stage: build the prefix, observe it, fit."""
         common = {
             "model": str(self.source),
@@ -168,6 +172,7 @@ class HealStages(NarrowStages):
             "store": str(store.folder),
             "layers": list(stage),
             "channels": self.channels_of(plan),
+            "merged": merged,
         }
         name = f"layers {stage[0]} to {stage[1] - 1}" if stage[1] - stage[0] > 1 else f"layer {stage[0]}"
         self.folder.scratch.mkdir(parents=True, exist_ok=True)
