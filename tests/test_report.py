@@ -1,4 +1,4 @@
-"""The report, its page and the model card, of real fits: pruned, beside presets, and unchanged."""
+"""The report, its page and the model card, of real fits: narrowed, pruned, beside presets, unchanged."""
 
 from __future__ import annotations
 
@@ -106,22 +106,28 @@ class Case:
         return self.folder / str(self.report.build["path"])
 
 
-@pytest.fixture(scope="module", params=["pruned", "beside presets", "unchanged"])
+@pytest.fixture(scope="module", params=["narrowed", "pruned", "beside presets", "unchanged"])
 def case(request: pytest.FixtureRequest, tiny_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A finished fit: to 500 kB experts are dropped, to 700 kB there are presets, and 20 MB hold all of it."""
-    if request.param == "pruned":
+    """A finished fit: to 500 kB experts are narrowed, or dropped on request, to 700 kB there are presets, and 20 MB
+    hold all of it."""
+    if request.param == "narrowed":
         return Case(tiny_fit.folder, tiny_fit.report)
     folder = tiny_fit.copy(tmp_path_factory.mktemp("report") / "run")
-    limit = {"beside presets": 700_000, "unchanged": 20_000_000}[request.param]
-    report, _ = pipeline.fit(settings(tiny_fit, folder, file_bytes=limit), Ear())
+    changes: dict[str, Any] = {
+        "pruned": {"keep": 6, "method": "reap"},
+        "beside presets": {"file_bytes": 700_000},
+        "unchanged": {"file_bytes": 20_000_000},
+    }
+    report, _ = pipeline.fit(settings(tiny_fit, folder, **changes[request.param]), Ear())
     return Case(folder, report)
 
 
 def test_cases_are_what_they_are_called(case: Case, request: pytest.FixtureRequest) -> None:
     plan, name = case.report.plan, request.node.callspec.params["case"]
     assert bool(plan["keep"]) == (name == "pruned")
+    assert bool(plan["width"]) == (name == "narrowed")
     assert bool(plan["types"]) == (name != "unchanged")
-    assert bool(case.report.baselines) == (name != "pruned")
+    assert bool(case.report.baselines) == (name not in ("narrowed", "pruned"))
     assert not case.report.broken
 
 
@@ -306,7 +312,11 @@ def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
     ):
         assert wanted in body
     assert body.count("\n| stock ") == len(report.baselines)
-    experts = "6 of 8 experts per layer, chosen by reap" if report.plan["keep"] else "all 8 experts per layer"
+    experts = "all 8 experts per layer"
+    if report.plan["keep"]:
+        experts = "6 of 8 experts per layer, chosen by reap"
+    elif report.plan["width"]:
+        experts += ", each narrowed to 64 channels, chosen by ziplm"
     assert f"- Kept: {experts}\n" in body
 
 
