@@ -8,16 +8,18 @@ them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.build import feedback
 from edgeprune.build.builder import encoded, kept_channels
+from edgeprune.build.feedback import Encoded, Inputs
 from edgeprune.build.gather import Channel, gathered_rows
 from edgeprune.build.overlay import opened
 from edgeprune.build.store import Bytes, Store
@@ -44,6 +46,8 @@ _HELD_OUT_EVERY, _RUN = 8, 256
 # How much of what the residual stream has gone astray before a layer that layer is to put right. With 28 of 32
 # experts KL divergence was 0.0093 so and 0.0101 without (tests/benchmarks/healing.py).
 _LEAN = 0.5
+# Tokens for every channel that the second moments of a layer's input are taken from.
+_PRIOR_TOKENS = 4
 _NORM_BEHIND = re.compile(r"post_ffw_norm|layer_output_norm")
 
 
@@ -128,8 +132,9 @@ def heal_layers(
         merged: as for ``write_prefix``; the fit starts from the merged projections.
 
     Returns:
-        by layer: ``before`` and ``after``, relative squared errors of its output on tokens that were not fitted, and
-        ``ridge``; or ``reason`` why nothing was fitted.
+        by layer: ``before`` and ``after``, relative squared errors of its output on tokens that were not fitted,
+        ``ridge``, and by tensor ``feedback``: relative squared errors without and with it on those tokens; or
+        ``reason`` why nothing was fitted.
     """
     file = opened(model, merged)
     obeyed, finished = Plan.from_json(plan, "plan"), Store(Path(store))
@@ -157,12 +162,12 @@ def joins_the_stream(file: GgufFile, architecture: Architecture, layer: int) -> 
     return not normed and file.get(f"{architecture.arch}.residual_scale", 1.0) == 1.0
 
 
-@dataclass(frozen=True)
-class _Matrix:
-    """One expert's matrix as the file will have it: its bytes, and decoded again float32 [rows, width]."""
-
-    raw: Bytes
-    values: Floats
+def _gain(parts: Sequence[Encoded]) -> dict[str, float] | None:
+    """What feedback did to a tensor: relative squared errors of its products; None where it was not tried."""
+    energy = sum(part.energy for part in parts)
+    if not energy:
+        return None
+    return {name: sum(getattr(part, name) for part in parts) / energy for name in ("before", "after")}
 
 
 class _Healer:
@@ -191,6 +196,7 @@ class _Healer:
         self.originals = LayerExperts(GgufFile(file.path), architecture, layer)
         if not np.array_equal(self.teacher.domain, self.student.domain):
             raise BadFile("the statistics of the source and of the pruned model are over different tokens")
+        self.held_out = np.arange(len(self.student)) // _RUN % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
 
     def heal(self, store: Store) -> dict[str, Any]:
         activation = activation_of(self.originals, self.teacher)
@@ -198,61 +204,96 @@ class _Healer:
             return {"reason": "its experts' activation is not known"}
         with ThreadPoolExecutor(cores()) as pool:
             inner = self._inner()
-            rows = list(pool.map(lambda place: self._requantised(inner, place), range(len(self.kept))))
+            prior = self._prior([tensor for tensor in inner if self._target(tensor).name != tensor.type])
+            rows = list(pool.map(lambda place: self._requantised(inner, prior, place), range(len(self.kept))))
             for number, tensor in enumerate(inner):
                 store.write(tensor.name, (row[number].raw for row in rows))
             own = [self._expert(expert, row) for expert, row in zip(self.kept, rows, strict=True)]
+            gains = {tensor.name: _gain([row[number] for row in rows]) for number, tensor in enumerate(inner)}
             del rows
             fit = self._fitted(own, activation)
             down = self.tensors["expert_down"]
             means = self._importance(self.shares).mean()
 
-            def encoded_down(place: int) -> Bytes:
-                # A scale of zero leaves nothing to fit.
-                scale = self.experts.scale("down", self.kept[place]) or np.float32(1)
-                return self._encoded(down, fit.weights[place] / scale, means[place])
+            outcome: list[Encoded] = []
 
-            store.write(down.name, pool.map(encoded_down, range(len(self.kept))))
+            def pieces() -> Iterator[Bytes]:
+                for own in pool.map(self._encoded_down, fit.weights, means, range(len(self.kept))):
+                    outcome.append(replace(own, raw=own.raw[:0]))
+                    yield own.raw
+
+            store.write(down.name, pieces())
+            gains[down.name] = _gain(outcome)
         for expert in self.kept:
             self.experts.release(expert)
-        return {"before": fit.before, "after": fit.after, "ridge": fit.ridge}
+        gains = {name: gain for name, gain in gains.items() if gain}
+        return {"before": fit.before, "after": fit.after, "ridge": fit.ridge, "feedback": gains}
 
     def _inner(self) -> list[Tensor]:
         """The tensors before the activation."""
         return [self.tensors[role] for role in ("expert_gate", "expert_up", "expert_gate_up") if role in self.tensors]
 
-    def _requantised(self, tensors: Sequence[Tensor], place: int) -> list[_Matrix]:
+    def _target(self, tensor: Tensor) -> ggml.GgmlType:
+        """The planned type."""
+        return ggml.BY_NAME[self.plan.types.get(tensor.name, tensor.type)]
+
+    def _requantised(self, tensors: Sequence[Tensor], prior: Floats | None, place: int) -> list[Encoded]:
         expert = self.kept[place]
-        found = []
+        found, seen = [], self._inputs_of(place, prior)
         for tensor in tensors:
-            target = self.plan.types.get(tensor.name, tensor.type)
             raw = self.file.raw(tensor.name).reshape(tensor.matrices, -1)[expert]
             raw, _ = gathered_rows(raw, tensor, self._channels_of(expert))
             values = ggml.decode(ggml.BY_NAME[tensor.type], np.ascontiguousarray(raw), tensor.shape[0])
-            if target != tensor.type:
-                raw = self._encoded(tensor, values, self.moments[tensor.name].mean()[place])
-                values = ggml.decode(ggml.BY_NAME[target], raw, tensor.shape[0])
-            found.append(_Matrix(np.ascontiguousarray(raw), values))
+            if self._target(tensor).name == tensor.type:
+                found.append(Encoded(np.ascontiguousarray(raw), values))
+            else:
+                found.append(self._encoded(tensor, values, self.moments[tensor.name].mean()[place], seen))
         return found
 
     def _channels_of(self, expert: int) -> Channel | None:
         """The channels that stay of ``expert``, ascending, int [F'], or None for all."""
         return None if self.channels is None else self.channels[expert]
 
-    def _encoded(self, tensor: Tensor, values: Floats, importance: Floats) -> Bytes:
-        """``values`` [rows, width] in the planned type."""
-        target = ggml.BY_NAME[self.plan.types.get(tensor.name, tensor.type)]
-        return ggml.encode(target, values, importance, tensor.name).reshape(-1)
+    def _prior(self, tensors: Sequence[Tensor]) -> Floats | None:
+        """Second moments [D, D] of what goes into the layer's experts, whichever of them it goes to; None where they
+        are not needed for the encoding of ``tensors``."""
+        if not any(feedback.possible(self._target(tensor), tensor.shape[0]) for tensor in tensors):
+            return None
+        x = self.student.x[~self.held_out]
+        x = x[:: max(1, len(x) // (_PRIOR_TOKENS * x.shape[1]))]
+        prior: Floats = x.T @ x / np.float32(max(len(x), 1))
+        return prior
 
-    def _expert(self, expert: int, row: Sequence[_Matrix]) -> Expert:
+    def _inputs_of(self, place: int, prior: Floats | None) -> Inputs:
+        """What goes into an expert."""
+        tokens = np.flatnonzero((self.student.ids == place).any(axis=1))
+        judged = self.held_out[tokens]
+        return Inputs(self.student.x[tokens[~judged]], self.student.x[tokens[judged]], prior)
+
+    def _encoded(self, tensor: Tensor, values: Floats, importance: Floats, inputs: Inputs) -> Encoded:
+        """``values`` [rows, width] in the planned type."""
+        return feedback.encode(self._target(tensor), values, importance, inputs, tensor.name)
+
+    def _encoded_down(self, weights: Floats, importance: Floats, place: int) -> Encoded:
+        """The fitted down projection of an expert; what it decodes to is not kept."""
+        # A scale of zero leaves nothing to fit.
+        scale = self.experts.scale("down", self.kept[place]) or np.float32(1)
+        share = self.shares[place]
+        fitted, judged = share.of(~self.held_out).hidden, share.of(self.held_out).hidden
+        # Neurons of different experts have nothing in common, so other experts' tokens say nothing about these.
+        inputs = Inputs(fitted, judged)
+        own = self._encoded(self.tensors["expert_down"], weights / scale, importance, inputs)
+        return replace(own, decoded=np.zeros((0, 0), np.float32))
+
+    def _expert(self, expert: int, row: Sequence[Encoded]) -> Expert:
         """The expert as it will answer, but for its down projection, which is the old one."""
         old = self.experts[expert]
         if "expert_gate_up" in self.tensors:
-            both = row[0].values
+            both = row[0].decoded
             gate: Floats | None = both[: len(both) // 2]
             up = both[len(both) // 2 :]
         else:
-            gate, up = (row[0].values, row[1].values) if old.gate is not None else (None, row[0].values)
+            gate, up = (row[0].decoded, row[1].decoded) if old.gate is not None else (None, row[0].decoded)
         up = up * self.experts.scale("up", expert)
         gate = None if gate is None else gate * self.experts.scale("gate", expert)
         rest = old.of_channels(self._channels_of(expert))
@@ -271,8 +312,7 @@ class _Healer:
             hidden = gates * expert.hidden(self.student.x[tokens], activation)
             target[tokens] -= gates * expert.down_bias
             self.shares.append(Share(tokens, hidden))
-        held_out = np.arange(len(target)) // _RUN % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-        return refit([expert.down for expert in experts], self.shares, target, held_out)
+        return refit([expert.down for expert in experts], self.shares, target, self.held_out)
 
     def _importance(self, shares: Sequence[Share]) -> InputMoments:
         """Second moments of the down projections' inputs, weighted as the router weighs them: an error there counts

@@ -393,7 +393,9 @@ class _Fractions(click.ParamType[tuple[float, ...]]):
     show_default=True,
     help="Shares of experts to keep.",
 )
-@click.option("--methods", metavar="M,M", help="Which to compare; all that need no gradients by default.")
+@click.option(
+    "--methods", metavar="M,M", help="Which to compare, merge:ream too; all scores without gradients by default."
+)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of random methods.")
 @_with(_MIX, _MTP, _TEXT, _COMMON)
 def compare(model: str, fractions: tuple[float, ...], methods: str | None, seeds: int, **options: Any) -> None:

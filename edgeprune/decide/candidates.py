@@ -31,6 +31,9 @@ from edgeprune.units import format_bytes
 # What healing leaves of the nats that dropping experts costs: 0.08 to 0.11 on a model of 41 M weights, whatever the
 # number that is kept (tests/benchmarks/healing.py). Other models will differ, so neighbours are built and measured.
 HEALED_SHARE = 0.15
+# What re-fitted down projections leave of the nats that coarser types inside the blocks cost: 0.56 to 0.70 on that
+# model between 3.3 and 1.9 bits per weight (tests/benchmarks/equal_bytes.py). They cannot mend what comes behind.
+COMPENSATED_SHARE = 0.6
 # The same of narrowing them, on the same model: 0.26 at three quarters of the width (tests/benchmarks/narrowing.py).
 NARROW_HEALED_SHARE = 0.25
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
@@ -89,6 +92,12 @@ class Problem:
         """Shape of ``tensor`` with ``kept`` experts."""
         return tensor.kept_shape(kept, self.width)
 
+    def quantised(self, tensor: Tensor, name: str, *, healed: bool) -> float:
+        """Predicted nats per token that ``tensor`` costs as the type ``name``; of a tensor in a block, re-fitted down
+        projections make good a part."""
+        share = COMPENSATED_SHARE if healed and tensor.layer >= 0 else 1.0
+        return self.sensitivity.nats(tensor, name, share)
+
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
         that was not measured."""
@@ -133,7 +142,7 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
             Choice(
                 name,
                 align(ggml.tensor_bytes(name, shape), problem.file.alignment),
-                problem.sensitivity.nats(tensor, name),
+                problem.quantised(tensor, name, healed=problem.heal),
                 problem.seconds(tensor, kept, name) if problem.limit_seconds < math.inf else 0.0,
             )
             for name in names
@@ -235,7 +244,7 @@ def priced(
     if where is None or too_big:
         return None
     quant = sum(
-        problem.sensitivity.nats(tensor, types[tensor.name])
+        problem.quantised(tensor, types[tensor.name], healed=plan.heal)
         for tensor in problem.architecture.tensors
         if tensor.name in types
     )

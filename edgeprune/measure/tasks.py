@@ -119,7 +119,7 @@ def collect(
 
     folder, names = Path(scratch), frozenset(weights)
     folder.mkdir(parents=True, exist_ok=True)
-    observer = _Switch()
+    observer = Switch()
     with room_for(Path(output)), session(Path(model), _launch(window, threads), observer) as opened:
         shards, found = _calibration(opened, texts, window, most_tokens)
         kept = _kept_positions([part for shard in shards for part in shard], reservoir_tokens)
@@ -272,9 +272,10 @@ def reference(
     return {"tokens": sum(len(part.tokens) for part in chosen), "windows": len(chosen)}
 
 
-def _compare(
+def compared(
     opened: Session, chosen: list[Window], kept: Reference, progress: Progress | None
 ) -> Iterator[TokenScores]:
+    """Scores of every one of the ``chosen`` windows against what is ``kept`` of them."""
     kept.rewind()
     for index, part in enumerate(chosen):
         yield kept.compare(opened.run(part.tokens), part.tokens)
@@ -307,7 +308,7 @@ def divergence(
         [domains that are in both halves of the held-out text]}`` as JSON.
     """
     results = []
-    observer = _Switch()
+    observer = Switch()
     with session(Path(model), _launch(window, threads), observer) as opened:
         chosen = chosen_windows(opened, texts, split, window, most_tokens)
         kept = Reference(Path(reference), opened.vocabulary_size)
@@ -315,7 +316,7 @@ def divergence(
             current = _masks(mask, experts, narrowed[number] if narrowed else None)
             observer.current = current
             report = _scaled(progress, number, len(masks))
-            scores = list(_compare(opened, chosen, kept, report))
+            scores = list(compared(opened, chosen, kept, report))
             current.check()
             results.append(_by_domain(scores, chosen))
     return results
@@ -343,7 +344,7 @@ def _by_domain(scores: list[TokenScores], chosen: list[Window]) -> dict[str, Any
     }
 
 
-class _Switch:
+class Switch:
     """An observer whose behaviour can be exchanged between passes of one session."""
 
     def __init__(self) -> None:
@@ -377,7 +378,7 @@ def disturb(
         sites: each ``{"weight": name, "lookup": bool, "relative_square": size of the error}``.
     """
     results = []
-    observer = _Switch()
+    observer = Switch()
     with session(Path(model), _launch(window, threads), observer) as opened:
         chosen = chosen_windows(opened, texts, split, window, most_tokens)
         kept = Reference(Path(reference), opened.vocabulary_size)
@@ -389,7 +390,7 @@ def disturb(
                 seed=number,
             )
             observer.current = disturbance
-            quality: Quality = summarise(list(_compare(opened, chosen, kept, None)))
+            quality: Quality = summarise(list(compared(opened, chosen, kept, None)))
             results.append(quality.kl_mean if disturbance.touched else None)
             if progress is not None:
                 progress(number + 1, len(sites))

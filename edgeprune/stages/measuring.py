@@ -21,7 +21,7 @@ from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.merging import merge
-from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
+from edgeprune.measure.sensitivity import Sensitivity, responses, rounding_of, site_settings, sites_to_measure
 from edgeprune.measure.statistics import Statistics, write_imatrix
 from edgeprune.measure.text import CHOOSING, REPORTING, SHORTEST_WINDOW
 from edgeprune.measure.weights import LayerWeights, load_weights
@@ -35,7 +35,7 @@ MOST_ENUMERATED = 16
 # The score of layers that cannot be replayed.
 FALLBACK = "reap"
 # Raised when a measurement changes its meaning, so that saved ones are made again.
-FORMAT = 4
+FORMAT = 5
 # What the halves of the held-out text do.
 _HALVES = {CHOOSING: " that chooses", REPORTING: " that reports"}
 
@@ -249,6 +249,7 @@ class MeasureStages(TextStages):
             measured = self._distortions()
             found.distortions.update(measured["errors"])
             found.rates.update(measured["rates"])
+            found.rounding.update(found.to_floor(rounding_of(measured), self._rounding_floor()))
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         return found
 
@@ -257,23 +258,42 @@ class MeasureStages(TextStages):
         known = self.sensitivity.distortions
         wanted = {name: [kind] for name, kind in types.items() if kind not in known.get(name, {})}
         if wanted:
-            for name, measured in self._distortions(wanted)["errors"].items():
-                known.setdefault(name, {}).update(measured)
+            measured = self._distortions(wanted)
+            for name, errors in measured["errors"].items():
+                known.setdefault(name, {}).update(errors)
             write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
 
     def _distortions(self, wanted: Mapping[str, list[str]] | None = None) -> dict[str, Any]:
+        names = [t.name for t in self.architecture.tensors if t.quantisable] if wanted is None else list(wanted)
+        rounding = child.call(
+            "edgeprune.measure.rounding:observe",
+            {"model": str(self.source), "weights": names, **self._text_arguments("sensitivity")},
+        )
         with self.listener.progress("distortion of each type") as progress:
             measured: dict[str, Any] = child.call(
                 "edgeprune.measure.distortion:measure",
                 {
                     "model": str(self.source),
                     "statistics": self.statistics_file,
+                    "rounding": rounding,
                     "wanted": wanted,
                     "mtp": self.settings.mtp == KEEP,
                 },
                 progress,
             )
         return measured
+
+    def _rounding_floor(self) -> dict[int, float]:
+        """What it costs to round the inputs of all products as a quantised file's kernels do, by block size."""
+        with self.listener.progress("rounding of activations") as progress:
+            arguments = {
+                "model": str(self.source),
+                "reference": str(self._reference("sensitivity")),
+                "weights": [t.name for t in self.architecture.tensors if t.quantisable],
+                **self._text_arguments("sensitivity"),
+            }
+            found = child.call("edgeprune.measure.rounding:floor", arguments, progress)
+        return {int(block): float(nats) for block, nats in found.items()}
 
     def _responses(self) -> dict[str, Any]:
         reference = self._reference("sensitivity")
