@@ -47,7 +47,7 @@ class Settings:
         texts, evaluation_texts: ``FILE`` or ``NAME=FILE``; empty for the shipped text.
         self_answers: how many answers of the model itself are calibrated on, too.
         keep: forced number of experts, or None.
-        width: forced channels of every expert, or below 1 their share; 0 for as many as are best.
+        width: forced channels of every expert, or below 1 their share; 1 for all, 0 for as many as are best.
         narrowing: how channels are ranked, one of ``decide.neurons.NARROWINGS``.
         types: forced GGML types, or empty.
         method: how experts are ranked, one of ``decide.scores.METHODS``.

@@ -137,7 +137,7 @@ class Fit:
 def settings(fit: Fit, output: Path, **changes: Any) -> Settings:
     """What the fit's command line means, for another folder and with other wishes."""
     source, _, text = fit.arguments[0], *fit.arguments[-2:]
-    wishes: dict[str, Any] = {"file_bytes": 500_000, "texts": (text,), "output": str(output), **changes}
+    wishes: dict[str, Any] = {"file_bytes": 500_000, "width": 1.0, "texts": (text,), "output": str(output), **changes}
     return Settings(source, **wishes)
 
 

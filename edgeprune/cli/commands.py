@@ -50,7 +50,7 @@ _CHOICE = (
         "--width",
         type=click.FloatRange(0, min_open=True),
         metavar="F|SHARE",
-        help="Narrow all experts to F channels, or to this share of them, as 0.75.",
+        help="Narrow all experts to F channels, or to this share of them, as 0.75; 1 narrows none.",
     ),
     click.option(
         "--narrowing",

@@ -37,7 +37,7 @@ class NarrowStages(MeasureStages):
             UsageError: experts of this model cannot have that width.
         """
         asked = self.settings.width
-        return asked_width(asked, self.architecture) if asked else 0
+        return asked_width(asked, self.architecture) if asked not in (0, 1) else 0
 
     def channels(self, narrowing: str) -> Path:
         """File with the order of every expert's channels by the score ``narrowing``, made if need be."""
