@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.device.profile import find_profile, known_profiles
-from edgeprune.errors import Unsupported
+from edgeprune.errors import EdgepruneError, Unsupported
+from edgeprune.fitting import Fit, Shape, fits
 from edgeprune.model import ggml, hub
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Tensor, read_architecture
+from edgeprune.model.cached import NotHere, cached
 from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint
-from edgeprune.model.convert import OUTPUT
+from edgeprune.model.convert import bare_header
 from edgeprune.model.converter import Converter, converter_for
-from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
-from edgeprune.model.headers import Header
+from edgeprune.model.headers import Header, read_header
+from edgeprune.model.hub import Unreachable
 from edgeprune.model.location import HubName, located
-from edgeprune.model.quantised import MXFP4
+from edgeprune.model.planning import OUTPUT, Conversion, plan_conversion
+from edgeprune.model.quantised import FP8, MXFP4
 from edgeprune.model.remote import Budget, remote_checkpoint, remote_header
 from edgeprune.model.selection import chosen_gguf, has_checkpoint
-from edgeprune.model.values import extra_layers, language_config, lookup, prefix_of
+from edgeprune.model.tokenizer import DIFFERENCES_KEY, tokenizer_entries
+from edgeprune.model.values import MOST_HEADS, extra_layers, language_config, lookup, prefix_of
 from edgeprune.units import format_bytes
 
 _NAMED_ROLES = {
@@ -39,20 +43,7 @@ _NAMED_ROLES = {
     "norm": "norms",
     "other": "other",
 }
-# Smallest useful types, for the question whether a model can be made to fit at all.
-_SMALLEST_EXPERT, _SMALLEST_OTHER = "IQ1_S", "IQ2_XXS"
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Whether a model's weights fit a profile: ``as it is``, ``quantised``, ``pruned`` or ``no``.
-
-    Only weights are counted here; ``edgeprune plan`` also counts the KV cache and buffers.
-    """
-
-    profile: str
-    usable_bytes: int
-    verdict: str
+_MOST_TOLD = 16  # differences of a tokenizer
 
 
 @dataclass(frozen=True)
@@ -74,40 +65,6 @@ class Inspection:
         return asdict(self)
 
 
-def _smallest_bytes(architecture: Architecture, kept: int) -> int:
-    """Bytes with ``kept`` experts and the smallest types that divide the rows."""
-    total = 0
-    for tensor in architecture.tensors:
-        shape = tensor.kept_shape(kept)
-        kind = tensor.type
-        if tensor.quantisable:
-            small = _SMALLEST_EXPERT if tensor.is_expert else _SMALLEST_OTHER
-            candidates = [n for n in (small, "IQ4_NL") if shape[0] % ggml.BY_NAME[n].block == 0]
-            kind = candidates[0] if candidates else kind
-        total += min(ggml.tensor_bytes(kind, shape), ggml.tensor_bytes(tensor.type, shape))
-    return total
-
-
-def _fits(architecture: Architecture) -> list[Fit]:
-    whole = architecture.nbytes
-    counts = architecture.allowed_counts()
-    quantised = _smallest_bytes(architecture, architecture.experts)
-    pruned = _smallest_bytes(architecture, min(counts))
-    fits = []
-    for name in known_profiles():
-        usable = find_profile(name).usable_bytes
-        if whole <= usable:
-            verdict = "as it is"
-        elif quantised <= usable:
-            verdict = "quantised"
-        elif pruned <= usable:
-            verdict = "pruned and quantised"
-        else:
-            verdict = f"no, short of {format_bytes(pruned - usable)}"
-        fits.append(Fit(name, usable, verdict))
-    return fits
-
-
 def inspect_model(model: str) -> Inspection:
     """What ``model`` is: ``demo``, a GGUF file, a checkpoint folder, or one of these on the Hub, of which only the
     headers are fetched.
@@ -119,9 +76,19 @@ def inspect_model(model: str) -> Inspection:
     """
     place = Path(__file__).resolve().parent / "demo" if model == "demo" else located(model)
     if isinstance(place, HubName):
-        if not hub.is_offline():
-            return _inspect_remote(place)
-        place = fetch(place, lambda done, total: None, lambda text: None)
+        if hub.is_offline():
+            place = cached(place)
+        else:
+            try:
+                return _inspect_remote(place)
+            except Unreachable:
+                with contextlib.suppress(NotHere):
+                    return _inspect_local(cached(place))
+                raise
+    return _inspect_local(place)
+
+
+def _inspect_local(place: Path) -> Inspection:
     if place.is_dir():
         checkpoint = open_checkpoint(place)
         total = sum((place / shard).stat().st_size for shard in set(checkpoint.shard_of.values()))
@@ -148,17 +115,35 @@ def _inspect_remote(name: HubName) -> Inspection:
 def _inspect_gguf(header: Header) -> Inspection:
     """A GGUF's facts."""
     architecture = read_architecture(header)
+    facts = [("model", architecture.name), ("architecture", architecture.arch), *_numbers(architecture)]
+    facts += [("tokenizer", text) for text in _texts(header.get(DIFFERENCES_KEY))]
+    return _inspected(facts, architecture, header)
+
+
+def _texts(found: Any) -> list[str]:
+    """Differences of a tokenizer as a file tells them, which may hold anything."""
+    texts = found if isinstance(found, list) else []
+    return ["".join(c for c in str(text) if c.isprintable())[:300] for text in texts[:_MOST_TOLD]]
+
+
+def _inspected(facts: list[tuple[str, str]], architecture: Architecture, header: Header) -> Inspection:
+    """What is said of a model whose GGUF header is known."""
     roles: dict[str, int] = {}
     for tensor in architecture.tensors:
         role = _NAMED_ROLES[tensor.role]
         roles[role] = roles.get(role, 0) + tensor.nbytes
+    found, basis = fits(architecture, header, Shape())
+    facts = [*facts, ("KV cache and buffers", basis)]
+    return Inspection(facts, dict(sorted(roles.items(), key=lambda i: -i[1])), found, architecture.nbytes)
+
+
+def _numbers(architecture: Architecture) -> list[tuple[str, str]]:
+    """What an architecture says of itself."""
     types: dict[str, int] = {}
     for tensor in architecture.tensors:
         types[tensor.type] = types.get(tensor.type, 0) + tensor.nbytes
     counts = ", ".join(map(str, architecture.allowed_counts()))
     facts = [
-        ("model", architecture.name),
-        ("architecture", architecture.arch),
         ("layers", f"{architecture.layers}, {len(architecture.moe_layers)} with experts"),
         ("experts", f"{architecture.experts} per layer, {architecture.used} per token"),
         (
@@ -172,29 +157,73 @@ def _inspect_gguf(header: Header) -> Inspection:
         ("weights", format_bytes(architecture.nbytes)),
         ("types", ", ".join(f"{name} {format_bytes(n)}" for name, n in types.items())),
     ]
-    return Inspection(
-        facts, dict(sorted(roles.items(), key=lambda i: -i[1])), _fits(architecture), architecture.nbytes
-    )
+    if architecture.left_out:
+        size = format_bytes(sum(tensor.nbytes for tensor in architecture.left_out))
+        facts.append(("further tokens", f"blocks of {size} that predict them are left out, unless with --mtp keep"))
+    return facts
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint, total: int) -> Inspection:
-    """A checkpoint's facts, from the headers of its files, which have ``total`` bytes."""
+    """A checkpoint's facts, from the headers of its files, which have ``total`` bytes: those of the GGUF that it
+    becomes, or as much as can be said of one that cannot be converted."""
     checkpoint.require_experts()
     model_type = str(checkpoint.config.get("model_type", ""))
     converter = converter_for(model_type)
+    facts = [
+        ("checkpoint", f"{checkpoint.folder}, {format_bytes(total)}"),
+        ("model type", f"{model_type}, becomes {converter.arch}"),
+    ]
+    stored = dict(checkpoint.stored)
+    try:
+        planned = plan_conversion(checkpoint)
+        where = checkpoint.folder / "config.json"
+        header = read_header(bare_header(planned, checkpoint.folder.name, str(where)), where)
+        architecture = read_architecture(header)
+    except EdgepruneError as error:
+        checkpoint.stored = stored
+        return _inspect_sketch(checkpoint, converter, facts, total, error.cause)
+    facts += [*_numbers(architecture), *(("conversion", remark) for remark in planned.remarks)]
+    facts += [("tokenizer", text) for text in _told(checkpoint.folder, planned)]
+    return _inspected(facts, architecture, header)
+
+
+def _told(folder: Path, planned: Conversion) -> list[str]:
+    """What llama.cpp's tokenizer does otherwise, or why the checkpoint's cannot be converted; nothing of one that is
+    not here."""
+    if not folder.is_dir():
+        return []
+    try:
+        entries = tokenizer_entries(folder, planned.settings.config, planned.vocabulary)
+    except EdgepruneError as error:
+        return [f"cannot be converted: {error.cause}"]
+    return _texts(next((entry.value() for entry in entries if entry.key == DIFFERENCES_KEY), []))
+
+
+def _inspect_sketch(
+    checkpoint: Checkpoint, converter: Converter, facts: list[tuple[str, str]], total: int, cause: str
+) -> Inspection:
+    """What there is to say of a checkpoint that cannot be converted for this ``cause``."""
     architecture = _sketch(checkpoint, converter)
     experts = sum(tensor.nbytes for tensor in architecture.tensors if tensor.is_expert)
     if not experts:
+        model_type = str(checkpoint.config.get("model_type", ""))
         raise Unsupported(f"{checkpoint.folder} is a dense {model_type} model: it has no experts to choose from")
-    facts = [
-        ("checkpoint", str(checkpoint.folder)),
-        ("model type", f"{model_type}, becomes {converter.arch}"),
+    config = language_config(converter, checkpoint.config)
+    heads = _config_count(config, ("num_key_value_heads", "num_attention_heads"), MOST_HEADS)
+    queries, width = (_config_count(config, (key,), 1 << 24) for key in ("num_attention_heads", "hidden_size"))
+    head = _config_count(config, ("head_dim",), 1 << 20) or (width // queries if queries else 0)
+    vocabulary = _config_count(config, ("vocab_size",), 1 << 24)
+    shape = Shape(_config_count(config, converter.layers, MOST_LAYERS), heads, head, vocabulary)
+    found, basis = fits(architecture, None, shape, "because there is no GGUF that llama.cpp could be asked about")
+    facts += [
+        ("conversion", f"refused: {cause}"),
         ("experts", f"{architecture.experts} per layer, {architecture.used} per token"),
         ("parameters", f"{architecture.parameters:,}"),
-        ("weights", format_bytes(total)),
+        ("weights", format_bytes(architecture.nbytes)),
+        ("KV cache and buffers", basis),
     ]
-    roles = {"routed experts": experts, "everything else": total - experts}
-    return Inspection(facts, roles, _fits(architecture), total)
+    roles = {"routed experts": experts, "everything else": architecture.nbytes - experts}
+    return Inspection(facts, roles, found, architecture.nbytes)
 
 
 def _sketch(checkpoint: Checkpoint, converter: Converter) -> Architecture:
@@ -258,6 +287,8 @@ def _stacked(checkpoint: Checkpoint, names: Iterable[str], tied: bool) -> tuple[
 
 def _ggml_type(safetensors_type: str) -> str:
     """The GGML type of as many bytes; of what neither world knows, the smallest."""
+    if safetensors_type == FP8:  # becomes
+        return "BF16"
     known = ggml.BY_NAME.get(safetensors_type.replace("U", "I"))
     return known.name if known is not None and (known.is_float or known.name == MXFP4) else "I8"
 

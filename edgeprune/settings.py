@@ -18,6 +18,8 @@ Progress = Callable[[int, int], None]
 # What runs the model over the calibration text.
 LLAMA, TORCH = "llama.cpp", "torch"
 ENGINES = (LLAMA, TORCH)
+# What becomes of blocks that predict further tokens.
+KEEP, DROP = "keep", "drop"
 
 
 class Listener(Protocol):
@@ -49,9 +51,11 @@ class Settings:
         method: how experts are ranked, one of ``decide.scores.METHODS``.
         mixture: how the domains of the text are put together for that, one of ``decide.keep.MIXTURES``.
         engine: what the statistics are measured with, one of ``ENGINES``; ``torch`` needs a checkpoint.
+        reduce: what becomes of experts that are not kept, one of ``decide.plan.REDUCTIONS``.
         heal: whether the down projections of changed experts are fitted anew.
         heal_stages: most groups of layers that this is done in, or 0 for the default.
         healing_tokens: how much text is used for it where experts are dropped; half of that where all stay.
+        mtp: what becomes of blocks that predict further tokens, ``keep`` or ``drop``.
         limit_seconds: most time for encoding what changes type, or 0 for any.
         output: run directory, or None for the default.
         window: tokens per calibration window.
@@ -59,6 +63,7 @@ class Settings:
         calibration_tokens, evaluation_tokens, sensitivity_tokens: how much text is used.
         reservoir_tokens: how many calibration tokens are kept whole, for replays of single layers.
         baselines: whether stock presets are built and measured beside the plan.
+        command: as it was typed, for the report; "" where there was none.
     """
 
     source: str
@@ -76,9 +81,11 @@ class Settings:
     method: str = "replay"
     mixture: str = "pooled"
     engine: str = LLAMA
+    reduce: str = "drop"
     heal: bool = True
     heal_stages: int = 0
     healing_tokens: int = 49_152
+    mtp: str = DROP
     limit_seconds: float = 0.0
     output: str | None = None
     window: int = 512
@@ -88,6 +95,7 @@ class Settings:
     sensitivity_tokens: int = 2_048
     sensitivity_window: int = 128
     baselines: bool = True
+    command: str = ""
 
     def check(self) -> None:
         """Refuse a command line that contradicts itself.

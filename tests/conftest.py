@@ -28,6 +28,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setenv(name, str(home / folder))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        patch.setenv("EDGEPRUNE_QUIET", "1")  # how long a stage takes is no matter of these tests
         yield home
 
 

@@ -472,7 +472,7 @@ FAMILIES: dict[str, Family] = {
         },
         variants={"without groups or scaling": {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE}},
         experts="n_routed_experts",
-        note="blocks that predict further tokens are left out",
+        note="blocks that predict further tokens with `--mtp keep`",
         real=({}, 671.0),
     ),
     "glm4_moe": Family(
@@ -496,7 +496,7 @@ FAMILIES: dict[str, Family] = {
         },
         variants={"without norms of query and key": {"use_qk_norm": False}},
         experts="n_routed_experts",
-        note="blocks that predict further tokens are left out",
+        note="blocks that predict further tokens with `--mtp keep`",
         real=({"head_dim": 128, "attention_bias": True}, 106.9),
     ),
     "glm4_moe_lite": Family(
@@ -524,7 +524,7 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": 1e-05,
         },
         experts="n_routed_experts",
-        note="blocks that predict further tokens are left out",
+        note="blocks that predict further tokens with `--mtp keep`",
         real=({}, 29.9),
     ),
     "dots1": Family(

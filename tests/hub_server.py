@@ -49,13 +49,16 @@ class Blob:
 
 @dataclass
 class Repository:
-    """Branches by name, each the list of its commits; a commit is its identifier and its files."""
+    """Branches by name, each the list of its commits; a commit is its identifier and its files.
+
+    ``pulls``: of each pull request, from 1 on, title, status, target branch and author.
+    """
 
     private: bool = False
     gated: str | bool = False
     card: dict[str, Any] = field(default_factory=dict)
     branches: dict[str, list[tuple[str, dict[str, Blob]]]] = field(default_factory=dict)
-    pulls: int = 0
+    pulls: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.branches = self.branches or {"main": [(hashlib.sha1(b"first").hexdigest(), {})]}
@@ -305,12 +308,32 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
         branch, answer = revision, {}
         if "create_pr" in self.query:
-            repository.pulls += 1
-            branch = f"refs/pr/{repository.pulls}"
+            row = {"title": header["summary"], "status": "open", "base": f"refs/heads/{revision}", "author": "me"}
+            repository.pulls.append(row)
+            branch = f"refs/pr/{len(repository.pulls)}"
             repository.branches[branch] = list(repository.branches[revision])
-            answer["pullRequestUrl"] = f"{self.hub.address}/{name}/discussions/{repository.pulls}"
+            answer["pullRequestUrl"] = f"{self.hub.address}/{name}/discussions/{len(repository.pulls)}"
         sha = repository.commit(branch, files)
         self._json({"commitUrl": f"{self.hub.address}/{name}/commit/{sha}", "commitOid": sha, **answer})
+
+    def _discussion(self, name: str, number: int) -> dict[str, Any]:
+        row = self._repository(name).pulls[number - 1]
+        own = {key: row[key] for key in ("title", "status")} | {"author": {"name": row["author"]}}
+        repo = {"name": name, "type": "model"}
+        return {**own, "num": number, "createdAt": "2026-01-01T00:00:00.000Z", "repo": repo, "isPullRequest": True}
+
+    def discussions(self, name: str, _: bytes) -> None:
+        count, per_page, page = len(self._repository(name).pulls), 2, int(self.query["p"][0])
+        rows = [self._discussion(name, number) for number in range(count, 0, -1)]
+        wanted = {key: self.query[key][0] for key in ("status", "author")}
+        rows = [row for row in rows if (row["status"], row["author"]["name"]) == (wanted["status"], wanted["author"])]
+        start = per_page * page
+        self._json({"count": len(rows), "start": start, "discussions": rows[start : start + per_page]})
+
+    def discussion(self, name: str, number: str, _: bytes) -> None:
+        changes = {"base": self._repository(name).pulls[int(number) - 1]["base"]}
+        found = self._discussion(name, int(number))
+        self._json({**found, "changes": changes, "filesWithConflicts": [], "events": []})
 
     def resolve(self, name: str, revision: str, path: str, _: bytes) -> None:
         repository = self._repository(name)
@@ -348,6 +371,8 @@ _ROUTES = (
     ("GET", rf"/api/models/{_NAME}/tree/{_REVISION}", "tree"),
     ("POST", rf"/api/models/{_NAME}/preupload/{_REVISION}", "preupload"),
     ("POST", rf"/api/models/{_NAME}/commit/{_REVISION}", "commit"),
+    ("GET", rf"/api/models/{_NAME}/discussions", "discussions"),
+    ("GET", rf"/api/models/{_NAME}/discussions/(\d+)", "discussion"),
     ("GET", rf"/api/models/{_NAME}(?:/revision/{_REVISION})?", "info"),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", "batch"),
     ("PUT", r"/objects/([0-9a-f]{64})", "put"),

@@ -181,6 +181,9 @@ class Expected:
             "token_turn": turn.sum(),
             "token_full_turn": (1 - torch.cosine_similarity(h, after, dim=-1)).sum(),
             "token_ratio": (y.norm(dim=-1) ** 2 / h.norm(dim=-1) ** 2).sum(),
+            "turn_histogram": torch.bincount(
+                (turn * (RATIO_BINS / 2)).long().clamp(max=RATIO_BINS - 1), minlength=RATIO_BINS
+            ),
             "top_logit_sum": (first * z).sum(dim=0),
             "chosen_logit_sum": (used * z).sum(dim=0),
             "ratio_histogram": torch.nn.functional.one_hot(bins, RATIO_BINS).sum(dim=0).double(),

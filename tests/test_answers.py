@@ -212,7 +212,7 @@ def test_answers_are_not_drawn_before_they_are_needed(
     ear = Ear()
     with opened(settings(tiny_checkpoint, small_text, tmp_path / "run"), ear) as run:
         run.check_source()
-    assert "reference (held-out text)" in ear.stages and "3 answers of the model" not in ear.stages
+    assert "reference (held-out text that reports)" in ear.stages and "3 answers of the model" not in ear.stages
 
 
 def test_answers_beside_a_text_of_their_name_or_as_held_out_text_are_refused(

@@ -205,7 +205,6 @@ def test_allowed_counts_keep_the_rules_of_the_router(
 
 OBSTACLES = {
     "experts used vary by layer": (("expert_used_count", "[u32]", [2, 2]), "vary by layer"),
-    "multi-token prediction": (("nextn_predict_layers", "u32", 1), "multi-token-prediction"),
 }
 
 
@@ -216,3 +215,12 @@ def test_obstacle_leaves_all_experts_as_the_only_choice(case: str, tmp_path: Pat
     assert reason in found.obstacle
     assert found.allowed_counts() == (8,)
     assert found.count_allowed(8) and not found.count_allowed(4)
+
+
+def test_blocks_that_predict_further_tokens_are_left_out_unless_they_are_wanted(tmp_path: Path) -> None:
+    path = toys.synthetic_gguf(tmp_path / "a.gguf", extra=[("nextn_predict_layers", "u32", 1)], **TINY)
+    found, whole = described(path), read_architecture(GgufFile(path), mtp=True)
+    assert (found.layers, found.moe_layers, found.sliced_layers, found.obstacle) == (1, (0,), (0,), "")
+    assert {tensor.layer for tensor in found.left_out} == {1} and len(found.allowed_counts()) > 1
+    assert (whole.layers, whole.moe_layers, whole.further_moe_layers) == (1, (0,), (1,)) and not whole.left_out
+    assert {*found.tensors, *found.left_out} == set(whole.tensors)

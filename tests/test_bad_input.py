@@ -185,7 +185,7 @@ MODELS: dict[str, tuple[Callable[[Workshop], Path], str, str]] = {
     ),
     "metadata on which llama.cpp does crash": (
         lambda shop: shop.synthetic("qwen3moe", ("expert_used_count", "[u32]", [2, 0])),
-        "the child process for price died: llama.cpp crashed with a memory fault",
+        "the child process for price_each died: llama.cpp crashed with a memory fault",
         "damaged",
     ),
     "an architecture that llama.cpp does not know": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,27 @@ def assert_consistent(problem: Problem, found: Candidate) -> None:
     assert plan.predicted.gap <= 1e-3
     limit = problem.budget.file_limit_bytes
     assert limit is None or made.nbytes <= limit
+
+
+def test_healing_makes_good_what_is_rounded_in_blocks_but_not_the_output(pose: Pose) -> None:
+    problem = pose(file_limit=4 * MIB)
+    healed = replace(problem, heal=True)
+    inside, output = (problem.architecture.tensor(n) for n in ("blk.0.ffn_up_exps.weight", "output.weight"))
+    for name in ("Q4_K", "Q6_K"):
+        assert problem.quantised(inside, name, healed=True) < problem.quantised(inside, name, healed=False)
+        assert problem.quantised(output, name, healed=True) == problem.quantised(output, name, healed=False)
+    plan = must(candidate(healed, COUNTS[0])).plan
+    assert plan.heal
+    expected = sum(healed.quantised(problem.architecture.tensor(n), k, healed=True) for n, k in plan.types.items())
+    assert plan.predicted.nats_quant == pytest.approx(expected)
+    # The plan that knows of healing is the better one once it is healed, and the worse one otherwise.
+    plain = must(candidate(problem, plan.kept)).plan
+
+    def cost(types: Mapping[str, str], heal: bool) -> float:
+        return sum(problem.quantised(problem.architecture.tensor(n), k, healed=heal) for n, k in types.items())
+
+    assert cost(plan.types, True) <= cost(plain.types, True) * 1.001
+    assert cost(plain.types, False) <= cost(plan.types, False) * 1.001
 
 
 @pytest.mark.parametrize("megabytes", [9.0, 4.0, 2.5, 1.5])

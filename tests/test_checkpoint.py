@@ -366,3 +366,30 @@ def test_fingerprint_sees_a_change_in_the_last_rows_of_a_matrix(single: Path) ->
     weights[100:] = 0
     save_file({"down_proj": weights}, single / SINGLE)
     assert open_checkpoint(single).origin() != before
+
+
+# The index against what the shards hold.
+
+LISTED: dict[str, tuple[dict[str, str], str]] = {
+    "a tensor that is nowhere": (
+        {"a": FIRST, "b": SECOND, "c": SECOND},
+        f"says that {SECOND} holds c, which no file holds",
+    ),
+    "a tensor that is elsewhere": ({"a": FIRST, "b": FIRST, "c": SECOND}, f"holds b, which is in {SECOND}"),
+    "a tensor that is not listed": ({"a": FIRST, "d": SECOND}, f"{SECOND} holds b, which {INDEX} does not list"),
+    "a tensor by another name": (
+        {"a": FIRST, "x": SECOND},
+        f"{SECOND} holds x, which no file holds; 2 tensors differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LISTED)
+def test_shards_hold_what_the_index_lists(case: str, sharded: Path) -> None:
+    listed, cause = LISTED[case]
+    if case == "a tensor that is not listed":
+        save_file({"b": B, "d": B.clone()}, sharded / SECOND)
+    (sharded / INDEX).write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(BadFile, match=cause.replace(".", r"\.")) as refusal:
+        open_checkpoint(sharded)
+    assert "\n" not in refusal.value.cause and "get all of them again" in refusal.value.hint

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toys
-from runs import Fit, edgeprune_command, environment, read, run_edgeprune
+from runs import PATIENCE_SECONDS, Fit, edgeprune_command, environment, read, run_edgeprune
 
 from edgeprune import __version__
+from edgeprune.cli import show
 from edgeprune.cli.commands import COMMANDS
+from edgeprune.cli.console import Console
+from edgeprune.decide.plan import Plan, Prediction, folded
 from edgeprune.device.profile import known_profiles
+from edgeprune.measure.launch import Launch
+from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
+from edgeprune.prove.report import Baseline
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -199,6 +210,80 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(tiny_checkpoint: Path,
     process.stdout.close()
     assert process.wait() == 0
     assert b"convert ..." in shown and b"convert: " in shown
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "deepseek2"])
+def test_the_summary_of_a_deep_model_fits_one_screen(tiny_fit: Fit, tmp_path: Path, arch: str) -> None:
+    """48 layers in many types, which change from layer to layer, as they do in small files."""
+    path = toys.synthetic_gguf(tmp_path / "deep.gguf", arch, layers=48, experts=4, width=32, expert_width=32)
+    architecture = read_architecture(GgufFile(path))
+    kinds = ("Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "IQ3_S", "IQ2_S")
+    matrices = [tensor for tensor in architecture.tensors if tensor.quantisable]
+    types = {tensor.name: kinds[index * index % 11 % 6] for index, tensor in enumerate(matrices)}
+    plan = Plan(arch, 4, 4, {}, types, Launch(), "test", "solver", Prediction(), {})
+    lines = folded(plan, architecture)
+    assert max(map(len, lines)) > 150 and len(lines) >= 8
+    rivals = [Baseline(name, 1000, tiny_fit.report.quality) for name in ("IQ3_S", "Q3_K_S")]
+    summary = show.report(replace(tiny_fit.report, folded=lines, baselines=rivals), Path("runs/deep"))
+    assert 24 <= len(summary) <= 40
+    assert not [line for line in show.type_lines(lines) if len(line) > 110]
+    for line in lines:  # every type is told, with the layers or how many they are
+        assert line.split()[0] in "\n".join(summary)
+
+
+def test_layers_are_counted_where_their_numbers_do_not_fit() -> None:
+    numbers = ",".join(map(str, range(9, 90, 2)))
+    short, long = "attn_q  Q6_K[0-3,7]  Q5_K[4-6]", f"attn_k  Q6_K[0-3,7]  Q5_K[{numbers}]"
+    assert show.type_lines([short, long]) == [short, "attn_k  Q6_K x5  Q5_K x41"]
+    many = [short, *(f"kind_{number}  Q8_0" for number in range(15))]
+    first, second, *_ = show.type_lines(many)
+    assert first == short and second.startswith("Q8_0 for all of kind_0, kind_1, ")
+    assert len(show.type_lines(many)) == 3
+
+
+class Sheet(io.StringIO):
+    """Standard error of a console that is no terminal."""
+
+    def lines(self, count: int) -> list[str]:
+        """Its lines, as soon as there are ``count``."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(found := self.getvalue().splitlines()) < count and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return found
+
+
+def test_without_a_terminal_a_stage_is_told_in_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPRUNE_QUIET", "")
+    monkeypatch.setattr(sys, "stderr", sheet := Sheet())
+    with Console(0.01, 1000).progress("calibrate"):
+        assert sheet.lines(1) == ["calibrate ..."]
+    with Console(1000, 0.01).progress("a short one"):
+        pass
+    assert sheet.lines(1) == ["calibrate ..."]
+    with Console(0.01, 0.01).progress("without steps"):
+        assert re.fullmatch(r"without steps: [\d.]+ m?s so far", sheet.lines(3)[2])
+    monkeypatch.setattr(sys, "stderr", sheet := Sheet())
+    with Console(0.01, 0.01).progress("solve") as progress:
+        progress(1, 4)
+        assert re.fullmatch(r"solve  25 %, [\d.]+ m?s left", sheet.lines(2)[1])
+    monkeypatch.setenv("EDGEPRUNE_QUIET", "1")
+    monkeypatch.setattr(sys, "stderr", sheet := Sheet())
+    with Console(0.01, 0.01).progress("not a word"):
+        time.sleep(0.1)
+    assert sheet.getvalue() == ""
+
+
+def test_a_stage_that_fails_leaves_nobody_talking(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEPRUNE_QUIET", "")
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), Console(0.01, 0.01).progress("divide"):
+        raise ZeroDivisionError
+    assert threading.active_count() == before
+    capsys.readouterr()
+    time.sleep(0.05)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

@@ -120,6 +120,24 @@ def test_the_torch_engine_measures_what_llama_cpp_does(tiny_fit: Fit, small_text
     assert (tmp_path / "run" / "imatrix.gguf").is_file()
 
 
+def test_merged_experts_are_compared_as_files_that_are_deleted(
+    tiny_fit: Fit, small_text: Path, tmp_path: Path
+) -> None:
+    words = ("compare", tiny_fit.folder / "source.gguf", "--keep", "0.75", "--text", small_text, "--json")
+    ways = ("merge:ream", "merge:dern")
+    done = run_edgeprune(*words, "--methods", ",".join(("reap", *ways)), "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    found = {own["method"]: own["quality"]["kl_mean"] for own in json.loads(done.stdout)["rows"]}
+    assert set(found) == {"reap", *ways}
+    assert all(nats > 0 for nats in found.values()) and len(set(found.values())) == 3
+    assert not list((tmp_path / "run").rglob("merged*"))
+    again = run_edgeprune(*words, "--methods", "merge:ream", "-o", tmp_path / "run")
+    assert "merging experts" not in again.stderr
+    assert {own["method"]: own["quality"]["kl_mean"] for own in json.loads(again.stdout)["rows"]} == found
+    refused = run_edgeprune(*words, "--methods", "merge:reap", "-o", tmp_path / "run")
+    assert refused.returncode == 2 and "known: merge:dern, merge:ream, merge:hc-smoe, merge:m-smoe" in refused.stderr
+
+
 class Texts(HTMLParser):
     """Texts by tag."""
 

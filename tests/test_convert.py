@@ -13,7 +13,7 @@ import pytest
 import torch
 import toys
 from agreement import log_probabilities, token_windows
-from runs import conversion_peaks
+from runs import conversion_peaks, run_edgeprune
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,9 +21,10 @@ from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.files import data_folder
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY, convert
+from edgeprune.model.convert import SOURCE_KEY, _piece_bytes, convert
 from edgeprune.model.converter import load_converter
 from edgeprune.model.gguf import GgufFile
+from edgeprune.stages.converting import checked_plan
 
 
 def assert_computes_the_same(checkpoint: Path, gguf: Path, folder: Path) -> None:
@@ -462,3 +463,78 @@ def test_memory_of_a_conversion_does_not_grow_with_the_checkpoint(small: Path, t
     assert size > 90e6
     first, second = conversion_peaks("auto", Path(shutil.copytree(small, tmp_path / "small")), folder)
     assert second - first < 30e6
+
+
+# What only llama.cpp holds against each other: shapes, and the numbers of the configuration.
+
+ABSURD: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
+    "an epsilon that is not a number": ({"rms_norm_eps": float("nan")}, BadFile, "rms_norm_eps = nan is no"),
+    "an infinite epsilon": ({"rms_norm_eps": float("inf")}, BadFile, "rms_norm_eps = inf is no"),
+    "a negative epsilon": ({"rms_norm_eps": -1e-6}, BadFile, "rms_norm_eps = -1e-06 is no"),
+    "a gigantic width": ({"hidden_size": 10**12}, BadFile, "hidden_size = 1000000000000 does not fit"),
+    "half a layer's width": ({"moe_intermediate_size": 32.5}, BadFile, "moe_intermediate_size = 32.5 does not fit"),
+    "a width that is an empty list": ({"hidden_size": []}, BadFile, r"hidden_size = \[\] is an empty list"),
+    "a base that is not a number": (
+        {"rope_parameters": {"rope_theta": float("nan"), "rope_type": "default"}},
+        BadFile,
+        "rope_theta = nan is no base",
+    ),
+    "a base that is a text": (
+        {"rope_parameters": {"rope_theta": "1e4", "rope_type": "default"}},
+        BadFile,
+        "rope_theta = '1e4' is no base",
+    ),
+    "more experts used than there are": ({"num_experts_per_tok": 9}, BadFile, "8 experts, 9 used per token"),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_absurd_number_is_named_with_its_key_and_file(case: str, small: Path, tmp_path: Path) -> None:
+    changes, kind, cause = ABSURD[case]
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    toys.change_json(folder / "config.json", **changes)
+    with pytest.raises(kind, match=cause) as refusal:
+        checked_plan(folder)
+    assert str(folder / "config.json") in refusal.value.cause and "\n" not in refusal.value.cause
+
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "another width": ({"hidden_size": 128}, r"embed_tokens\.weight has the shape \[\d+, \d+\].* llama\.cpp wants"),
+    "another head": (
+        {"head_dim": 96},
+        r"q_proj\.weight has the shape .* does not fit config\.json: as blk",
+    ),
+    "more heads": ({"num_key_value_heads": 4}, r"k_proj\.weight has the shape"),
+    "wider experts": ({"moe_intermediate_size": 512}, r"experts\.0\.gate_proj\.weight has the shape"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_weights_of_another_shape_than_the_configuration_says_are_named(
+    case: str, small: Path, tmp_path: Path
+) -> None:
+    changes, cause = CONTRADICTIONS[case]
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    assert checked_plan(folder).shapes
+    toys.change_json(folder / "config.json", **changes)
+    with pytest.raises(BadFile, match=cause) as refusal:
+        checked_plan(folder)
+    assert "\n" not in refusal.value.cause
+
+
+def test_one_tensor_of_another_shape_is_named_before_anything_is_written(small: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    weights = load_file(folder / SINGLE)
+    weights[name] = weights[name][:, :32].contiguous()
+    save_file(weights, folder / SINGLE)
+    done = run_edgeprune("convert", folder, "out.gguf", cwd=tmp_path)
+    assert done.returncode == 1 and f"{name} has the shape [64, 32]" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_large_tensor_is_encoded_in_pieces() -> None:
+    weights = torch.arange(5000 * 4096, dtype=torch.float32).reshape(5000, 4096).to(torch.bfloat16)
+    pieces = list(_piece_bytes(weights, "BF16", "x"))
+    assert len(pieces) > 2 and b"".join(pieces) == weights.view(torch.uint8).numpy().tobytes()
+    assert max(map(len, pieces)) <= 1 << 24

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import architectures
 import numpy as np
 import pytest
 import toys
@@ -37,6 +38,19 @@ def test_every_depth_is_measured_three_times_and_has_its_first_token(synthetic: 
 
 def test_depths_that_would_take_too_long_are_left_out(synthetic: toys.Maker) -> None:
     assert [row["depth"] for row in at_depths(synthetic("qwen3moe"), [0, 64, 128], seconds=0.0)] == [0, 64]
+
+
+def test_a_memory_that_cannot_go_back_is_filled_anew(tmp_path: Path) -> None:
+    """Else a depth would be what the repeats left, and its first token would not count what they had read."""
+    path = architectures.toy(tmp_path / "toy.gguf", "lfm2moe")
+    launch = Launch(context=256, threads=1)
+    with session(path, launch) as opened:
+        opened.extend([3, 1, 4, 1, 5], 0)
+        assert not opened.forget(3)
+    rows = at_depths(path, [0, 16, 40, 200], launch=launch.to_json())
+    assert [row["depth"] for row in rows] == [0, 16, 40, 200]
+    assert 0 < rows[1]["first_token_seconds"] < rows[3]["first_token_seconds"]
+    assert all(row["prefill_per_s"][1] > 0 for row in rows)
 
 
 def test_forgotten_tokens_leave_no_trace(synthetic: toys.Maker) -> None:

@@ -20,7 +20,7 @@ import transformers
 from agreement import divergence, log_probabilities, token_windows, transformers_log_probabilities
 from families import FAMILIES
 from observed import collected
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from edgeprune import inspection
 from edgeprune.build import builder
@@ -33,11 +33,12 @@ from edgeprune.measure.replay import LayerExperts, activation_of
 from edgeprune.measure.routing import preference
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import INDEX, SINGLE, Checkpoint, Stored, open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY, _planned, apply_tying, convert
-from edgeprune.model.converter import converter_for, load_converter, shipped_converters
-from edgeprune.model.gguf import DEFAULT_ALIGNMENT, GgufFile, file_bytes, header, make_entry
-from edgeprune.model.rope import FREQUENCIES, rope_entries
-from edgeprune.model.values import metadata_entries, read_settings
+from edgeprune.model.convert import SOURCE_KEY, bare_header, convert
+from edgeprune.model.converter import load_converter, shipped_converters
+from edgeprune.model.gguf import GgufFile
+from edgeprune.model.planning import plan_conversion
+from edgeprune.model.rope import FREQUENCIES
+from edgeprune.stages.converting import checked_plan
 
 CASES = [(name, "") for name in FAMILIES] + [(name, case) for name in FAMILIES for case in FAMILIES[name].variants]
 CASE_NAMES = [f"{name}, {case}" if case else name for name, case in CASES]
@@ -175,21 +176,11 @@ def test_llama_cpp_takes_the_real_model_in_its_real_size(name: str, tmp_path: Pa
     stored = {key: Stored(tuple(value.shape), "BF16") for key, value in model.state_dict().items()}
     table = json.loads(config.to_json_string(use_diff=False))
     checkpoint = Checkpoint(tmp_path, table, dict.fromkeys(stored, ""), stored)
-    converter = converter_for(table["model_type"])
-    settings = read_settings(converter, checkpoint)
-    apply_tying(checkpoint, settings.config)
-    targets = [plan.target for plan in _planned(settings, checkpoint, "q8_0")]
-    metadata = metadata_entries(settings, "config.json") + rope_entries(settings)
-    own = [
-        make_entry("general.architecture", "str", converter.arch),
-        make_entry("tokenizer.ggml.model", "str", "no_vocab"),
-        make_entry(f"{converter.arch}.vocab_size", "u32", table["vocab_size"]),
-    ]
-    top = header({entry.key: entry for entry in [*own, *metadata]}.values(), targets, DEFAULT_ALIGNMENT)
+    bare = bare_header(plan_conversion(checkpoint, "q8_0"), name, "config.json")
     path = tmp_path / "real.gguf"
-    path.write_bytes(top)
+    path.write_bytes(bare.top)
     with path.open("ab") as stream:
-        stream.truncate(file_bytes(len(top), targets, DEFAULT_ALIGNMENT))
+        stream.truncate(bare.nbytes)
     architecture = read_architecture(GgufFile(path))
     assert architecture.parameters / 1e9 == pytest.approx(billions, abs=0.05)
     arguments = {"shadow": str(path), "launch": Launch(context=512).to_json()}
@@ -330,6 +321,66 @@ def test_blocks_that_predict_further_tokens_are_left_out_with_a_remark(name: str
     toys.change_json(folder / "config.json", **{count: 0})
     with pytest.raises(Unsupported, match=f"1 tensors that {name} does not: {tensor}"):
         convert(folder, tmp_path / "model.gguf", "f32")
+
+
+def with_further_block(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint with one block behind the last, made of it, and what such a block has beside."""
+    copied(checkpoint, folder)
+    weights = load_file(folder / SINGLE)
+    last, own = "model.layers.2.", "model.layers.3."
+    width = weights["model.norm.weight"].shape[0]
+    weights |= {
+        name.replace(last, own): 0.9 * value for name, value in list(weights.items()) if name.startswith(last)
+    }
+    weights[f"{own}eh_proj.weight"] = torch.randn(width, 2 * width)
+    weights |= {f"{own}{norm}.weight": torch.rand(width) for norm in ("enorm", "hnorm", "shared_head.norm")}
+    weights[f"{own}embed_tokens.weight"] = torch.randn(weights["model.embed_tokens.weight"].shape)
+    save_file(weights, folder / SINGLE)
+    toys.change_json(folder / "config.json", num_nextn_predict_layers=1, num_mtp_layers=...)
+    return folder
+
+
+def loads_for_speculation(path: Path) -> bool:
+    """Whether llama.cpp takes the file with its further blocks, and has a graph for them."""
+    import llama_cpp.llama_cpp as binding
+
+    from edgeprune.measure.llama import Log
+
+    log = Log()
+    params = binding.llama_model_default_params()
+    params.load_mtp, params.n_gpu_layers = True, 0
+    model = binding.llama_model_load_from_file(str(path).encode(), params)
+    assert model, log.errors()
+    settings = binding.llama_context_default_params()
+    settings.n_ctx, settings.ctx_type = 64, 1  # LLAMA_CONTEXT_TYPE_MTP
+    context = binding.llama_init_from_model(model, settings)
+    if context:
+        binding.llama_free(context)
+    binding.llama_model_free(model)
+    return bool(context)
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_blocks_that_predict_further_tokens_are_kept_on_request(name: str, made: Any, tmp_path: Path) -> None:
+    checkpoint, gguf = made(name)
+    folder = with_further_block(checkpoint, tmp_path / "model")
+    assert convert(folder, tmp_path / "kept.gguf", "f32", mtp=True) == []
+    file = GgufFile(tmp_path / "kept.gguf")
+    arch = file.get("general.architecture")
+    assert (file.get(f"{arch}.block_count"), file.get(f"{arch}.nextn_predict_layers")) == (4, 1)
+    assert checked_plan(folder, mtp=True).settings.further == 1
+    assert loads_for_speculation(tmp_path / "kept.gguf") and not loads_for_speculation(gguf)
+    weights = load_file(folder / SINGLE)
+    for ours, theirs in (("nextn.eh_proj", "eh_proj"), ("nextn.shared_head_norm", "shared_head.norm")):
+        raw = file.raw(f"blk.3.{ours}.weight").view(np.float32)
+        np.testing.assert_array_equal(raw, weights[f"model.layers.3.{theirs}.weight"].numpy().reshape(-1))
+    tokens = token_windows(checkpoint, tmp_path).tolist()
+    assert torch.equal(log_probabilities(tmp_path / "kept.gguf", tokens), log_probabilities(gguf, tokens))
+    (remark,) = convert(folder, tmp_path / "dropped.gguf", "f32")
+    assert remark.startswith("left out: blocks that predict further tokens, ")
+    assert_same_file(gguf, tmp_path / "dropped.gguf")
+    toys.change_json(folder / "config.json", num_nextn_predict_layers=1)
+    assert convert(copied(checkpoint, tmp_path / "none"), tmp_path / "none.gguf", "f32", mtp=True) == []
 
 
 def test_experts_of_a_llama_4_with_128_of_them_stay(tmp_path: Path) -> None:

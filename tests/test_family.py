@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub_server import Command, HubServer, value
+from rulers import looked_at, needs_browser
 from runs import Ear, Fit, read, settings
 
 from edgeprune.errors import BrokenPromise, UsageError
 from edgeprune.family import fit_family, members_of
-from edgeprune.prove.family import member_folders
+from edgeprune.prove.family import Member, make_family, member_folders
 from edgeprune.prove.report import Report
 from edgeprune.settings import Settings
 
@@ -83,13 +85,32 @@ def test_the_page_and_its_numbers_compare_them(made: Made) -> None:
         assert member["quality"] == report.quality and member["file"] == f"{folder.name}/{report.build['path']}"
         figure = f"{report.quality['kl_mean']:.5f}"
         assert all(wanted in page for wanted in (f"{folder.name}/report.html", member["launch_line"], figure))
-    assert page.count("<circle") == 2 * 3  # two files, and the legend
+    drawn = make_family([Member(folder.name, report) for folder, report in made.runs], []).curve()
+    points = sum(len(report.curve) for _, report in made.runs)
+    # Two files, the candidates of both sizes, and the legend.
+    assert drawn.count("<circle") == 2 + points + 2 and drawn.count("<polyline") == 1 and points > 2
+    assert drawn in page
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [375, 1280])
+def test_the_page_is_no_wider_than_a_phone(made: Made, tmp_path: Path, width: int) -> None:
+    found = looked_at((made.folder / "family.html").read_text(encoding="utf-8"), tmp_path, width)
+    assert found["scroll"] <= width == found["width"]
+    assert found["small"] == found["pale"] == found["console"] == []
 
 
 def test_a_family_is_published_as_one(made: Made, far: HubServer, command: Command) -> None:
     done = value(command("publish", made.folder, "me/tiny-GGUF", "--license", "mit", "--dry-run", "--json"))
     models = [row["nbytes"] for row in done["files"] if row["path"].endswith(".gguf") and "/" not in row["path"]]
     assert models == [report.build["nbytes"] for _, report in made.runs]
+    paths = {row["path"] for row in done["files"]}
+    assert {"family.html", "curve.svg"} <= paths and "(family.html)" in done["card"]
+    command("publish", made.folder, "me/tiny-GGUF", "--license", "mit", "--yes")
+    page = far.repositories["me/tiny-GGUF"].files["family.html"].content.decode()
+    links = re.findall(r'href="([^"]+)"', page)
+    assert len(links) == 2 and set(links) <= paths  # the reports of the published files
+    assert all(f"llama-server -m {path} " in page for path in paths if path.endswith(".gguf") and "/" not in path)
 
 
 def test_a_list_that_leads_elsewhere_is_not_followed(tmp_path: Path, command: Command) -> None:

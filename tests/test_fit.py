@@ -9,6 +9,7 @@ import pytest
 from runs import Ear
 
 from edgeprune.decide.candidates import candidate
+from edgeprune.measure.text import CHOOSING, HELD_OUT, REPORTING
 from edgeprune.model.gguf import GgufFile
 from edgeprune.pipeline import Settings, fit, opened
 
@@ -26,13 +27,19 @@ def test_a_better_stock_preset_is_shipped(tiny_checkpoint: Path, small_text: Pat
         poor = candidate(run.problem([2]), 2)
         assert poor is not None
         report = run.verify(poor.plan, run.build(poor.plan))
-    best = min(report.baselines, key=lambda rival: rival.quality["kl_mean"])
-    assert report.shipped == best.preset
+    best = min(report.baselines, key=lambda rival: rival.chosen_by or 0.0)
+    assert report.shipped == best.preset and best.chosen_by
     assert report.plan["origin"] == f"stock preset {best.preset}"
     assert report.plan["kept"] == 8
     assert report.quality["kl_mean"] == pytest.approx(best.quality["kl_mean"], rel=1e-6)
     built = GgufFile(tmp_path / "run" / report.build["path"])
     assert built.size == report.plan["predicted"]["file_bytes"] <= 900_000
+    with opened(settings, Ear()) as run:  # chosen on one half of the held-out text, reported on the other
+        halves = [run.divergence(built.path, part)[0]["all"] for part in (CHOOSING, REPORTING)]
+        whole = run.divergence(built.path, HELD_OUT)[0]["all"]["tokens"]
+    assert halves[0]["kl_mean"] == pytest.approx(best.chosen_by, rel=1e-6)
+    assert halves[1]["kl_mean"] == pytest.approx(report.quality["kl_mean"], rel=1e-6)
+    assert whole == halves[0]["tokens"] + halves[1]["tokens"]
     assert {name: built.tensors[name].type for name in report.plan["types"]} == report.plan["types"]
 
 
@@ -49,9 +56,32 @@ def test_a_forced_number_of_experts_is_shipped_and_the_better_preset_reported(
     )
     report, folder = fit(settings, Ear())
     assert (report.shipped, report.plan["kept"]) == ("plan", 2)
+    assert all(rival.chosen_by is None for rival in report.baselines)
     assert min(rival.quality["kl_mean"] for rival in report.baselines) < report.quality["kl_mean"]
     assert "better" in report.verdict
     assert not (folder / "scratch").exists()
+
+
+def test_text_that_is_too_short_for_two_halves_chooses_and_reports_and_says_so(
+    tiny_checkpoint: Path, small_text: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("A short text that holds no more than thirty tokens.", encoding="utf-8")
+    settings = Settings(
+        source=str(tiny_checkpoint),
+        file_bytes=900_000,
+        texts=(str(small_text),),
+        evaluation_texts=(f"tale={short}",),
+        keep=8,
+        baselines=False,
+        output=str(tmp_path / "run"),
+        **FEW,
+    )
+    ear = Ear()
+    report, _ = fit(settings, ear)
+    assert 16 <= report.quality["tokens"] < 32
+    said = "too short for two halves (all domains)"
+    assert said in report.conditions["held-out text"] and any(said in line for line in ear.said)
 
 
 def test_a_hand_edited_keep_set_is_measured_not_believed(

@@ -17,6 +17,7 @@ from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.measure import tasks
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.routing import CHOSEN, CONSTANT, KEPT, Rule, coefficients
+from edgeprune.measure.text import CHOOSING, HELD_OUT
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.pipeline import Settings, fit, opened
@@ -163,8 +164,14 @@ def test_the_best_of_the_files_that_were_tried_is_shipped(
     assert len(tried) >= 2
     best = min(tried, key=lambda kept: float(tried[kept]))
     assert report.plan["kept"] == int(best)
-    assert report.quality["kl_mean"] == pytest.approx(tried[best], rel=1e-6)
     assert not (folder / "scratch").exists()
+    with opened(settings, ear) as run:
+        shipped = folder / str(report.build["path"])
+        assert run.nats_to_choose(shipped, "again") == pytest.approx(tried[best], rel=1e-6)
+        # What was chosen with is not what the report is about: together both are the held-out text.
+        chosen, held_out = (run.divergence(shipped, part)[0]["all"]["tokens"] for part in (CHOOSING, HELD_OUT))
+    assert 0 < report.quality["tokens"] == held_out - chosen
+    assert report.quality["kl_mean"] != pytest.approx(tried[best], rel=1e-6)
     assert [path.name for path in folder.glob("*.gguf") if path.name not in ("source.gguf", "imatrix.gguf")] == [
         report.build["path"]
     ]

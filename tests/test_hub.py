@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -16,6 +18,7 @@ from runs import run_edgeprune
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
 from edgeprune.inspection import inspect_model
 from edgeprune.model import download
+from edgeprune.model.checkpoint import INDEX
 from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.hub import Unreachable, repo_folder
@@ -430,3 +433,201 @@ def test_checkpoint_of_the_hub_is_converted_under_its_name(
     done = run_edgeprune("convert", "maker/toy-moe", "out.gguf", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert GgufFile(tmp_path / "out.gguf").get("general.name") == "toy-moe"
+
+
+# What is in the cache is looked at before it is used.
+
+
+def damaged(path: Path) -> bytes:
+    """The file's content with one byte changed, in place."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes((content[-9] ^ 1,)) + content[-8:])
+    return content
+
+
+def test_file_of_the_cache_that_changed_at_the_same_size_is_fetched_again(
+    hub: hub_files.Hub, repository: hub_files.Repository
+) -> None:
+    path = get(f"{REPO}:Q8_0")
+    right = damaged(path.resolve())
+    said: list[str] = []
+    assert get(f"{REPO}:Q8_0", said).read_bytes() == right
+    assert said[0] == f"{FILE} of {REPO}:Q8_0 has changed since it was downloaded; it is fetched again"
+    (path.parent / "other").write_bytes(b"x")
+    path.unlink()  # the blob alone is here
+    right = damaged(repo_folder(HubName(REPO)) / "blobs" / repository.files[FILE].digest)
+    assert get(f"{REPO}:Q8_0").read_bytes() == right
+
+
+def test_configuration_of_the_cache_that_changed_is_fetched_again(
+    hub: hub_files.Hub, toy_checkpoint: toys.Maker
+) -> None:
+    hub.add_folder("maker/toy", toy_checkpoint("qwen3_moe"))
+    path = get("maker/toy") / "config.json"
+    right = damaged(path.resolve())
+    assert (get("maker/toy") / "config.json").read_bytes() == right
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_changed_file_is_not_used_without_network(
+    checkpoint: bool, hub: hub_files.Hub, gguf: Path, toy_checkpoint: toys.Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if checkpoint:
+        hub.add_folder(REPO, toy_checkpoint("qwen3_moe"))
+    else:
+        hub.add(REPO, {FILE: gguf})
+    found = get(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert get(REPO) == found
+    damaged((found / "model.safetensors" if checkpoint else found).resolve())
+    with pytest.raises(BadFile, match="has changed since it was downloaded"):
+        get(REPO)
+
+
+def test_a_link_out_of_the_cache_is_not_followed_when_its_target_is_deleted(
+    hub: hub_files.Hub, repository: hub_files.Repository, gguf: Path, tmp_path: Path
+) -> None:
+    path = get(f"{REPO}:Q8_0")
+    own = tmp_path / "own"
+    own.write_bytes(bytes(gguf.stat().st_size))
+    path.unlink()
+    path.symlink_to(own)
+    assert get(f"{REPO}:Q8_0").read_bytes() == gguf.read_bytes()
+    assert own.read_bytes() == bytes(gguf.stat().st_size)
+
+
+def test_offline_answers_say_what_is_missing(
+    hub: hub_files.Hub, gguf: Path, toy_checkpoint: toys.Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, {FILE: gguf, "toy-Q2_K.gguf": gguf.read_bytes() + b"x"})
+    get(f"{REPO}:Q8_0")
+    hub.add_folder("maker/moe", toy_checkpoint("qwen3_moe"))
+    folder = get("maker/moe")
+    (folder / "model.safetensors").unlink()
+    cases = {
+        "maker/nothing": "maker/nothing: it was never downloaded",
+        f"{REPO}:Q8_0@v2": "its revision v2 was never downloaded",
+        f"{REPO}:Q2_K": "Q2_K is not among what was downloaded",
+        "maker/moe": r"it was not downloaded completely: .* holds no model.safetensors",
+    }
+    for name, cause in cases.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
+            with pytest.raises(EdgepruneError, match=f"{cause}.*, and HF_HUB_OFFLINE forbids the network") as refusal:
+                get(name)
+            assert "\n" not in refusal.value.cause
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+            with pytest.raises(Unreachable, match="cannot reach the Hub") as refusal:
+                get(name)
+            assert re.search(cause.removeprefix(f"{name}: "), dict(refusal.value.rows)["in the cache"])
+
+
+# A checkpoint that cannot be used is not downloaded.
+
+
+def aimed(name: str, tmp_path: Path) -> Path:
+    found = hub_name(name)
+    assert found is not None
+    return fetch(found, lambda done, total: None, lambda text: None, download.Aim(tmp_path / "out.gguf"))
+
+
+UNUSABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "no converter": ({"model_type": "bamba"}, "no converter for checkpoints of type 'bamba'"),
+    "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "is quantised already, as 'awq'"),
+    "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised already, as 'gptq'"),
+    "bitsandbytes": (
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        "quantised already, as 'bitsandbytes'",
+    ),
+    "a setting": ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    "other weights": ({"num_hidden_layers": 3}, r"lacks tensor model.layers.2"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_checkpoint_is_refused_before_its_weights_are_fetched(
+    case: str, hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    changes, cause = UNUSABLE[case]
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    toys.change_json(folder / "config.json", **changes)
+    hub.add_folder("maker/toy", folder)
+    with pytest.raises(Unsupported if case != "other weights" else BadFile, match=cause):
+        aimed("maker/toy", tmp_path)
+    assert hub.sent < (folder / "model.safetensors").stat().st_size / 5
+    assert not list(repo_folder(HubName("maker/toy")).rglob("model.safetensors"))
+
+
+def test_unusable_tokenizer_is_found_before_weights_are_fetched(
+    hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "x"}
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    hub.add_folder("maker/toy", folder)
+    with pytest.raises(Unsupported, match="unknown pre-tokenizer rules"):
+        aimed("maker/toy", tmp_path)
+    assert not list(repo_folder(HubName("maker/toy")).rglob("model.safetensors"))
+
+
+def test_room_is_needed_for_the_weights_and_their_gguf(
+    hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_folder("maker/toy", toy_checkpoint("qwen3_moe"))
+    weights = (toy_checkpoint("qwen3_moe") / "model.safetensors").stat().st_size
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 2 * weights - (1 << 17)))
+    with pytest.raises(EdgepruneError, match="not enough disk space") as refusal:
+        aimed("maker/toy", tmp_path)
+    assert [label for label, _ in refusal.value.rows] == ["to download", "GGUF of it", "free"]
+    assert not list(repo_folder(HubName("maker/toy")).rglob("model.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 2 * weights + (1 << 20)))
+    assert aimed("maker/toy", tmp_path).is_dir()
+
+
+def test_server_without_ranges_is_downloaded_from_nevertheless(
+    hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    hub.add_folder("maker/toy", toy_checkpoint("qwen3_moe"))
+    hub.ignores_ranges = True
+    assert (aimed("maker/toy", tmp_path) / "model.safetensors").is_file()
+
+
+def test_index_that_lists_other_tensors_is_found_before_weights_are_fetched(
+    hub: hub_files.Hub, tmp_path: Path
+) -> None:
+    folder = toys.qwen3_moe(tmp_path / "sharded", save={"max_shard_size": "2MB"})
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.layers.9.x"] = index["weight_map"].pop("model.norm.weight")
+    (folder / INDEX).write_text(json.dumps(index))
+    hub.add_folder("maker/toy", folder)
+    with pytest.raises(BadFile, match=r"says that .* holds model.layers.9.x, which no file holds; 2 tensors differ"):
+        aimed("maker/toy", tmp_path)
+    assert not list(repo_folder(HubName("maker/toy")).rglob("*.safetensors"))
+
+
+def test_commands_refuse_before_they_download(hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    toys.change_json(folder / "config.json", quantization_config={"quant_method": "awq"})
+    hub.add_folder("maker/toy", folder)
+    for words in (("fit", "maker/toy", "--file-size", "1MB"), ("convert", "maker/toy", "out.gguf")):
+        done = run_edgeprune(*words, cwd=tmp_path)
+        assert (
+            done.returncode == 1 and "quantised already, as 'awq'" in done.stderr and "Traceback" not in done.stderr
+        )
+    assert not list(repo_folder(HubName("maker/toy")).rglob("*.safetensors"))
+
+
+def test_further_chat_templates_are_fetched_and_converted(
+    hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    repository = hub.add_folder("maker/toy", toy_checkpoint("qwen3_moe"))
+    repository.files["additional_chat_templates/tool_use.jinja"] = hub_files.stored(b"{{ tools }}")
+    repository.files["additional_chat_templates/deep/x.jinja"] = hub_files.stored(b"{{ no }}")
+    done = run_edgeprune("convert", "maker/toy", "out.gguf", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    file = GgufFile(tmp_path / "out.gguf")
+    assert file.get("tokenizer.chat_template.tool_use") == "{{ tools }}"
+    assert file.get("tokenizer.chat_templates") == ["tool_use"]

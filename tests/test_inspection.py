@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import pytest
 import toys
 
 from edgeprune import inspection
+from edgeprune.device.profile import find_profile
+from edgeprune.fitting import smallest_bytes
 from edgeprune.inspection import Inspection, inspect_model
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import open_checkpoint
+from edgeprune.model.convert import convert
 from edgeprune.model.converter import converter_for
-from edgeprune.model.gguf import GgufFile
+from edgeprune.model.gguf import GgufFile, TensorShape, file_bytes, header, make_entry
 
 FAMILIES = ["qwen3_moe", "mixtral", "olmoe"]
 
@@ -27,13 +31,13 @@ def test_a_checkpoint_is_sized_as_its_gguf_is(family: str, toy_checkpoint: toys.
     assert (sketch.experts, sketch.used) == (whole.experts, whole.used)
     assert sketch.allowed_counts() == whole.allowed_counts()
     for kept in whole.allowed_counts():
-        assert inspection._smallest_bytes(sketch, kept) == pytest.approx(
-            inspection._smallest_bytes(whole, kept), rel=0.02
-        )
+        assert smallest_bytes(sketch, kept) == pytest.approx(smallest_bytes(whole, kept), rel=0.02)
     assert sketch.nbytes == pytest.approx(whole.nbytes, rel=0.02)
 
 
-def sparse(folder: Path, *, experts: int, used: Any, width: int, hidden: int, stacked: bool) -> Path:
+def sparse(
+    folder: Path, *, experts: int, used: Any, width: int, hidden: int, stacked: bool, dtype: str = "BF16"
+) -> Path:
     """A checkpoint of one layer with weights of zero, which take no room on the disk."""
     shapes = {"model.embed_tokens.weight": [32_000, width], "model.layers.0.mlp.gate.weight": [experts, width]}
     block = "model.layers.0.mlp.experts."
@@ -46,11 +50,12 @@ def sparse(folder: Path, *, experts: int, used: Any, width: int, hidden: int, st
         for expert in range(experts):
             shapes |= {f"{block}{expert}.{part}_proj.weight": [hidden, width] for part in ("gate", "up")}
             shapes[f"{block}{expert}.down_proj.weight"] = [width, hidden]
-    header, end = {}, 0
+    described, end = {}, 0
     for name, (rows, *rest) in shapes.items():
-        begin, end = end, end + 2 * rows * rest[0] * (rest[1] if len(rest) > 1 else 1)
-        header[name] = {"dtype": "BF16", "shape": [rows, *rest], "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
+        own = dtype if "experts" in name else "BF16"
+        begin, end = end, end + (2 if own == "BF16" else 1) * rows * rest[0] * (rest[1] if len(rest) > 1 else 1)
+        described[name] = {"dtype": own, "shape": [rows, *rest], "data_offsets": [begin, end]}
+    encoded = json.dumps(described).encode()
     folder.mkdir()
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
@@ -58,6 +63,11 @@ def sparse(folder: Path, *, experts: int, used: Any, width: int, hidden: int, st
     values = {"model_type": "qwen3_moe", "num_experts": experts, "num_experts_per_tok": used}
     (folder / "config.json").write_text(json.dumps(values))
     return folder
+
+
+def verdicts(found: Inspection) -> list[tuple[str, int, str]]:
+    """Of every profile. What a process takes varies a little from one to the next."""
+    return [(fit.verdict, fit.kept, fit.type) for fit in found.fits]
 
 
 def verdict(found: Inspection, profile: str) -> str:
@@ -69,12 +79,14 @@ def test_a_checkpoint_that_can_never_fit_is_told_so(stacked: bool, tmp_path: Pat
     folder = sparse(tmp_path / "large", experts=64, used=8, width=16_384, hidden=49_152, stacked=stacked)
     found = inspect_model(str(folder))
     assert found.nbytes > 279 << 30
+    assert dict(found.facts)["conversion"].startswith("refused: this qwen3_moe checkpoint has ")
     assert dict(found.facts)["experts"] == "64 per layer, 8 per token"
-    # 8 experts of 2.25 GiB weights at 1.5625 bits each are 3.5 GiB; 32 and 64 of them are 14 and 28 GiB.
-    assert verdict(found, "rpi5-8gb") == "pruned and quantised"
-    assert verdict(found, "cpu-16gb") == "pruned and quantised"
-    assert verdict(found, "cpu-32gb") == "pruned and quantised"
-    assert verdict(found, "strix-halo-128gb") == "quantised"
+    # 8 experts of 2.25 GiB weights at 1.5625 bits each are 3.5 GiB; 32 and 64 of them are 14 and 28 GiB; at 2.0625
+    # bits 8 are 4.7 GiB, 16 are 9.3 GiB, and all of them 37 GiB.
+    assert verdict(found, "rpi5-8gb") == "pruned to 8 of 64 experts, IQ2_XXS"
+    assert verdict(found, "cpu-16gb") == "pruned to 16 of 64 experts, IQ2_XXS"
+    assert verdict(found, "cpu-32gb") == "pruned to 32 of 64 experts, IQ2_XXS"
+    assert verdict(found, "strix-halo-128gb") == "quantised to IQ3_S, all 64 experts"
     toys.change_json(folder / "config.json", num_experts_per_tok=32)
     assert verdict(inspect_model(str(folder)), "rpi5-8gb").startswith("no, short of ")
 
@@ -97,3 +109,93 @@ def test_a_header_without_extents_is_no_obstacle(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(8))
     with pytest.raises(inspection.Unsupported, match="dense"):
         inspect_model(str(folder))
+
+
+# The same checkpoint as conversion will see it.
+
+
+def test_a_checkpoint_that_can_be_converted_is_its_gguf(toy_checkpoint: toys.Maker, toy_gguf: toys.Maker) -> None:
+    here, made = inspect_model(str(toy_checkpoint("qwen3_moe"))), inspect_model(str(toy_gguf("qwen3_moe")))
+    assert (here.roles, verdicts(here), here.nbytes) == (made.roles, verdicts(made), made.nbytes)
+    facts, others = dict(here.facts), dict(made.facts)
+    for key in ("layers", "experts", "experts that may be kept", "context", "types", "KV cache and buffers"):
+        assert facts[key] == others[key]
+
+
+def test_fp8_is_counted_as_the_bf16_that_it_becomes(tmp_path: Path) -> None:
+    folder = sparse(tmp_path / "fp8", experts=8, used=2, width=1024, hidden=1024, stacked=False, dtype="F8_E4M3")
+    plain = sparse(tmp_path / "bf16", experts=8, used=2, width=1024, hidden=1024, stacked=False)
+    assert inspect_model(str(folder)).nbytes == inspect_model(str(plain)).nbytes
+    assert verdicts(inspect_model(str(folder))) == verdicts(inspect_model(str(plain)))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "AWQ": ({"quantization_config": {"quant_method": "awq"}}, "is quantised already, as 'awq'"),
+    "GPTQ": ({"quantization_config": {"quant_method": "gptq"}}, "is quantised already, as 'gptq'"),
+    "a sliding window": ({"use_sliding_window": True}, "use_sliding_window = True"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_not_be_converted_is_told(case: str, toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
+    changes, cause = REFUSED[case]
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    toys.change_json(folder / "config.json", **changes)
+    found = inspect_model(str(folder))
+    assert cause in dict(found.facts)["conversion"]
+    assert dict(found.facts)["KV cache and buffers"].startswith("by formula")
+    # 2 layers, keys and values of all heads, F16, and 16,384 tokens or what the profile says.
+    config = json.loads((folder / "config.json").read_text())
+    row = config["num_key_value_heads"] * config["head_dim"] * 2
+    context = find_profile("cpu-16gb").context
+    cache = 2 * config["num_hidden_layers"] * context * row
+    (own,) = [fit for fit in found.fits if fit.profile == "cpu-16gb"]
+    assert own.beside_bytes == cache + 4 * 512 * config["vocab_size"]
+
+
+def test_the_kv_cache_takes_room_from_the_weights(tmp_path: Path) -> None:
+    """20 GiB of weights on a machine with 27 GiB, beside a cache of 8 GiB."""
+    shapes = {"token_embd.weight": (2048, 32_000), "output_norm.weight": (2048,)}
+    for layer in range(32):
+        own: dict[str, tuple[int, ...]] = {name: (2048,) for name in ("attn_norm", "ffn_norm")}
+        own |= {"attn_q": (2048, 4096), "attn_k": (2048, 4096), "attn_v": (2048, 4096), "attn_output": (4096, 2048)}
+        own |= {"attn_q_norm": (128,), "attn_k_norm": (128,), "ffn_gate_inp": (2048, 48)}
+        own |= {"ffn_gate_exps": (2048, 1024, 48), "ffn_up_exps": (2048, 1024, 48), "ffn_down_exps": (1024, 2048, 48)}
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in own.items()}
+    numbers = {"block_count": 32, "context_length": 65_536, "embedding_length": 2048, "feed_forward_length": 1024}
+    numbers |= {"attention.head_count": 32, "attention.head_count_kv": 32, "expert_count": 48, "expert_used_count": 4}
+    numbers |= {"attention.key_length": 128, "attention.value_length": 128, "expert_feed_forward_length": 1024}
+    entries = [make_entry("general.architecture", "str", "qwen3moe")]
+    entries += [make_entry(f"qwen3moe.{key}", "u32", value) for key, value in numbers.items()]
+    entries.append(make_entry("qwen3moe.attention.layer_norm_rms_epsilon", "f32", 1e-6))
+    entries.append(make_entry("qwen3moe.rope.freq_base", "f32", 1e6))
+    tensors = [
+        TensorShape(name, shape, "F32" if len(shape) == 1 or "gate_inp" in name else "BF16")
+        for name, shape in shapes.items()
+    ]
+    path = tmp_path / "long.gguf"
+    with path.open("wb") as stream:
+        top = header(entries, tensors, 32)
+        stream.write(top)
+        stream.truncate(file_bytes(len(top), tensors, 32))
+    found = inspect_model(str(path))
+    (fit,) = [fit for fit in found.fits if fit.profile == "cpu-32gb"]
+    cache = 2 * 32 * find_profile("cpu-32gb").context * 4096 * 2  # bytes
+    assert found.nbytes < fit.usable_bytes  # weights alone would fit
+    assert cache < fit.beside_bytes < cache + (1 << 30) and found.nbytes > fit.usable_bytes - fit.beside_bytes
+    assert fit.verdict.startswith("quantised to ") and fit.kept == 48
+
+
+def test_experts_that_cannot_be_dropped_are_told_of_a_checkpoint(tmp_path: Path) -> None:
+    path = toys.synthetic_gguf(tmp_path / "maverick.gguf", "llama4", experts=128, used=1, expert_width=32)
+    assert "128" in dict(inspect_model(str(path)).facts)["experts that may be kept"]
+
+
+def test_differences_of_the_tokenizer_are_told(toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["normalizer"] = {"type": "NFC"}
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    convert(folder, tmp_path / "model.gguf")
+    for place in (folder, tmp_path / "model.gguf"):
+        assert "does not compose characters (NFC)" in dict(inspect_model(str(place)).facts)["tokenizer"]

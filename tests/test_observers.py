@@ -45,8 +45,8 @@ def logits(model: Path, windows: list[list[int]], observer: EvalCallback | None 
 # Masks against sliced files.
 
 
-def sliced(model: Path, keep: dict[int, list[int]], output: Path) -> Path:
-    architecture = read_architecture(GgufFile(model))
+def sliced(model: Path, keep: dict[int, list[int]], output: Path, *, mtp: bool = False) -> Path:
+    architecture = read_architecture(GgufFile(model), mtp=mtp)
     kept = {layer: tuple(ids) for layer, ids in keep.items()}
     plan = Plan(
         arch=architecture.arch,
@@ -59,6 +59,7 @@ def sliced(model: Path, keep: dict[int, list[int]], output: Path) -> Path:
         origin="user",
         predicted=Prediction(),
         made_from={},
+        mtp=mtp,
     )
     build(str(model), plan.to_json(), str(output))
     return output

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from edgeprune.errors import BadFile
-from edgeprune.prove.paired import Paired, wilson
+from edgeprune.prove.paired import Paired, mean_of, wilson
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 10), (3, 10), (81, 263), (263, 263), (1, 1)])
@@ -38,13 +38,38 @@ def test_p_value_is_that_of_an_exact_sign_test(lost: int, won: int) -> None:
     assert Paired(100, lost, won, 50).p_value == pytest.approx(expected)
 
 
-def test_interval_of_the_difference_holds_what_it_should_as_often_as_it_should() -> None:
+@pytest.mark.parametrize(("count", "least"), [(2, 0.97), (8, 0.95), (200, 0.94)])
+def test_interval_of_the_difference_holds_what_it_should_as_often_as_it_should(count: int, least: float) -> None:
+    """Also of two items, of which mostly none differs."""
     random, shares = np.random.default_rng(0), (0.55, 0.12, 0.06, 0.27)
+    tables, times = np.unique(random.multinomial(count, shares, 1000), axis=0, return_counts=True)
     held = 0
-    for counts in random.multinomial(200, shares, 2000):
+    for counts, often in zip(tables, times, strict=True):
         _, low, high = Paired(*map(int, counts)).difference
-        held += low <= shares[2] - shares[1] <= high
-    assert 0.935 < held / 2000 < 0.97
+        held += often * (low <= shares[2] - shares[1] <= high)
+    assert held / 1000 > least
+    assert count < 200 or held / 1000 < 0.985
+
+
+@pytest.mark.parametrize(("lost", "count"), [(0, 2), (2, 2), (0, 20), (3, 20), (1, 1)])
+def test_interval_of_a_difference_in_one_direction_is_clopper_and_pearsons(lost: int, count: int) -> None:
+    """Two items of two that say the same are next to no knowledge."""
+    expected = stats.binomtest(lost, count).proportion_ci(method="exact")
+    change, low, _ = Paired(0, lost, 0, count - lost).difference
+    assert change == -lost / count
+    assert low == pytest.approx(-expected.high, abs=0.01)
+    assert mean_of([1.0] * lost + [0.0] * (count - lost))[2] == pytest.approx(expected.high, abs=0.01)
+
+
+def test_interval_of_a_mean_never_shrinks_to_a_point_and_narrows_with_more() -> None:
+    assert mean_of([]) == (0.0, -1.0, 1.0)
+    lengths = []
+    for count in (1, 2, 20, 200):
+        mean, low, high = mean_of([0.1] * count)
+        assert mean == pytest.approx(0.1) and -1 <= low < 0.1 < high <= 1
+        lengths.append(high - low)
+    assert lengths == sorted(lengths, reverse=True) and lengths[1] > 1.5 and lengths[3] < 0.04
+    assert mean_of([0.1, 0.1, 0.4]) == pytest.approx(mean_of([0.1, 0.4], [2, 1]), abs=0.02)
 
 
 def test_so_many_items_as_are_needed_see_the_drop_four_times_out_of_five() -> None:

@@ -24,6 +24,7 @@ from edgeprune.build.builder import digest_of
 from edgeprune.errors import BadFile, BrokenPromise, EdgepruneError, UsageError
 from edgeprune.files import file_digest, to_json
 from edgeprune.model.splitting import file_name, split
+from edgeprune.prove.provenance import Provenance
 from edgeprune.prove.report import Promise, Report
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.index import read_index
@@ -119,6 +120,9 @@ def test_the_card_says_what_the_hub_and_its_readers_want(far: HubServer, command
         *report.folded,
     ):
         assert wanted in text, wanted
+    sent = read(run_folder / "report.json")["provenance"]["commands"]
+    assert any(str(run_folder.anchor) in word for command in sent for word in command.split())
+    assert not any(b"/pytest-" in upload.content for path, upload in published(far).items() if "report." in path)
     for target in re.findall(r"\]\((?!https://)([^)]+)\)", text):
         assert target in published(far)
 
@@ -132,6 +136,7 @@ def test_a_hostile_name_is_shown_in_the_card_and_not_obeyed(tiny_fit: Fit) -> No
         folded=[name],
         source={**tiny_fit.report.source, "name": name, "arch": name},
         conditions={name: name},
+        provenance=Provenance((name,), {name: name}, {name: name}, {name: name}),
     )
     for sheet in (Sheet(report), Sheet(report, "folder", {}, [("a.gguf", "0" * 64)])):
         text = model_card([sheet], Origin(), "me/x" if sheet.folder else "")
@@ -140,6 +145,16 @@ def test_a_hostile_name_is_shown_in_the_card_and_not_obeyed(tiny_fit: Fit) -> No
         prose = re.sub(r"(?ms)^```$.*?^```$", "", text)
         assert "<script" not in prose and "\n# <" not in prose and "[a](" not in prose
         assert "&lt;script&gt;" in prose
+
+
+def test_a_dry_run_says_every_size_to_the_byte(far: HubServer, command: Command, run_folder: Path) -> None:
+    words = ("publish", run_folder, REPO, *LICENCE, "--dry-run")
+    files, shown = value(command(*words, "--json"))["files"], command(*words).stdout
+    assert far.received == [] and len(files) > 5
+    for row in files:
+        (line,) = (line for line in shown.splitlines() if line.startswith(f"{row['path']} "))
+        assert line.split() == [row["path"], f"{row['nbytes']:,}", "bytes"]
+    assert f"{sum(row['nbytes'] for row in files):,} bytes (" in shown.splitlines()[0]
 
 
 def test_what_is_there_is_not_sent_again(far: HubServer, command: Command, run_folder: Path) -> None:
@@ -261,6 +276,28 @@ def test_a_private_repository_a_branch_and_a_pull_request(far: HubServer, comman
     assert repository.files == {}
     assert published(far, branch="refs/pr/1") == published(far, branch="next")
     assert len(far.received) == len(set(far.received))
+
+
+def test_an_open_pull_request_of_the_same_is_gone_on_with(far: HubServer, command: Command, run_folder: Path) -> None:
+    far.repositories[REPO] = repository = Repository()
+    words = ("publish", run_folder, REPO, *LICENCE, "--yes", "--create-pr")
+    first = command(*words)
+    assert first.stdout == f"{far.address}/{REPO}/discussions/1\n"
+    again = command(*words)
+    assert (again.exception, again.stdout) == (None, first.stdout)
+    assert "pull request that is open already" in again.stderr
+    assert len(repository.pulls) == 1 and len(repository.branches["refs/pr/1"]) == 2  # nothing was new
+    (run_folder / "imatrix.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert command(*words).stdout == first.stdout
+    assert len(repository.pulls) == 1 and len(repository.branches["refs/pr/1"]) == 3
+    # One of another title, of somebody else, or to another branch, or that is closed, is not meant.
+    other = {"base": "refs/heads/next", "author": "you", "title": "another", "status": "closed"}
+    for number, (key, value_there) in enumerate(other.items()):
+        repository.pulls = [
+            {**own, key: value_there} if own is repository.pulls[-1] else own for own in repository.pulls
+        ]
+        assert command(*words).stdout == f"{far.address}/{REPO}/discussions/{number + 2}\n"
+    assert repository.files == {}
 
 
 def test_a_card_that_somebody_wrote_stays(far: HubServer, command: Command, run_folder: Path) -> None:

@@ -68,12 +68,20 @@ def test_every_check_is_an_item_beside_the_other_tests(project: Path, synthetic:
     relative = os.path.relpath(synthetic("qwen3moe"), project)
     words = ("--edgeprune-gguf", relative, "--edgeprune-profile", "cpu-8gb", "--edgeprune-context", "128")
     code, outcomes, said = run_pytest(project, *words, "--edgeprune-reports", "reports", "-v")
-    assert (code, outcomes) == (0, {"test_own": "passed", **dict.fromkeys(ITEMS, "passed")}), said
+    seen = {"test_own": "passed", **dict.fromkeys(ITEMS, "passed"), "vram": "skipped"}  # no graphics card here
+    assert (code, outcomes) == (0, seen), said
     assert "edgeprune-smoke[qwen3moe.gguf-local]::memory PASSED" in said
-    assert len(list((project / "reports").iterdir())) == 1  # it was run once
-    some = ("-k", "speed or decode or loads", "--edgeprune-min-decode", "1e9")
+    (saved,) = (project / "reports").iterdir()  # it was run once
+    some = (
+        "-k",
+        "speed or decode or loads or baseline",
+        "--edgeprune-min-decode",
+        "1e9",
+        "--edgeprune-baseline",
+        saved,
+    )
     code, outcomes, said = run_pytest(project, *words, "--edgeprune-reports", "others", *some)
-    assert (code, outcomes) == (1, {"loads": "passed", "decode": "failure"}), said
+    assert (code, outcomes) == (1, {"loads": "passed", "decode": "failure", "baseline": "passed"}), said
     assert "promised: at least 1,000,000,000" in said and "Traceback" not in said
 
 
@@ -92,6 +100,7 @@ def test_what_was_not_reached_is_skipped_and_what_broke_says_why(project: Path, 
     [
         (("--edgeprune-gguf", "nowhere.gguf"), 1, "nowhere.gguf"),
         (("--edgeprune-gguf", "x.gguf", "--edgeprune-context", "long"), 4, "invalid literal"),
+        (("--edgeprune-gguf", "x.gguf", "--edgeprune-min-decode", "nan"), 1, "nan is no speed"),
     ],
 )
 def test_options_that_are_wrong_are_explained(words: tuple[str, ...], code: int, message: str, project: Path) -> None:

@@ -103,6 +103,50 @@ def test_mmlu_is_answered_in_letters(tmp_path: Path) -> None:
     assert "answers).\n" in only(tmp_path, "mmlu", {**MMLU, "subject": None}).prompt
 
 
+def table(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def test_tables_of_mmlu_say_what_its_json_lines_say(tmp_path: Path) -> None:
+    """As hendrycks/test has them: no head, quotes where commas, quotes or ends of lines are within."""
+    written = (
+        'Find the degree of Q(sqrt(2)) over Q.,0,4,2,6,C\r\n"Which, of these, is ""it""?\nSay.",a,"b, c",d,e,B\r\n'
+    )
+    path = table(tmp_path / "abstract_algebra_test.csv", written)
+    assert parse_task(str(path)) == parse_task(f"{path}:mmlu") == (path, "mmlu")
+    first, second = read_questions(path, "mmlu")
+    assert first == only(tmp_path, "mmlu", MMLU)
+    assert 'Which, of these, is "it"?\nSay.\nA. a\nB. b, c\n' in second.prompt and second.right == 1
+    assert (first.line, second.line) == (1, 3)
+    headed = table(tmp_path / "virology_val.csv", "\ufeffquestion,A,B,C,D,answer\n" + written)
+    assert [one.right for one in read_questions(headed, "mmlu")] == [2, 1]
+    assert next(read_questions(headed, "mmlu")).prompt.startswith(
+        "The following are multiple choice questions (with answers) about virology.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("Why?,a,b,c,A\n", "line 1 has 5 columns"),
+        ("Why?,a,b,c,d,E\n", "line 1 is no record of mmlu"),
+        ("Why?,a,b,c,d,A\nWhy?,a,,c,d,A\n", "line 2 is no record of mmlu"),
+        ('Why?,a,b,c,d,A\n"Why?,a,b,c,d,A\n' + "x\n" * 100_000, "no row of a table"),
+        ('"Why?" not,a,b,c,d,A\n', "line 1 is no row of a table"),
+        ("question,A,B,C,D,answer\n", "is empty"),
+        ("", "is empty"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(tmp_path: Path, written: str, message: str) -> None:
+    path = table(tmp_path / "x_test.csv", written)
+    with pytest.raises(BadFile, match=message):
+        list(read_questions(*parse_task(str(path))))
+    (tmp_path / "bytes.csv").write_bytes(b"Why\xff,a,b,c,d,A\n")
+    with pytest.raises(BadFile, match="line 1 is not in UTF-8"):
+        parse_task(str(tmp_path / "bytes.csv"))
+
+
 def test_gsm8k_keeps_the_number_behind_the_marks(tmp_path: Path) -> None:
     found = only(tmp_path, "gsm8k", {**GSM8K, "answer": "2 and 3\n#### -1,200.50"})
     assert (found.continuations, found.number) == ((), "-1200.5")

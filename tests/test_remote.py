@@ -15,7 +15,7 @@ import pytest
 import toys
 from huggingface_hub import constants
 from runs import run_edgeprune
-from test_inspection import sparse
+from test_inspection import sparse, verdicts
 
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.inspection import Inspection, inspect_model
@@ -39,7 +39,7 @@ def test_gguf_on_the_hub_gets_the_answers_of_a_local_one(hub: hub_files.Hub, syn
         hub.add(REPO, {f"{arch}.gguf": synthetic(arch)})
         here, there = inspect_model(str(synthetic(arch))), inspect_model(REPO)
         assert without_fetched(there) == here.facts
-        assert (there.roles, there.fits, there.nbytes) == (here.roles, here.fits, here.nbytes)
+        assert (there.roles, verdicts(there), there.nbytes) == (here.roles, verdicts(here), here.nbytes)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -49,7 +49,7 @@ def test_checkpoint_on_the_hub_gets_the_answers_of_a_local_one(
     hub.add_folder(REPO, toy_checkpoint(family))
     here, there = inspect_model(str(toy_checkpoint(family))), inspect_model(REPO)
     assert without_fetched(there) == [fact for fact in here.facts if fact[0] != "checkpoint"]
-    assert (there.roles, there.fits, there.nbytes) == (here.roles, here.fits, here.nbytes)
+    assert (there.roles, verdicts(there), there.nbytes) == (here.roles, verdicts(here), here.nbytes)
     assert not any(request.path.endswith("tokenizer.json") for request in hub.requests)
 
 
@@ -120,7 +120,7 @@ def test_vocabulary_of_many_megabytes_is_leapt_over(
     found = inspect_model(REPO)
     assert hub.sent < 500 * KIB
     here = inspect_model(str(path))
-    assert (without_fetched(found), found.roles, found.fits) == (here.facts, here.roles, here.fits)
+    assert (without_fetched(found), found.roles, verdicts(found)) == (here.facts, here.roles, verdicts(here))
 
 
 def test_what_llama_gguf_split_appends_is_seen_behind_a_vocabulary(
@@ -185,7 +185,7 @@ def test_checkpoint_of_279_gib_costs_its_header(stacked: bool, hub: hub_files.Hu
     found = inspect_model(REPO)
     assert found.nbytes > 279 * GIB
     assert found.fetched_bytes < 2 * header_bytes + 32 * KIB
-    assert (found.roles, found.fits) == (inspect_model(str(folder)).roles, inspect_model(str(folder)).fits)
+    assert (found.roles, verdicts(found)) == (inspect_model(str(folder)).roles, verdicts(inspect_model(str(folder))))
 
 
 HOSTILE = {
@@ -299,3 +299,14 @@ def test_command_inspects_over_the_network(hub: hub_files.Hub, synthetic: toys.M
     done = run_edgeprune("inspect", f"{REPO}:F32", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert sum(json.loads(done.stdout)["roles"].values()) == json.loads(done.stdout)["nbytes"]
+
+
+def test_without_network_what_was_downloaded_is_looked_at(
+    hub: hub_files.Hub, synthetic: toys.Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, {"toy-F32.gguf": synthetic("qwen3moe")})
+    fetch(HubName(REPO), lambda done, total: None, lambda text: None)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert inspect_model(REPO).facts == inspect_model(str(synthetic("qwen3moe"))).facts
+    with pytest.raises(EdgepruneError, match="cannot reach the Hub"):
+        inspect_model("maker/other")

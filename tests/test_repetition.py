@@ -85,7 +85,7 @@ def test_a_probe_counts_pairs_and_shows_what_was_lost() -> None:
     assert (found.looping.both, found.looping.candidate_only, found.looping.original_only) == (1, 2, 0)
     assert found.repeated == pytest.approx((0.2, 0.575))
     mean, low, high = found.change
-    assert mean == pytest.approx(0.375) and 0 <= low < mean < high <= 0.7
+    assert mean == pytest.approx(0.375) and -0.6 < low < 0 < mean < high < 0.9  # four tell little
     assert found.example == "b b b"
 
 

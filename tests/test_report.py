@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -16,14 +17,17 @@ import yaml
 from runs import Ear, Fit, read, settings
 
 from edgeprune import pipeline
-from edgeprune.errors import BrokenPromise
+from edgeprune.errors import BadFile, BrokenPromise
 from edgeprune.files import file_digest, to_json
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.prove.page import render
-from edgeprune.prove.report import Promise, Report, promises
+from edgeprune.prove.pictures import pictures
+from edgeprune.prove.provenance import Provenance
+from edgeprune.prove.report import Baseline, Promise, Report, promises
 from edgeprune.share.card import Sheet, model_card, plain
 from edgeprune.share.origin import Origin
+from edgeprune.stages.proving import verdict_of
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -193,13 +197,25 @@ def test_every_mark_is_inside_its_picture(case: Case) -> None:
             assert math.isfinite(value) and -0.5 <= value <= most + 0.5, (svg.attributes["aria-label"], tag, name)
 
 
-def test_the_memory_bar_shows_every_line_of_the_budget(case: Case) -> None:
-    svg = case.page.figure("Memory budget")
+def test_the_bars_of_a_size_that_was_asked_for_are_of_the_file_and_of_what_it_takes(case: Case) -> None:
+    """There is no budget of memory then, and so nothing in it that could be free."""
+    svg = case.page.figure("Size of the file within its limit, and memory that the model takes")
     tips = [next(rect.all("title")).text for rect in svg.all("rect") if rect.inside]
-    pools = case.report.budget["pools"]
+    pools, limit = case.report.budget["pools"], case.report.budget["file_limit_bytes"]
     names = [line["name"] for pool in pools for line in pool["lines"]]
+    free = ["free"] if case.report.build["nbytes"] < limit else []
+    assert [tip.partition(": ")[0] for tip in tips] == ["file", *free, *names, "weights"]
+    words = [words.text for words in svg.all("text")]
+    assert f"FILE at most {limit:,} bytes" in words and any(word.endswith(" taken") for word in words)
+
+
+def test_the_memory_bar_of_a_device_shows_every_line_of_its_budget(case: Case) -> None:
+    budget = {**case.report.budget, "file_limit_bytes": None}
+    root = Page(pictures(replace(case.report, budget=budget))["memory"]).root
+    tips = [next(rect.all("title")).text for rect in root.all("rect") if rect.inside]
+    names = [line["name"] for pool in budget["pools"] for line in pool["lines"]]
     assert [tip.partition(": ")[0] for tip in tips if not tip.startswith(("weights: ", "free: "))] == names
-    assert sum(tip.startswith("weights: ") for tip in tips) == len(pools)
+    assert sum(tip.startswith("weights: ") for tip in tips) == len(budget["pools"])
 
 
 def test_the_curve_has_a_point_for_every_candidate_preset_and_the_shipped_file(case: Case) -> None:
@@ -258,10 +274,18 @@ def test_a_hostile_name_is_shown_and_not_obeyed(case: Case) -> None:
         source={**case.report.source, "name": name, "arch": name},
         domains={name: next(iter(case.report.domains.values()))},
         conditions={name: name},
+        provenance=Provenance((name,), {name: name}, {name: name}, {name: name}),
     )
     root = Page(render(report)).root
     assert list(root.all("script")) == list(root.all("img")) == []
     assert next(root.all("h1")).text == name
+
+
+def test_the_card_tells_what_the_tokenizer_does_otherwise(case: Case) -> None:
+    source = {**case.report.source, "tokenizer_differences": ["llama.cpp cuts *some* words otherwise"]}
+    told = replace(case.report, source=source)
+    assert "- Tokenizer: llama.cpp cuts \\*some\\* words otherwise" in model_card([Sheet(told)], Origin())
+    assert "- Tokenizer:" not in model_card([Sheet(case.report)], Origin())
 
 
 def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
@@ -284,6 +308,49 @@ def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
     assert body.count("\n| stock ") == len(report.baselines)
     experts = "6 of 8 experts per layer, chosen by reap" if report.plan["keep"] else "all 8 experts per layer"
     assert f"- Kept: {experts}\n" in body
+
+
+def test_how_it_was_made_can_be_repeated_and_checked(tiny_fit: Fit, small_text: Path) -> None:
+    """The command, what went in and came out, and the versions: in the report, on its page and in the card."""
+    made, folder = tiny_fit.report.provenance, tiny_fit.folder
+    assert made.commands == (shlex.join(["edgeprune", "fit", *tiny_fit.arguments, "-o", str(folder)]),)
+    assert made.inputs["text small"] == file_digest(small_text)
+    assert made.inputs["source"] == tiny_fit.report.plan["made_from"]["source"]
+    assert set(made.outputs) == {tiny_fit.report.build["path"], "plan.json", "imatrix.gguf"}
+    assert all(file_digest(folder / name) == digest for name, digest in made.outputs.items())
+    assert {"edgeprune", "llama-cpp-python", "ggml", "gguf"} <= set(made.versions)
+    assert re.match(r"CPU: \w", made.versions["processors"])
+    page = Case(folder, tiny_fit.report).page
+    assert sorted(map(list, made.inputs.items())) == page.table("What went in")
+    assert sorted(map(list, made.versions.items())) == page.table("Program")
+    assert any(made.commands[0] in pre.text for pre in page.root.all("pre"))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert made.commands[0] in card and made.outputs["plan.json"] in card and made.versions["ggml"] in card
+    old = {key: value for key, value in tiny_fit.report.to_json().items() if key != "provenance"}
+    assert "What went in" not in render(Report.from_json(old))  # of an earlier version
+
+
+@pytest.mark.parametrize(
+    ("typed", "shared"),
+    [
+        ("edgeprune fit demo --file-size 4MB -o small", "edgeprune fit demo --file-size 4MB -o small"),
+        ("edgeprune fit /home/me/m.gguf --text t=/home/me/a.txt", "edgeprune fit m.gguf --text t=a.txt"),
+        ("edgeprune fit '~/my models/m' -o ../runs/x/", "edgeprune fit m -o x"),
+        ("edgeprune fit ORG/NAME:Q4_K_M --device cpu-16gb", "edgeprune fit ORG/NAME:Q4_K_M --device cpu-16gb"),
+        ("edgeprune fit 'C:\\me\\m.gguf' --text=/x/y.txt", "edgeprune fit m.gguf --text=y.txt"),
+        ("edgeprune fit 'unbalanced", "edgeprune fit ''\"'\"'unbalanced'"),
+    ],
+)
+def test_folders_of_this_machine_are_not_published(typed: str, shared: str) -> None:
+    assert Provenance((typed,)).shared().commands == (shared,)
+
+
+@pytest.mark.parametrize("value", [{}, {"commands": "fit"}, {"inputs": {"a": 1}}, {"versions": ["a"]}])
+def test_a_damaged_provenance_is_refused(value: dict[str, Any]) -> None:
+    whole = Provenance(("edgeprune fit",)).to_json()
+    assert Provenance.from_json(json.loads(json.dumps(whole))) == Provenance(("edgeprune fit",))
+    with pytest.raises(BadFile):
+        Provenance.from_json({**whole, **value} if value else {})
 
 
 # Verdicts.
@@ -370,6 +437,24 @@ def test_verdicts(changes: dict[str, Any], name: str, verdict: str) -> None:
     arguments |= {"plan": PLAN, "on_device": True, **changes}
     (line,) = (line for line in promises(**arguments) if line.name == name)
     assert line.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("preset", "chosen_by", "said"),
+    [
+        (0.4, 0.3, "0.50 of the best stock preset of at most this size (IQ3_S)."),
+        (0.1, 0.3, "chosen on other text, while the stock preset IQ3_S is better on this one: 0.1."),
+        (0.1, None, "as asked; the stock preset IQ3_S would be better: 0.1."),
+    ],
+)
+def test_the_verdict_tells_a_worse_choice_from_a_wish(
+    tiny_fit: Fit, preset: float, chosen_by: float | None, said: str
+) -> None:
+    """What was best on the half that chooses need not be on the half that reports, and is not made up."""
+    quality = {**tiny_fit.report.quality, "kl_mean": 0.2}
+    rival = Baseline("IQ3_S", 1000, {**quality, "kl_mean": preset}, chosen_by)
+    found = verdict_of(replace(tiny_fit.report, quality=quality, baselines=[rival]))
+    assert found.startswith("All promises kept; 0.2 nats per token") and found.endswith(said)
 
 
 def test_a_broken_promise_is_an_error_that_names_the_figures(tiny_fit: Fit) -> None:

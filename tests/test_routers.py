@@ -168,6 +168,7 @@ class Written:
             "token_turn": self.turn.sum(),
             "token_full_turn": angle(self.h, self.after).sum(),
             "token_ratio": (np.linalg.norm(self.y, axis=1) ** 2 / h_norm**2).sum(),
+            "turn_histogram": np.histogram(self.turn, bins=RATIO_BINS, range=(0, 2))[0],
             "top_logit_sum": (first * self.z).sum(axis=0),
             "chosen_logit_sum": (used * self.z).sum(axis=0),
             "ratio_histogram": np.array([np.bincount(column, minlength=RATIO_BINS) for column in bins.T]),

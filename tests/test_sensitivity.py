@@ -189,6 +189,26 @@ def test_sensitivity_survives_json(deep: Architecture) -> None:
     assert Sensitivity.from_json(json.loads(json.dumps(unfinished.to_json()))) == unfinished
 
 
+def test_rounding_adds_to_the_error_and_sums_to_the_measured_floor(deep: Architecture) -> None:
+    known = whole(deep)
+    names = [tensor.name for tensor in deep.tensors if tensor.quantisable]
+    floor = {32: 1e-4, 256: 4e-4}
+    scaled = known.to_floor({name: {32: 1e-5, 256: 2e-5} for name in names}, floor)
+    rounding = replace(known, rounding=scaled)
+    added = {
+        name: sum(
+            rounding.nats(deep.tensor(n), name) - known.nats(deep.tensor(n), name)
+            for n in names
+            if Site(n, False).key in known.responses
+        )
+        for name in ("Q8_0",)
+    }
+    assert added["Q8_0"] == pytest.approx(floor[32], rel=1e-6)
+    tensor = deep.tensor(names[0])
+    assert rounding.nats(tensor, tensor.type) == 0.0
+    assert known.to_floor({names[1]: {32: 0.0}}, floor) == {names[1]: {32: 0.0}}
+
+
 Edit = Callable[[dict[str, Any]], object]
 DAMAGED: dict[str, Edit] = {
     "a key is missing": lambda v: v.pop("drops"),

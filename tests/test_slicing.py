@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,16 @@ from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import session
 from edgeprune.measure.slicing import TOOL_CALLS, json_requests, shipped_slices
 from edgeprune.measure.structured import is_object
-from edgeprune.measure.text import CHATS, holds_chats, read_documents, windows
+from edgeprune.measure.text import (
+    CHATS,
+    CHOOSING,
+    REPORTING,
+    TextFile,
+    holds_chats,
+    read_documents,
+    shipped_texts,
+    windows,
+)
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -35,8 +45,22 @@ def test_slices_have_names_of_their_own_and_give_windows() -> None:
     assert names == ["code", "languages", "structured", "json", TOOL_CALLS]
     for text in slices:
         if text.form != CHATS:
-            found = windows([text], "held_out", 64, 2048, lambda document: list(document.text.encode()))
+            found = windows([text], REPORTING, 64, 2048, lambda document: list(document.text.encode()))
             assert len(found) > 4
+
+
+def test_no_slice_holds_a_window_that_a_file_was_chosen_with() -> None:
+    """The shipped text calibrates and chooses by default; slices of it are only what reports."""
+
+    def cut(texts: list[TextFile], part: str) -> set[tuple[int, ...]]:
+        found = windows(texts, part, 64, 1 << 20, lambda document: list(document.text.encode()))
+        return {window.tokens for window in found}
+
+    plain = [text for text in shipped_slices() if text.form != CHATS]
+    own = cut(plain, REPORTING)
+    assert own and not own & (cut(shipped_texts(), CHOOSING) | cut(shipped_texts(), "calibration"))
+    json_file = [text for text in plain if text.domain == "json"]
+    assert cut(json_file, REPORTING) == cut([replace(json_file[0], split="held_out")], "held_out")
 
 
 def test_json_documents_are_json_and_requests_are_short() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,23 @@ import pytest
 import toys
 from runs import Ear, Fit, gone, read, run_edgeprune
 
+from edgeprune.decide.plan import Plan
 from edgeprune.device.machine import user_folder
+from edgeprune.device.profile import find_profile
 from edgeprune.errors import BadFile, EdgepruneError, UsageError
 from edgeprune.files import to_json
+from edgeprune.measure.llama import backend_devices
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.splitting import split
+from edgeprune.prove.smoke import runner as runner_script
 from edgeprune.prove.smoke.checks import KEYS, Promised, checks
 from edgeprune.prove.smoke.conversation import RUNNER, Measured
 from edgeprune.prove.smoke.history import against_baseline, against_earlier, earlier, save
 from edgeprune.prove.smoke.questions import Question, plausible, questions
 from edgeprune.prove.smoke.report import SmokeReport
-from edgeprune.stages.smoke import Wish, smoke
+from edgeprune.prove.smoke.runner import taken
+from edgeprune.stages.deciding import profile_digest
+from edgeprune.stages.smoke import Wish, promises_of, smoke
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -51,9 +59,12 @@ def test_a_file_that_was_fitted_keeps_what_its_plan_promised(tiny_fit: Fit) -> N
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     found = {check["key"]: check for check in report["checks"]}
-    assert list(found) == [key for key in KEYS if key != "baseline"]
+    assert list(found) == [key for key in KEYS if key not in ("baseline", "vram")]  # no GPU here
     kept = ("loads", "memory", "deterministic", "finite", "context")
     assert [found[key]["verdict"] for key in kept] == ["kept"] * 5
+    assert re.fullmatch(r"[\d,.]+ predicted, at least [\d,.]+", found["decode"]["promised"])
+    assert found["decode"]["verdict"] != "information"
+    assert report["measured"]["steps"]["memory"]["device_bytes"] is None
     assert "predicted, at most" in found["memory"]["promised"] and "predicted" in found["decode"]["promised"]
     assert found["context"]["measured"] == found["context"]["promised"] == "2,048 tokens"
     assert report["file"]["sha256"] == read(tiny_fit.folder / "build.json")["sha256"]
@@ -62,6 +73,34 @@ def test_a_file_that_was_fitted_keeps_what_its_plan_promised(tiny_fit: Fit) -> N
     text = run_edgeprune("smoke", file_of(tiny_fit), *SHORT)
     assert text.returncode == 0, text.stderr
     assert "the file loads" in text.stdout and "256 tokens" in text.stdout
+
+
+@pytest.mark.parametrize("speed", ["nan", "inf", "-1", "fast"])
+def test_a_speed_that_nothing_can_reach_or_miss_is_refused(tiny_fit: Fit, speed: str) -> None:
+    done = run_edgeprune("smoke", file_of(tiny_fit), "--min-decode", speed)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--min-decode" in done.stderr
+
+
+def test_the_memory_that_a_plan_was_made_for_is_a_promise(tiny_fit: Fit, tmp_path: Path) -> None:
+    """`fit --memory 9MiB` promised 9 MiB, whatever the device has; so does `smoke --memory 9MiB`."""
+    folder = tiny_fit.copy(tmp_path / "run")
+    value = read(folder / "plan.json")
+    plan = Plan.from_json({**value, "made_from": {**value["made_from"], "file_size": None, "memory": 9 << 20}}, "it")
+    file, profile = GgufFile(file_of(tiny_fit)), find_profile("cpu-8gb")
+    asked = Wish(file.path)
+    promised = promises_of(asked, profile, plan.launch, plan, folder)
+    assert promised.ceiling_bytes == 9 << 20
+    assert (
+        promises_of(replace(asked, most_bytes=8 << 20), profile, plan.launch, plan, folder).ceiling_bytes == 8 << 20
+    )
+    assert promises_of(asked, profile, plan.launch, None, None).ceiling_bytes == profile.usable_ram_bytes
+    assert not promised.for_device  # it was made for this machine
+    own = replace(plan, made_from={**plan.made_from, "device": profile_digest(profile)})
+    assert promises_of(asked, profile, plan.launch, own, folder).for_device
+    done = run_edgeprune("smoke", file_of(tiny_fit), *SHORT, "--memory", "9MiB", "-o", tmp_path / "own")
+    assert done.returncode == 3
+    assert "peak memory: " in done.stderr and "at most 9.00 MiB" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -430,6 +469,66 @@ def test_memory_is_held_against_the_device_and_the_plan(
     promised: dict[str, Any], peak: int | None, verdict: str
 ) -> None:
     assert found("memory", {"memory": {"peak_bytes": peak}}, promised=promised)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("promised", "held", "verdict"),
+    [
+        ({"vram_ceiling_bytes": 8 << 30}, 8 << 30, "kept"),
+        ({"vram_ceiling_bytes": 8 << 30}, (8 << 30) + 1, "broken"),
+        ({"vram_ceiling_bytes": 8 << 30, "vram_bytes": 4 << 30}, 5 << 30, "broken"),
+        ({"vram_ceiling_bytes": 8 << 30}, None, "information"),
+        ({}, 1 << 30, "information"),
+    ],
+)
+def test_memory_of_a_graphics_card_is_held_against_the_device_and_the_plan(
+    promised: dict[str, Any], held: int | None, verdict: str
+) -> None:
+    steps = {"memory": {"peak_bytes": 1, "device_bytes": held}}
+    assert found("vram", steps, promised=promised)[0] == verdict
+    assert not any(line.key == "vram" for line in checks(Promised(), ASKED, Measured({"memory": {"peak_bytes": 1}})))
+
+
+def test_what_a_model_takes_of_graphics_cards_is_what_is_no_longer_free() -> None:
+    before = {"CUDA0": 8 << 30, "CUDA1": 4 << 30, "CUDA2": 1 << 30}
+    assert taken(before, {"CUDA0": 5 << 30, "CUDA1": 4 << 30, "CUDA2": 2 << 30}) == 3 << 30  # another one's end
+    assert taken(before, {}) == 0  # a card that went away says nothing
+    assert taken({}, {"CUDA0": 1}) is None
+
+
+def test_free_memory_of_devices_is_what_llama_cpp_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no graphics card here; the processor stands for one."""
+    from llama_cpp import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    cards = [one for one in backend_devices() if one["kind"] == "gpu"]
+    assert set(runner_script._free_on_gpus(llama_cpp._lib)) == {one["name"] for one in cards}
+    monkeypatch.setattr(runner_script, "_GPU", 0)
+    (found,) = runner_script._free_on_gpus(llama_cpp._lib).values()
+    assert 0 < found <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("promised", "speed", "verdict"),
+    [
+        ({"decode_per_s": 10.0, "for_device": True}, {"decode_per_s": 5.0}, "kept"),
+        ({"decode_per_s": 10000.0, "for_device": True}, {"decode_per_s": 193.0}, "kept"),  # 5 ms are not products
+        ({"decode_per_s": 10000.0, "for_device": True}, {"decode_per_s": 192.0}, "broken"),
+        ({"decode_per_s": 10.0, "for_device": True}, {"decode_per_s": 4.8}, "broken"),
+        ({"decode_per_s": 10.0, "for_device": True}, {"decode_per_s": 4.0, "best_decode_per_s": 6.0}, "kept"),
+        ({"decode_per_s": 10.0}, {"decode_per_s": 0.1}, "information"),
+        ({"decode_per_s": 10.0, "for_device": True, "least_decode_per_s": 0.0}, {"decode_per_s": 0.1}, "information"),
+        ({"decode_per_s": 1.0, "least_decode_per_s": 9.0}, {"decode_per_s": 8, "best_decode_per_s": 10}, "broken"),
+        ({"for_device": True}, {"decode_per_s": 0.1}, "information"),
+    ],
+)
+def test_half_of_the_predicted_speed_is_the_least_where_the_device_is_the_plans(
+    promised: dict[str, Any], speed: dict[str, Any], verdict: str
+) -> None:
+    steps = {"speed": {**speed, "prefill_per_s": 1.0, "finite": True}}
+    (line,) = (line for line in checks(Promised(**promised), ASKED, Measured(steps)) if line.key == "decode")
+    assert line.verdict == verdict
+    assert ("for another device" in line.promised) is (promised == {"decode_per_s": 10.0})
 
 
 def test_a_context_that_ends_early_is_a_broken_promise() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from edgeprune.errors import BadFile, UsageError
 from edgeprune.measure.documents import SEPARATOR, Document, prepared_line, read_plain
 from edgeprune.measure.text import (
     CHATS,
+    CHOOSING,
     JSON_LINES,
     PREPARED,
+    REPORTING,
     SHORTEST_WINDOW,
     LeftOut,
     TextFile,
@@ -80,6 +83,33 @@ def test_every_fourth_document_is_held_out(tmp_path: Path) -> None:
 def test_every_fourth_window_of_a_single_document_is_held_out(tmp_path: Path) -> None:
     text = counted(tmp_path / "a.txt", [LENGTH * 8])
     assert tokens([text], "held_out") == [*range(60, 80), *range(140, 160)]
+
+
+@pytest.mark.parametrize("sizes", [[40] * 8, [25, 90, 33, 61, 20, 300, 47], [400], [17] * 12])
+def test_held_out_text_has_two_halves_in_every_domain(tmp_path: Path, sizes: list[int]) -> None:
+    """What chooses a file never reports of it, and both are of all domains and as long."""
+    texts = [counted(tmp_path / f"{name}.txt", sizes, start) for name, start in (("a", 0), ("b", 1000))]
+    halves = {part: windows(texts, part, LENGTH, PLENTY, numbers) for part in (CHOOSING, REPORTING)}
+    ids = {part: [token for window in found for token in window.tokens] for part, found in halves.items()}
+    assert not set(ids[CHOOSING]) & set(ids[REPORTING])
+    assert sorted(ids[CHOOSING] + ids[REPORTING]) == sorted(tokens(texts, "held_out"))
+    for name in "ab":
+        chooses, reports = (sum(window.domain == name for window in found) for found in halves.values())
+        assert 0 <= reports - chooses <= 1 <= chooses
+    assert not any(window.undivided for found in halves.values() for window in found)
+
+
+@pytest.mark.parametrize(("size", "reporting"), [(2 * SHORTEST_WINDOW - 1, 31), (2 * SHORTEST_WINDOW, 16), (41, 21)])
+def test_a_single_held_out_window_is_cut_in_two_if_it_is_long_enough(
+    tmp_path: Path, size: int, reporting: int
+) -> None:
+    texts = [replace(counted(tmp_path / "a.txt", [size]), split="held_out")]
+    chooses, reports = (windows(texts, part, 64, PLENTY, numbers) for part in (CHOOSING, REPORTING))
+    assert len(chooses) == len(reports) == 1
+    assert len(reports[0].tokens) == reporting
+    divided = size >= 2 * SHORTEST_WINDOW
+    assert bool(set(chooses[0].tokens) & set(reports[0].tokens)) is not divided
+    assert reports[0].undivided is chooses[0].undivided is not divided
 
 
 def test_windows_are_runs_within_one_document(tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ def test_what_is_asked_for_is_measured_and_stays_in_the_report_of_the_same_file(
     base = tmp_path / "base.kld"
     wished: tuple[str | Path, ...] = ("--loops", "1", "--depths", "0,300", "--task", task, "--questions", "2")
     wished += ("--write-kld-base", base, "--slices")
-    deeper = verify(tiny_fit, folder, *wished)["deeper"]
+    measured = verify(tiny_fit, folder, *wished)
+    deeper, commands = measured["deeper"], measured["provenance"]["commands"]
+    assert [command.split()[:2] for command in commands] == [["edgeprune", "fit"], ["edgeprune", "verify"]]
     (asked,) = deeper["tasks"]
     assert (asked["name"], asked["form"], asked["total"], sum(asked["right"].values())) == (
         "sums.jsonl",
@@ -86,7 +88,7 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(tiny_
         ear = Ear()
         with pytest.raises(UsageError, match=message):
             pipeline.verify(settings(tiny_fit, folder), ear, wishes)
-        assert "quality of the plan" not in ear.stages
+        assert "quality of what is shipped" not in ear.stages
     assert (folder / "report.json").read_bytes() == before
     done = run_edgeprune("verify", *tiny_fit.arguments, "-o", folder, "--depths", "deep")
     assert done.returncode == 2 and "0,2048,8192" in done.stderr

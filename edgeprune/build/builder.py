@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.build.overlay import opened
 from edgeprune.build.store import Store
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
@@ -132,6 +133,7 @@ def build(
     statistics: str = "",
     store: str = "",
     part_bytes: int = 0,
+    merged: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the file that ``plan`` describes. A task for a child process.
@@ -142,6 +144,7 @@ def build(
             no tensor changes type.
         store: folder of tensors that are finished, or empty.
         part_bytes: most bytes of one file; what is larger is split, and then ``output`` names the parts. 0 for one.
+        merged: folder of the merged experts, if the plan merges any.
         progress: called with bytes written and bytes in all.
 
     Returns:
@@ -150,9 +153,9 @@ def build(
     Raises:
         BadFile: the plan does not fit the model, or a tensor is not finite.
     """
-    file = GgufFile(Path(model))
-    architecture = read_architecture(file)
+    file = opened(model, merged)
     obeyed = Plan.from_json(plan, "plan")
+    architecture = read_architecture(file, mtp=obeyed.mtp)
     obeyed.check(architecture)
     stock = obeyed.origin.startswith(PRESET)
     made = layout(file, architecture, obeyed.kept, obeyed.types, obeyed.records(), part_bytes)

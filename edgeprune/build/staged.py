@@ -20,6 +20,7 @@ import numpy.typing as npt
 from edgeprune.build import feedback
 from edgeprune.build.builder import encoded
 from edgeprune.build.feedback import Encoded, Inputs
+from edgeprune.build.overlay import opened
 from edgeprune.build.store import Bytes, Store
 from edgeprune.decide.plan import Plan
 from edgeprune.device.probe import cores
@@ -55,6 +56,7 @@ def write_prefix(
     store: str,
     layers: list[int],
     statistics: str = "",
+    merged: str = "",
     progress: Progress | None = None,
 ) -> None:
     """Write a model for llama.cpp to run as far as the last of ``layers``. A task for a child process.
@@ -67,10 +69,11 @@ def write_prefix(
         store: finished tensors; those that are missing and can be finished now are added.
         layers: first layer and the one after the last.
         statistics: of the calibration.
+        merged: folder of the merged experts, if the plan merges any.
     """
-    file = GgufFile(Path(model))
-    architecture = read_architecture(file)
+    file = opened(model, merged)
     obeyed, finished = Plan.from_json(plan, "plan"), Store(Path(store))
+    architecture = read_architecture(file, mtp=obeyed.mtp)
     moments = Statistics.load(Path(statistics)).moments if statistics else {}
     raw = {t.name for t in architecture.tensors if t.is_expert and t.layer in range(*layers)}
     types = {name: kind for name, kind in obeyed.types.items() if name not in raw}
@@ -104,6 +107,7 @@ def heal_layers(
     teacher: str,
     student: str,
     layers: list[int],
+    merged: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fit and encode the experts of ``layers``. A task for a child process.
@@ -112,15 +116,16 @@ def heal_layers(
         store: where the finished tensors go.
         teacher, student: statistics of the source and of the prefix over the same text, with reservoirs.
         layers: first layer and the one after the last.
+        merged: as for ``write_prefix``; the fit starts from the merged projections.
 
     Returns:
         by layer: ``before`` and ``after``, relative squared errors of its output on tokens that were not fitted,
         ``ridge``, and by tensor ``feedback``: relative squared errors without and with it on those tokens; or
         ``reason`` why nothing was fitted.
     """
-    file = GgufFile(Path(model))
-    architecture = read_architecture(file)
+    file = opened(model, merged)
     obeyed, finished = Plan.from_json(plan, "plan"), Store(Path(store))
+    architecture = read_architecture(file, mtp=obeyed.mtp)
     original, pruned = Statistics.load(Path(teacher)), Statistics.load(Path(student))
     wanted = [layer for layer in architecture.moe_layers if layer in range(*layers)]
     found: dict[str, Any] = {}
@@ -170,12 +175,14 @@ class _Healer:
             role: tensor for role, tensor in layer_tensors(architecture, layer).items() if tensor.is_expert
         }
         self.experts = LayerExperts(file, architecture, layer)
+        # Merged experts do not answer as the teacher did, which is what the activation is known by.
+        self.originals = LayerExperts(GgufFile(file.path), architecture, layer)
         if not np.array_equal(self.teacher.domain, self.student.domain):
             raise BadFile("the statistics of the source and of the pruned model are over different tokens")
         self.held_out = np.arange(len(self.student)) // _RUN % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
 
     def heal(self, store: Store) -> dict[str, Any]:
-        activation = activation_of(self.experts, self.teacher)
+        activation = activation_of(self.originals, self.teacher)
         if activation is None:
             return {"reason": "its experts' activation is not known"}
         with ThreadPoolExecutor(cores()) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
 import click
@@ -36,7 +37,8 @@ def main() -> None:
     """Entry point: run a command and turn an explained failure into its message and exit code."""
     code = 0
     try:
-        code = edgeprune.main(standalone_mode=False) or 0
+        words = sys.argv[1:]
+        code = edgeprune.main(words, standalone_mode=False, obj=shlex.join(["edgeprune", *words])) or 0
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("stopped; the same command goes on where it was", err=True)
         code = 130

@@ -57,6 +57,22 @@ _CHOICE = (
     click.option(
         "--method", help="How experts are ranked; see `compare`.  [default: reap, or replay with --no-heal]"
     ),
+    click.option(
+        "--reduce",
+        type=click.Choice(["drop", "dern", "ream", "hc-smoe", "m-smoe"]),
+        default="drop",
+        show_default=True,
+        help="Drop experts, or merge them into those that are kept.",
+    ),
+)
+_MTP = (
+    click.option(
+        "--mtp",
+        type=click.Choice(["drop", "keep"]),
+        default="drop",
+        show_default=True,
+        help="Blocks that predict further tokens, which llama-server uses with --spec-type draft-mtp alone.",
+    ),
 )
 _SPLIT = (
     click.option(
@@ -126,12 +142,15 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "keep": options.get("keep"),
         "types": tuple(name.strip() for name in types.split(",") if name.strip()) if types else (),
         "method": options.get("method") or ("reap" if options.get("heal", True) else "replay"),
+        "reduce": options.get("reduce") or "drop",
         "mixture": options.get("mix") or "pooled",
         "engine": options.get("engine") or "llama.cpp",
         "heal": options.get("heal", True),
         "limit_seconds": options.get("time_limit") or 0.0,
+        "mtp": options.get("mtp") or "drop",
         "heal_stages": options.get("heal_stages") or 0,
         "output": options.get("output"),
+        "command": click.get_current_context().find_root().obj or "",
     }
     if options.get("tokens"):
         chosen["calibration_tokens"] = options["tokens"]
@@ -155,7 +174,7 @@ class Sizes(click.ParamType[tuple[int, ...]]):
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _MTP, _SPLIT, _MIX, _TEXT, _COMMON)
 @click.option("--devices", metavar="P,P", help="A family: one file for each of these profiles, measured once.")
 @click.option("--file-sizes", type=Sizes(), metavar="S,S", help="A family of these sizes, for example 9MB,7MB,5MB.")
 def fit(source: str, **options: Any) -> None:
@@ -226,35 +245,28 @@ def profiles(name: str | None, as_json: bool) -> None:
 @click.option(
     "--type", "base", type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"]), default="auto", show_default=True
 )
-def convert(checkpoint: str, output: Path, base: str) -> None:
+@_with(_MTP)
+def convert(checkpoint: str, output: Path, base: str, mtp: str) -> None:
     """Convert a Hugging Face CHECKPOINT, a folder, ORG/NAME on the Hub, or 'demo', to the GGUF file OUTPUT."""
     from edgeprune.cli.console import Console
-    from edgeprune.measure import child
     from edgeprune.model.convert import check_output
-    from edgeprune.model.gguf import GgufFile
-    from edgeprune.model.tokenizer import DIFFERENCES_KEY
+    from edgeprune.settings import KEEP
+    from edgeprune.stages.converting import checked_plan, convert_checked
     from edgeprune.stages.source import found_at, hub_short_name
 
     console = Console()
-    folder = found_at(checkpoint, console)
+    folder = found_at(checkpoint, console, output, base)
     if not folder.is_dir():
         raise UsageError(f"no checkpoint folder {checkpoint}", hint="give a folder, ORG/NAME on the Hub, or `demo`")
     check_output(folder, output)
-    arguments = {"folder": str(folder.resolve()), "output": str(output.resolve()), "base": base}
-    with console.progress("convert") as progress:
-        remarks = child.call(
-            "edgeprune.model.convert:convert_task", {**arguments, "name": hub_short_name(checkpoint)}, progress
-        )
-    for line in remarks:
-        console.say(line)
-    for line in GgufFile(output).get(DIFFERENCES_KEY, []):
-        console.say(f"tokenizer: {line}")
+    checked_plan(folder, base, mtp=mtp == KEEP)
+    convert_checked(folder, output, console, base=base, name=hub_short_name(checkpoint), mtp=mtp == KEEP)
     click.echo(str(output))
 
 
 @click.command()
 @click.argument("source")
-@_with(_TEXT, _COMMON)
+@_with(_MTP, _TEXT, _COMMON)
 @click.option(
     "--merge",
     multiple=True,
@@ -290,7 +302,7 @@ def calibrate(source: str, merge: tuple[Path, ...], **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _MTP, _SPLIT, _MIX, _TEXT, _COMMON)
 def plan(source: str, **options: Any) -> None:
     """Choose experts and types for SOURCE within the budget; print and save plan.json.
 
@@ -311,7 +323,7 @@ def plan(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, _COMMON)
+@_with(_TARGET, _CHOICE, _MTP, _SPLIT, _MIX, _TEXT, _COMMON)
 def build(source: str, **options: Any) -> None:
     """Build the file that plan.json in the run directory describes, making the plan first if need be."""
     from edgeprune import pipeline
@@ -326,7 +338,7 @@ def build(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@_with(_TARGET, _CHOICE, _SPLIT, _MIX, _TEXT, DEEPER, _COMMON)
+@_with(_TARGET, _CHOICE, _MTP, _SPLIT, _MIX, _TEXT, DEEPER, _COMMON)
 def verify(source: str, **options: Any) -> None:
     """Measure the built file against the plan's predictions and the stock presets; write the report.
 
@@ -367,9 +379,11 @@ class _Fractions(click.ParamType[tuple[float, ...]]):
     show_default=True,
     help="Shares of experts to keep.",
 )
-@click.option("--methods", metavar="M,M", help="Which to compare; all that need no gradients by default.")
+@click.option(
+    "--methods", metavar="M,M", help="Which to compare, merge:ream too; all scores without gradients by default."
+)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of random methods.")
-@_with(_MIX, _TEXT, _COMMON)
+@_with(_MIX, _MTP, _TEXT, _COMMON)
 def compare(model: str, fractions: tuple[float, ...], methods: str | None, seeds: int, **options: Any) -> None:
     """Compare methods of choosing experts on held-out text of MODEL, without writing a file.
 

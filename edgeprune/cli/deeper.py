@@ -5,6 +5,7 @@ from __future__ import annotations
 from edgeprune.cli.show import table
 from edgeprune.prove.deeper import Deeper
 from edgeprune.prove.paired import Paired, wilson
+from edgeprune.prove.report import rate
 from edgeprune.units import format_seconds
 
 
@@ -26,7 +27,8 @@ def change(found: Paired) -> str:
 
 
 def _rate(three: tuple[float, float, float]) -> str:
-    return f"{three[0]:,.1f} ({three[1]:,.1f} to {three[2]:,.1f})"
+    middle, least, most = map(rate, three)
+    return f"{middle} ({least} to {most})"
 
 
 def _speeds(found: Deeper) -> list[str]:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show the files and the card, and send nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask before sending.")
 @click.option("--private", is_flag=True, help="Make the repository private, if it is made now.")
-@click.option("--create-pr", is_flag=True, help="Send a pull request.")
+@click.option(
+    "--create-pr", is_flag=True, help="Send a pull request, or go on with yours of the same files if one is open."
+)
 @click.option("--revision", metavar="BRANCH", help="Branch to send to; made if it is not there.")
 @click.option("--license", "licence", metavar="ID", help="Licence of the source, which you have read.")
 @click.option("--license-name", metavar="NAME", help="Of a licence that is not on the Hub's list.")
@@ -121,7 +123,7 @@ def _hub(console: Console, *, dry_run: bool) -> Hub | None:
 
     hub = Hub(quiet=not console.interactive)
     try:
-        hub.user()
+        _ = hub.user
     except EdgepruneError as error:
         if not dry_run:
             raise
@@ -135,13 +137,13 @@ def _summary(publication: Publication, publisher: Publisher) -> list[str]:
     from edgeprune.units import format_bytes
 
     states = {True: "there already", False: ""}
-    rows = [(u.path, format_bytes(u.nbytes), states[u.path in publication.there]) for u in publication.uploads]
+    rows = [(u.path, f"{u.nbytes:,} bytes", states[u.path in publication.there]) for u in publication.uploads]
     rows += [(path, "", "is deleted") for path in publication.gone]
     total = sum(upload.nbytes for upload in publication.to_send)
     kind = "private" if (publisher.remote.private or publisher.wishes.private) else "public"
     state = "" if publisher.remote.exists else ", to be made"
     licence, bases = publisher.origin.licence, ", ".join(publisher.origin.base_models)
-    head = f"{publication.repository} ({kind}{state}): {format_bytes(total)} to send"
+    head = f"{publication.repository} ({kind}{state}): {total:,} bytes ({format_bytes(total)}) to send"
     return [head, f"licence {licence or 'none'}, base model {bases or 'none'}", "", *table(rows)]
 
 

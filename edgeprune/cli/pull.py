@@ -95,7 +95,7 @@ def _table(verdicts: Sequence[Verdict], chosen: Verdict) -> list[str]:
         nats = verdict.candidate.nats
         state = "fits" if verdict.fits else f"short of {format_bytes(verdict.short_bytes)}"
         mark = "chosen" if verdict is chosen else state
-        size = format_bytes(verdict.candidate.nbytes)
+        size = f"{verdict.candidate.nbytes:,} bytes"
         rows.append((verdict.candidate.name, size, "-" if nats is None else f"{nats:.5f}", mark))
     return table(rows, ("", "size", "KL mean", ""))
 

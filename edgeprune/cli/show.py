@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +55,37 @@ def family(found: Family, folder: Path) -> list[str]:
     return [*lines, "", f"report  {folder / 'family.html'}", f"publish it:  edgeprune publish {folder} ORG/NAME"]
 
 
+# A summary is read on one screen: lines of types have no more columns, and there are no more of them.
+_COLUMNS, _TYPE_LINES = 110, 12
+_LAYERS = re.compile(r"\[([0-9,-]+)\]")
+
+
+def type_lines(folded: Sequence[str]) -> list[str]:
+    """What ``decide.plan.folded`` says of the types, for one screen: how many layers where their numbers are too long
+    for a line, and kinds of tensors of a single type together where there are many."""
+    lines = [line if len(line) <= _COLUMNS else _LAYERS.sub(_counted, line) for line in folded]
+    if len(lines) <= _TYPE_LINES:
+        return lines
+    alike: dict[str, list[str]] = {}
+    mixed = []
+    for line in lines:
+        kind, _, rest = line.partition(" ")
+        words = rest.split()
+        if len(words) == 1:
+            alike.setdefault(words[0], []).append(kind)
+        else:
+            mixed.append(line)
+    for name, kinds in alike.items():
+        mixed += textwrap.wrap(f"{name} for all of {', '.join(kinds)}", _COLUMNS, subsequent_indent="  ")
+    return mixed
+
+
+def _counted(found: re.Match[str]) -> str:
+    """How many layers stand in brackets."""
+    spans = [span.partition("-") for span in found[1].split(",")]
+    return f" x{sum(int(last or first) - int(first) + 1 for first, _, last in spans)}"
+
+
 def report(found: Report, folder: Path) -> list[str]:
     """The outcome of a fit on one screen."""
     lines = [found.title, "", found.verdict, ""]
@@ -80,13 +113,9 @@ def report(found: Report, folder: Path) -> list[str]:
         ("", "size", "KL mean", "KL 99 %", "same top token"),
     )
     kept = found.plan["kept"]
-    lines += ["", f"experts kept: {kept} of {found.plan['experts']} per layer", *found.folded]
+    lines += ["", f"experts kept: {kept} of {found.plan['experts']} per layer", *type_lines(found.folded)]
     lines += ["", f"file    {folder / found.build['path']}", f"report  {folder / 'report.html'}"]
-    lines += [
-        "",
-        f"run it:  {found.launch.command(str(folder / found.build['path']))}",
-    ]
-    return lines
+    return [*lines, f"run it:  {found.launch.command(str(folder / found.build['path']))}"]
 
 
 def plan(chosen: Plan, run: Run) -> list[str]:
@@ -115,7 +144,7 @@ def plan(chosen: Plan, run: Run) -> list[str]:
         f"{format_bytes(predicted.file_bytes)}, {predicted.nats:.4g} nats per token predicted",
         f"encoding takes {predicted.encode_seconds:.0f} s here"
         + (", then the experts are healed" if chosen.heal else ""),
-        *folded(chosen, run.architecture),
+        *type_lines(folded(chosen, run.architecture)),
         "",
         f"plan    {run.folder.plan}",
         f"run it:  {chosen.launch.command('FILE')}",
@@ -220,8 +249,8 @@ def inspection(found: Inspection) -> list[str]:
     lines += [
         "",
         *table(
-            [(f.profile, format_bytes(f.usable_bytes), f.verdict) for f in found.fits],
-            ("profile", "usable", "fits"),
+            [(f.profile, format_bytes(f.usable_bytes), format_bytes(f.beside_bytes), f.verdict) for f in found.fits],
+            ("profile", "usable", "KV cache, buffers", "fits"),
         ),
     ]
     return lines

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeprune.cli.commands import Size
+
 if TYPE_CHECKING:
     from edgeprune.prove.smoke.report import SmokeReport
 
@@ -64,7 +66,16 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--context", type=click.IntRange(128), help="Context in tokens; by default the plan's, or the profile's."
 )
-@click.option("--min-decode", type=click.FloatRange(0), metavar="N", help="Tokens per second that must be reached.")
+@click.option(
+    "--min-decode",
+    type=click.FloatRange(0),
+    metavar="N",
+    help="Tokens per second that must be reached; 0 for any.  [default: half of what the plan predicts, where it "
+    "predicts for this device]",
+)
+@click.option(
+    "--memory", type=Size(), metavar="SIZE", help="Most memory it may take, if that is less than the device has."
+)
 @click.option("--baseline", type=_FILE, help="An earlier report, the source model's say: its right answers count.")
 @click.option(
     "-o",
@@ -83,6 +94,7 @@ def smoke(
     run: Path | None,
     context: int | None,
     min_decode: float | None,
+    memory: int | None,
     baseline: Path | None,
     output: Path | None,
     remove: bool,
@@ -99,7 +111,18 @@ def smoke(
     from edgeprune.files import to_json
     from edgeprune.stages.smoke import Wish, smoke
 
-    wish = Wish(file, device, profile, _plan_of(plan, run), context, min_decode, baseline, output, remove)
+    wish = Wish(
+        file,
+        device,
+        profile,
+        _plan_of(plan, run),
+        context,
+        least_decode_per_s=min_decode,
+        most_bytes=memory,
+        baseline=baseline,
+        output=output,
+        remove=remove,
+    )
     report, saved = smoke(wish, Console())
     click.echo(to_json(report.to_json()), nl=False) if as_json else click.echo("\n".join(_lines(report, saved)))
     if report.broken:

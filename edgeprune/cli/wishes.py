@@ -45,8 +45,8 @@ DEEPER = (
         "tasks",
         multiple=True,
         metavar="FILE[:FORMAT]",
-        help="Ask both the questions in FILE, JSON lines of hellaswag, arc, mmlu or gsm8k; repeatable. Costs twice "
-        "reading them; gsm8k 640 decoded tokens a question.",
+        help="Ask both the questions in FILE, JSON lines of hellaswag, arc, mmlu or gsm8k or MMLU's CSV; repeatable. "
+        "Costs twice reading them; gsm8k 640 decoded tokens a question.",
     ),
     click.option(
         "--questions",

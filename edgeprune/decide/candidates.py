@@ -31,9 +31,16 @@ from edgeprune.units import format_bytes
 # What healing leaves of the nats that dropping experts costs: 0.08 to 0.11 on a model of 41 M weights, whatever the
 # number that is kept (tests/benchmarks/healing.py). Other models will differ, so neighbours are built and measured.
 HEALED_SHARE = 0.15
+# What re-fitted down projections leave of the nats that coarser types inside the blocks cost: 0.56 to 0.70 on that
+# model between 3.3 and 1.9 bits per weight (tests/benchmarks/equal_bytes.py). They cannot mend what comes behind.
+COMPENSATED_SHARE = 0.6
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
 _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
+
+
+def _as_it_is(plan: Plan) -> Plan:
+    return plan
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,9 @@ class Problem:
         heal: whether the plan's changed experts are healed.
         limit_seconds: most time to encode what changes type, on all cores.
         part_bytes: most bytes of one file if it is to be split, or 0.
+        reduced: makes of a plan that drops experts the one that merges them.
         rates: measured speed of the device's products, or None where its bandwidth has to do.
+        mtp: whether blocks that predict further tokens are kept.
     """
 
     file: GgufFile
@@ -68,6 +77,14 @@ class Problem:
     limit_seconds: float = math.inf
     part_bytes: int = 0
     rates: KernelRates | None = None
+    mtp: bool = False
+    reduced: Callable[[Plan], Plan] = _as_it_is
+
+    def quantised(self, tensor: Tensor, name: str, *, healed: bool) -> float:
+        """Predicted nats per token that ``tensor`` costs as the type ``name``; of a tensor in a block, re-fitted down
+        projections make good a part."""
+        share = COMPENSATED_SHARE if healed and tensor.layer >= 0 else 1.0
+        return self.sensitivity.nats(tensor, name, share)
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
@@ -111,7 +128,7 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
             Choice(
                 name,
                 align(ggml.tensor_bytes(name, shape), problem.file.alignment),
-                problem.sensitivity.nats(tensor, name),
+                problem.quantised(tensor, name, healed=problem.heal),
                 problem.seconds(tensor, kept, name) if problem.limit_seconds < math.inf else 0.0,
             )
             for name in names
@@ -132,12 +149,14 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
         origin=origin,
         predicted=Prediction(),
         made_from=problem.made_from,
+        mtp=problem.mtp,
         heal=problem.heal
         and any(
             t.is_expert and (kept < problem.architecture.experts or t.name in types)
             for t in problem.architecture.tensors
         ),
     )
+    plan = problem.reduced(plan)
     return plan, layout(problem.file, problem.architecture, kept, types, plan.records(), problem.part_bytes)
 
 
@@ -203,7 +222,7 @@ def priced(
     if where is None or too_big:
         return None
     quant = sum(
-        problem.sensitivity.nats(tensor, types[tensor.name])
+        problem.quantised(tensor, types[tensor.name], healed=plan.heal)
         for tensor in problem.architecture.tensors
         if tensor.name in types
     )

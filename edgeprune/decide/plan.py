@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from operator import index
@@ -19,6 +20,10 @@ from edgeprune.model.gguf import Entry, make_entry
 # llama.cpp computes with these types but has no product with a stored weight of them.
 _NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
 _MOST_BYTES = 1 << 60
+_MERGEABLE = re.compile(r"ffn_((gate|up|down)_exps\.bias|(gate|up|down)_exps\.scale)$")
+DROP, DERN = "drop", "dern"
+REDUCTIONS = (DROP, DERN, "ream", "hc-smoe", "m-smoe")
+Merges = dict[int, dict[int, int]]
 SOLVER, USER, PRESET = "solver", "user", "stock preset "  # who chose a plan; the last with the preset's name
 
 
@@ -86,6 +91,10 @@ class Plan:
         made_from: digests of what the plan was made from.
         heal: the down projections of experts in layers that change are fitted anew, so that the layers answer as
             before.
+        mtp: blocks that predict further tokens are kept.
+        reduce: what becomes of the experts that do not stay, one of ``REDUCTIONS``.
+        merge: by layer, the expert that each of them is averaged into; what is not named is dropped. Empty for
+            ``drop``, and for ``dern``, which finds a place for every single neuron.
 
     Raises:
         BadFile: counts, ids or types that no GGUF can have.
@@ -102,8 +111,12 @@ class Plan:
     predicted: Prediction
     made_from: dict[str, Any]
     heal: bool = False
+    mtp: bool = False
+    reduce: str = DROP
+    merge: Merges = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_merges()
         if not 0 < self.kept <= self.experts:
             raise BadFile(f"the plan keeps {self.kept} of {self.experts} experts")
         if bool(self.keep) != (self.kept < self.experts):
@@ -119,6 +132,22 @@ class Plan:
                 raise BadFile(f"the plan gives {name} the unknown type {type_name}")
             if type_name in _NOT_FOR_WEIGHTS:
                 raise BadFile(f"the plan gives {name} {type_name}, which is no type for weights")
+
+    def _check_merges(self) -> None:
+        if self.reduce not in REDUCTIONS:
+            raise BadFile(f"the plan reduces experts by '{self.reduce}'", hint=f"known: {', '.join(REDUCTIONS)}")
+        if self.reduce != DROP and not self.keep:
+            raise BadFile(f"the plan merges experts by {self.reduce}, but all of them are kept")
+        if self.merge and self.reduce in (DROP, DERN):
+            raise BadFile(f"the plan says what is merged into what, which '{self.reduce}' does not")
+        for layer, own in self.merge.items():
+            kept = set(self.keep.get(layer, ()))
+            for expert, into in own.items():
+                if expert in kept or into not in kept or not 0 <= expert < self.experts:
+                    raise BadFile(
+                        f"the plan merges expert {expert} into {into} in layer {layer}",
+                        hint="one that is not kept goes into one that is",
+                    )
 
     def kept_of(self, layer: int) -> tuple[int, ...]:
         """Ids of the experts that stay in ``layer``."""
@@ -138,9 +167,15 @@ class Plan:
         if not architecture.count_allowed(self.kept):
             reason = architecture.obstacle or f"{architecture.used} used, {architecture.groups} groups"
             raise BadFile(f"{self.kept} of {self.experts} experts cannot be kept: {reason}")
-        if self.keep and set(self.keep) != set(architecture.moe_layers):
+        if self.keep and set(self.keep) != set(architecture.sliced_layers):
             raise BadFile("the plan must list the kept experts of every MoE layer")
         self._check_groups(architecture)
+        if self.reduce != DROP:
+            for own in architecture.tensors:
+                if own.is_expert and not ggml.BY_NAME[own.type].encodable:
+                    raise BadFile(f"experts cannot be merged: nothing encodes {own.name} in {own.type} again")
+                if own.role == "expert_vector" and not _MERGEABLE.search(own.name):
+                    raise BadFile(f"experts cannot be merged: {own.name} cannot be averaged")
         tensors = {tensor.name: tensor for tensor in architecture.tensors}
         for name, type_name in self.types.items():
             tensor = tensors.get(name)
@@ -171,7 +206,12 @@ class Plan:
             # Encodings depend on the importance matrix.
             "statistics": self.made_from.get("statistics") if self.types else None,
             "healed": self.made_from.get("healing") if self.heal else None,
+            **({"mtp": True} if self.mtp else {}),
         }
+        if self.reduce != DROP:
+            merges = {str(layer): {str(a): b for a, b in own.items()} for layer, own in self.merge.items()}
+            # Averages are weighted by what was measured.
+            identity |= {"reduce": self.reduce, "merge": merges, "statistics": self.made_from.get("statistics")}
         return digest(identity)
 
     def records(self) -> list[Entry]:
@@ -184,6 +224,8 @@ class Plan:
         ]
         if self.heal:
             entries.append(make_entry("edgeprune.healed", "bool", True))
+        if self.reduce != DROP:
+            entries.append(make_entry("edgeprune.merged", "str", self.reduce))
         if self.keep:
             flat = [expert for _, ids in sorted(self.keep.items()) for expert in ids]
             entries.append(make_entry("edgeprune.kept_experts", "[u16]", flat))
@@ -193,6 +235,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
         value["keep"] = {str(layer): list(ids) for layer, ids in self.keep.items()}
+        value["merge"] = {str(layer): {str(a): b for a, b in own.items()} for layer, own in self.merge.items()}
         value["launch"] = self.launch.to_json()
         value["digest"] = self.digest
         value["signature"] = digest(value)
@@ -206,7 +249,7 @@ class Plan:
             BadFile: missing or unknown keys, or an unloadable plan.
         """
         names = set(cls.__dataclass_fields__)
-        optional = {"predicted", "heal"}
+        optional = {"predicted", "heal", "mtp", "reduce", "merge"}
         check_keys(where, value, names - optional, optional | {"digest", "signature"})
         try:
             return cls(
@@ -221,6 +264,12 @@ class Plan:
                 predicted=Prediction.from_json(value.get("predicted", {}), f"{where}: predicted"),
                 made_from=dict(value["made_from"]),
                 heal=bool(value.get("heal", False)),
+                mtp=bool(value.get("mtp", False)),
+                reduce=str(value.get("reduce", DROP)),
+                merge={
+                    int(layer): {int(a): index(b) for a, b in own.items()}
+                    for layer, own in value.get("merge", {}).items()
+                },
             )
         except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise BadFile(f"{where} is not a plan: {error}") from error

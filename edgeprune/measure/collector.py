@@ -42,11 +42,14 @@ class _Seen(LayerWindow):
     Attributes:
         biased: the router's probabilities plus its selection bias, float32 [T, E].
         x_pointer, h_pointer: tensors that held the experts' input and the residual stream before the block.
+        finished: the routed experts have answered; what follows under the same names is of experts of another kind
+            (grovemoe's chunk experts).
     """
 
     biased: Floats | None = None
     x_pointer: int = 0
     h_pointer: int = 0
+    finished: bool = False
 
 
 @dataclass
@@ -94,6 +97,8 @@ class Collector(Sums):
         if match is None:
             return False
         handler, layer = self._handler(match[1], op), int(match[2])
+        if layer in self._windows and self._windows[layer].finished:
+            return False
         if handler is None or (self.only is not None and layer not in self.only):
             return False
         if not ask:
@@ -212,6 +217,7 @@ class Collector(Sums):
         window = self._windows.get(layer)
         if window is not None and window.slots is not None and window.gates is not None:
             self.output(layer, window, node.view()[0])
+            window.finished = not self.gates_input
 
     def _residual_of(self, node: Node) -> int | None:
         """The layer whose residual stream the sum ``node`` continues."""

@@ -29,7 +29,8 @@ def at_depths(
     """Prefill and decode speed with so many tokens in the context already.
 
     A task for ``edgeprune.measure.child``. At each depth, ``block`` tokens are prefilled and ``generated`` decoded,
-    ``repeats`` times over, from the same place where the model's memory can go back, else one after the other.
+    ``repeats`` times over, from the same place where the model's memory can go back, else one after the other; what
+    cannot go back is filled from the beginning again for the next depth.
 
     Args:
         depths: in tokens, ascending; each with ``block + generated`` less than the context at most.
@@ -43,20 +44,25 @@ def at_depths(
     settings, rows = Launch(**launch), []
     random = np.random.default_rng(0)
     with session(Path(model), settings, single_output=True) as opened:
-        filled, spent = 0, 0.0
         _filled(opened, random, 0, min(block, settings.context))  # the first decode finds no page in memory
         opened.clear()
-        for number, wanted in enumerate(depths):
-            depth = max(wanted, filled)  # what cannot go back is beyond the next depth where they lie close together
-            late = filled and spent * depth / filled > seconds
+        # Tokens in the context and seconds that they took; both of them in all, however often it was filled.
+        filled, spent, tokens, seconds_spent = 0, 0.0, 0, 0.0
+        for number, depth in enumerate(depths):
+            rate = seconds_spent / tokens if tokens else 0.0
+            late = tokens > 0 and seconds_spent + rate * (depth - filled) > seconds
             if late or depth + block + generated > settings.context:
                 break
             started = time.perf_counter()
             _filled(opened, random, filled, depth)
-            spent += time.perf_counter() - started
-            filled, measured = _repeated(opened, random, depth, block, generated, repeats)
-            first = spent if depth else None
-            rows.append({"depth": depth, **measured, "first_token_seconds": first})
+            took = time.perf_counter() - started
+            spent, tokens, seconds_spent = spent + took, tokens + depth - filled, seconds_spent + took
+            held, measured = _repeated(opened, random, depth, block, generated, repeats)
+            rows.append({"depth": depth, **measured, "first_token_seconds": spent if depth else None})
+            filled = depth
+            if held > depth:  # the repeats stay in a memory that cannot go back
+                opened.clear()
+                filled, spent = 0, 0.0
             if progress is not None:
                 progress(number + 1, len(depths))
     return rows

@@ -92,6 +92,19 @@ def _output_energy(moment: InputMoments | None, matrix: int, rows: int) -> float
     return float(moment.output_square[index] / max(moment.count[index], 1.0) / rows)
 
 
+def _rounding_error(rows: Floats, by_block: dict[str, list[float]]) -> dict[str, float]:
+    """Squared output error of ``rows`` [rows, width] that rounded inputs make, by the size of their blocks.
+
+    Args:
+        by_block: mean squared error of an input channel in each block, see ``rounding.observe``.
+    """
+    energy = np.square(rows, dtype=np.float64).sum(axis=0)
+    return {
+        block: float(energy.reshape(len(errors), -1).sum(axis=1) @ np.asarray(errors))
+        for block, errors in by_block.items()
+    }
+
+
 def _distortions(
     file: GgufFile, tensor: Tensor, moment: InputMoments | None, types: list[str], seed: int, rates: dict[str, float]
 ) -> dict[str, list[float]]:
@@ -125,40 +138,62 @@ def _distortions(
     return results
 
 
+def _rounding(
+    file: GgufFile, tensor: Tensor, moment: InputMoments | None, seed: int, by_block: dict[str, list[float]]
+) -> dict[str, float]:
+    """By the size of the blocks in which inputs are rounded: squared error of the product, relative to its energy."""
+    error, energy = dict.fromkeys(by_block, 0.0), 0.0
+    for matrix, rows in _sample(file, tensor, np.random.default_rng(seed)):
+        if moment is not None:
+            means = moment.mean()
+            own = np.square(rows, dtype=np.float64) @ means[matrix if len(means) > 1 else 0].astype(np.float64)
+            energy += _output_energy(moment, matrix, tensor.shape[1]) * len(rows) or float(own.sum())
+        for block, found in _rounding_error(rows, by_block).items():
+            error[block] += found
+    return {block: found / energy if energy else 0.0 for block, found in error.items()}
+
+
 def measure(
     model: str,
     statistics: str,
+    rounding: dict[str, dict[str, list[float]]],
     wanted: dict[str, list[str]] | None = None,
+    mtp: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Distortion of every quantisable tensor for every candidate type. A task for a child process.
 
     Args:
+        rounding: of the inputs of each tensor's product, as ``rounding.observe`` returns it.
         wanted: types by tensor, instead of all candidates of all quantisable tensors.
+        mtp: with the blocks that predict further tokens.
 
     Returns:
         ``errors``: by tensor, by type: [as a product's weight, as a lookup table], relative squared errors; without
-        the types that cannot hold the tensor's largest weight. ``rates``: by type, weights per second that a thread
+        the types that cannot hold the tensor's largest weight. ``rounding``: by tensor and block size, what rounding
+        the inputs adds to the product's error. ``rates``: by type, weights per second that a thread
         encodes; the first time, which fills the encoder's tables, is not among them.
     """
     file = GgufFile(Path(model))
-    everything = read_architecture(file).tensors
+    everything = read_architecture(file, mtp=mtp).tensors
     tensors = [tensor for tensor in everything if tensor.quantisable]
     if wanted is not None:
         tensors = [tensor for tensor in everything if tensor.name in wanted]
     moments = Statistics.load(Path(statistics)).moments
     results: dict[str, dict[str, list[float]]] = {}
+    rounded: dict[str, dict[str, float]] = {}
     rates: dict[str, float] = {}
 
     def one(item: tuple[int, Tensor]) -> Any:
         index, tensor = item
         moment = moments.get(tensor.name)
         types = candidate_types(tensor) if wanted is None else wanted[tensor.name]
-        return tensor.name, _distortions(file, tensor, moment, types, index, rates)
+        own = _rounding(file, tensor, moment, index, rounding.get(tensor.name, {}))
+        return tensor.name, _distortions(file, tensor, moment, types, index, rates), own
 
     with ThreadPoolExecutor(cores()) as pool:
-        for name, by_type in pool.map(one, enumerate(tensors)):
-            results[name] = by_type
+        for name, by_type, by_block in pool.map(one, enumerate(tensors)):
+            results[name], rounded[name] = by_type, by_block
             if progress is not None:
                 progress(len(results), len(tensors))
-    return {"errors": results, "rates": rates}
+    return {"errors": results, "rounding": rounded, "rates": rates}

@@ -73,6 +73,11 @@ class Node:
         """Extents in ggml's order."""
         return tuple(self.struct.ne)
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it is F32 without gaps, so that it can be written."""
+        return self.struct.type == 0 and bool(_library().ggml_is_contiguous(self.pointer))
+
     def source(self, index: int) -> Node | None:
         pointer = self.struct.src[index]
         return Node(pointer) if pointer else None
@@ -129,6 +134,8 @@ def _library() -> Any:
     for name in ("ggml_op_name", "ggml_backend_dev_name", "ggml_backend_dev_description"):
         getattr(handle, name).restype = ctypes.c_char_p
     handle.ggml_op_name.argtypes = [ctypes.c_int]
+    handle.ggml_is_contiguous.restype = ctypes.c_bool
+    handle.ggml_is_contiguous.argtypes = [ctypes.c_void_p]
     handle.ggml_nbytes.restype = ctypes.c_size_t
     handle.ggml_nbytes.argtypes = [ctypes.c_void_p]
     for name in ("ggml_backend_tensor_get", "ggml_backend_tensor_set"):
@@ -482,6 +489,16 @@ def backend_devices() -> list[dict[str, Any]]:
             }
         )
     return devices
+
+
+def build_of_llama() -> str:
+    """Version and commit of the ggml that is loaded, which is llama.cpp's; "unknown" where it does not tell."""
+    handle, said = ggml.library(), []
+    for name in ("ggml_version", "ggml_commit"):
+        if function := getattr(handle, name, None):
+            function.restype = ctypes.c_char_p
+            said.append(function().decode("utf-8", errors="replace"))
+    return ", commit ".join(said) or "unknown"
 
 
 _MIB_LINE = re.compile(r"([A-Za-z0-9_]+)\s+(KV|RS|compute|output)\s+buffer size\s*=\s*([0-9.]+) MiB")

@@ -7,14 +7,17 @@ tensors lie within the file, so that a 60 GB model is priced in a second without
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.files import room_for
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import Architecture
+from edgeprune.model.headers import Holed
 from edgeprune.model.layout import Layout
 
 # What only a real decode touches: code pages of the kernels, stacks and work buffers of the threads.
@@ -69,16 +72,20 @@ def price(layout: Layout, launch: Launch, architecture: Architecture) -> Needs:
             f"a context of {launch.context} tokens is longer than the model's {architecture.context_length}",
             hint=f"`--context {architecture.context_length}` is the longest",
         )
-    with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
-        shadow = Path(folder) / "shadow.gguf"
-        with room_for(shadow), shadow.open("wb") as stream:
-            stream.write(layout.header)
-            stream.truncate(layout.nbytes)
-        try:
-            priced = child.call("edgeprune.measure.tasks:price", {"shadow": str(shadow), "launch": launch.to_json()})
-        except EdgepruneError as error:
-            cause = error.cause.replace(str(shadow), architecture.name)
-            raise type(error)(cause, rows=error.rows, hint=error.hint) from error
+    return price_each(layout, [launch], architecture)[0]
+
+
+def price_each(layout: Layout, launches: Sequence[Launch], architecture: Architecture) -> list[Needs]:
+    """Memory needs of a file of ``layout`` for each of ``launches``.
+
+    Raises:
+        EdgepruneError: llama.cpp refuses the file or one of them.
+    """
+    priced = _asked(Holed(layout.header, layout.nbytes), launches, architecture.name)
+    return [_needs(own, launch, architecture) for own, launch in zip(priced, launches, strict=True)]
+
+
+def _needs(priced: dict[str, Any], launch: Launch, architecture: Architecture) -> Needs:
     buffers = priced["buffers"]
     by_backend = {name: sizes.get("compute", 0) + sizes.get("output", 0) for name, sizes in buffers.items()}
     host = sum(count for name, count in by_backend.items() if _on_host(name))
@@ -88,6 +95,41 @@ def price(layout: Layout, launch: Launch, architecture: Architecture) -> Needs:
     recurrent = sum(sizes.get("RS", 0) for sizes in buffers.values())
     runtime = priced["runtime_bytes"] + _decode_bytes(architecture, launch)
     return Needs(priced["kv_bytes"] + recurrent, compute, host, runtime, tuple(buffers))
+
+
+def require_loadable(file: Holed, name: str) -> None:
+    """Have llama.cpp look at a file without weights, as far as its header tells; unless the temporary folder takes no
+    file of that length, which says nothing of this one.
+
+    Args:
+        name: what it is called in messages.
+
+    Raises:
+        BadFile: it refuses the file; the rows say why.
+        NativeCrash: it aborts on it.
+    """
+    with tempfile.TemporaryFile(prefix="edgeprune-") as trial:
+        try:
+            trial.truncate(file.nbytes)
+        except OSError:
+            return
+    _asked(file, [Launch()], name)
+
+
+def _asked(file: Holed, launches: Sequence[Launch], name: str) -> list[dict[str, Any]]:
+    """What llama.cpp says of a shadow for each launch; see ``tasks.price``."""
+    with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+        shadow = Path(folder) / "shadow.gguf"
+        with room_for(shadow), shadow.open("wb") as stream:
+            stream.write(file.top)
+            stream.truncate(file.nbytes)
+        try:
+            arguments = {"shadow": str(shadow), "launches": [launch.to_json() for launch in launches]}
+            priced: list[dict[str, Any]] = child.call("edgeprune.measure.tasks:price_each", arguments)
+        except EdgepruneError as error:
+            cause = error.cause.replace(str(shadow), name)
+            raise type(error)(cause, rows=error.rows, hint=error.hint) from error
+    return priced
 
 
 def _on_host(backend: str) -> bool:

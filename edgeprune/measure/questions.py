@@ -1,4 +1,5 @@
-"""Questions with known answers, in files as they are published: JSON lines of HellaSwag, ARC, MMLU and GSM8K.
+"""Questions with known answers, in files as they are published: JSON lines of HellaSwag, ARC, MMLU and GSM8K, and the
+tables of MMLU: CSV without a head, a question, four answers and a letter in each row, the subject in the file's name.
 
 Prompts and scores follow the habits of EleutherAI's lm-evaluation-harness, without examples in front:
 
@@ -12,6 +13,7 @@ A file is read line by line and never held whole.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +27,7 @@ HELLASWAG, ARC, MMLU, GSM8K = "hellaswag", "arc", "mmlu", "gsm8k"
 _MOST_LINE_BYTES = 1 << 20
 _MOST_CHOICES = 26
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_HEAD = ["question", "a", "b", "c", "d", "answer"]  # of a table, which need not have one
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
@@ -116,8 +119,8 @@ def last_number(text: str) -> str:
     return f"{sign}{number}" if number != "0" else "0"
 
 
-def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Number and JSON object of every line that is not blank."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of every line, none of which is long enough to fill the memory."""
     try:
         with path.open("rb") as stream:
             number = 0
@@ -125,10 +128,53 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 number += 1
                 if len(raw) > _MOST_LINE_BYTES:
                     raise BadFile(f"{path}, line {number} is longer than {_MOST_LINE_BYTES:,} bytes")
-                if raw.strip():
-                    yield number, _record(raw, f"{path}, line {number}")
+                yield number, raw
     except OSError as error:
         raise BadFile(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number of the line and JSON object of every line that is not blank; of a table, the last line and the row."""
+    if _is_table(path):
+        yield from _rows(path)
+        return
+    for number, raw in _lines(path):
+        if raw.strip():
+            yield number, _record(raw, f"{path}, line {number}")
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The rows of a table of MMLU, as the records that its JSON lines have."""
+    subject = re.sub(r"_(test|val|dev)$", "", path.stem)
+    reader = csv.reader(_decoded(path), strict=True)
+    try:
+        for row in reader:
+            if not row or (reader.line_num == 1 and [cell.strip().lower() for cell in row] == _HEAD):
+                continue
+            if len(row) != len(_HEAD):
+                raise BadFile(
+                    f"{path}, line {reader.line_num} has {len(row)} columns",
+                    hint="a table of MMLU has six: the question, answers A to D, and the letter of the right one",
+                )
+            question, *choices, answer = row
+            yield (
+                reader.line_num,
+                {"question": question, "choices": choices, "answer": answer.strip(), "subject": subject},
+            )
+    except csv.Error as error:
+        raise BadFile(f"{path}, line {reader.line_num} is no row of a table: {error}") from error
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    for number, raw in _lines(path):
+        try:
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise BadFile(f"{path}, line {number} is not in UTF-8: {error}"[:300]) from error
 
 
 def _record(raw: bytes, where: str) -> Mapping[str, Any]:

@@ -76,6 +76,8 @@ class Sensitivity:
         drops: by score and number of kept experts: nats per token, measured by masking the router.
         made_from: digests of model, statistics and settings.
         rates: by type, weights per second that one thread of this machine encodes.
+        rounding: by tensor and size of the blocks in which llama.cpp rounds activations: relative squared error that
+            this adds to the product.
     """
 
     responses: dict[str, Response]
@@ -83,9 +85,13 @@ class Sensitivity:
     drops: dict[str, dict[int, float]]
     made_from: dict[str, Any]
     rates: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, dict[int, float]] = field(default_factory=dict)
 
-    def nats(self, tensor: Tensor, type_name: str) -> float:
+    def nats(self, tensor: Tensor, type_name: str, share: float = 1.0) -> float:
         """Predicted cost in nats per token of giving ``tensor`` the type ``type_name``.
+
+        Args:
+            share: of the weights' error in the product that is left when others make up for it.
 
         Raises:
             BadFile: the type has no distortion, because it cannot hold the tensor's largest weight.
@@ -98,12 +104,37 @@ class Sensitivity:
                 hint=f"leave it in {tensor.type}",
             )
         product, lookup = self.distortions[tensor.name][type_name]
+        product = share * product + self.rounded(tensor, type_name)
         pairs = ((Site(tensor.name, False), product), (Site(tensor.name, True), lookup))
         known = [self.responses[site.key].nats(error) for site, error in pairs if site.key in self.responses]
         if known or not self.responses:
             return sum(known)
         # What was not seen in the graph is not free: it costs as much as the most sensitive tensor.
         return max(response.nats(product) for response in self.responses.values())
+
+    def rounded(self, tensor: Tensor, type_name: str) -> float:
+        """Relative squared error that rounding the inputs of ``tensor`` adds when it gets the type ``type_name``;
+        where its own type has them rounded already, the source errs as much, independently."""
+        by_block = self.rounding.get(tensor.name, {})
+        return by_block.get(ggml.BY_NAME[type_name].input_block, 0.0)
+
+    def to_floor(
+        self, rounding: Mapping[str, Mapping[int, float]], floor: Mapping[int, float]
+    ) -> dict[str, dict[int, float]]:
+        """``rounding`` in such units that rounding the inputs of all products costs ``floor`` nats, by block size.
+
+        Rounded inputs move a product in the directions that its signal has, which costs more than the same error in
+        directions at random, as it was injected for ``responses``: two or three times.
+        """
+        factors = {}
+        for block, nats in floor.items():
+            costs = [
+                self.responses[key].nats(own[block])
+                for name, own in rounding.items()
+                if block in own and (key := Site(name, False).key) in self.responses
+            ]
+            factors[block] = max(nats, 0.0) / sum(costs) if sum(costs) > 0 else 1.0
+        return {name: {b: error * factors.get(b, 1.0) for b, error in own.items()} for name, own in rounding.items()}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -115,6 +146,9 @@ class Sensitivity:
             "drops": {name: {str(kept): nats for kept, nats in own.items()} for name, own in self.drops.items()},
             "made_from": self.made_from,
             "rates": self.rates,
+            "rounding": {
+                name: {str(block): error for block, error in own.items()} for name, own in self.rounding.items()
+            },
         }
 
     @classmethod
@@ -136,6 +170,7 @@ class Sensitivity:
                 {name: _drops(name, own) for name, own in value["drops"].items()},
                 dict(value["made_from"]),
                 {name: checked_number(f"rate of {name}", rate) for name, rate in value["rates"].items()},
+                {name: _rounding(name, own) for name, own in value["rounding"].items()},
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise BadFile(f"the saved sensitivity is damaged: {error}") from error
@@ -166,6 +201,10 @@ def _errors(name: str, own: Mapping[str, Any]) -> dict[str, list[float]]:
     if wrong := [kind for kind, pair in errors.items() if kind not in ggml.BY_NAME or len(pair) != 2]:
         raise BadFile(f"{where} as {wrong[0]} is not a pair of numbers for a type")
     return errors
+
+
+def _rounding(name: str, own: Mapping[str, Any]) -> dict[int, float]:
+    return {int(block): checked_number(f"the rounding of {name}", error) for block, error in own.items()}
 
 
 def _drops(name: str, own: Mapping[str, Any]) -> dict[int, float]:
@@ -256,3 +295,8 @@ def _between(known: list[tuple[int, Response]], layer: int) -> Response:
         return math.exp((1 - share) * math.log(a) + share * math.log(b))
 
     return Response(mix(first.small, second.small), mix(first.large, second.large), interpolated=True)
+
+
+def rounding_of(measured: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """``Sensitivity.rounding`` from what ``distortion.measure`` returns."""
+    return {name: _rounding(name, own) for name, own in measured["rounding"].items()}

@@ -70,6 +70,7 @@ ACCUMULATORS: dict[str, Accumulator] = {
     "token_turn": Accumulator(""),
     "token_full_turn": Accumulator(""),
     "token_ratio": Accumulator(""),
+    "turn_histogram": Accumulator("B"),
     "top_logit_sum": Accumulator("E"),
     "chosen_logit_sum": Accumulator("E"),
     "ratio_histogram": Accumulator("RB"),
@@ -120,7 +121,8 @@ class LayerStatistics:
     - ``angle_sum`` [E]: sum of g|f| (1 - cos(x, f)).
     - ``turn_sum`` [E]: sum of g|f| s with s = max(1 - cos(h, h + y), 0).
     - ``turn_tokens``, ``token_turn``, ``token_full_turn``, ``token_ratio`` []: tokens whose h was seen, and their
-      sums of s, of 1 - cos(h, h + y + shared experts), and of |y|^2 / |h|^2.
+      sums of s, of 1 - cos(h, h + y + shared experts), and of |y|^2 / |h|^2; ``turn_histogram`` [64]: these tokens by
+      s, bins over 0..2.
     - ``top_logit_sum``, ``chosen_logit_sum`` [E]: sums of z over the tokens whose first choice the expert is, and
       over those routed to it.
     - ``ratio_histogram`` [k - 1, 64]: tokens by weight of the j-th choice relative to the first, bins over 0..1.

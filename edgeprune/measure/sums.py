@@ -269,7 +269,8 @@ class Sums:
         moved = np.einsum("td,td->t", output, output, dtype=np.float64)
         ratio = np.divide(moved, squared, out=np.zeros_like(moved), where=squared > 0).sum()
         self._add(layer, sums, turn_tokens=np.float64(len(turn)), token_turn=turn.sum(dtype=np.float64))
-        self._add(layer, sums, token_ratio=ratio)
+        bins = np.minimum((turn * (RATIO_BINS / 2)).astype(np.int64), RATIO_BINS - 1)
+        self._add(layer, sums, token_ratio=ratio, turn_histogram=np.bincount(bins, minlength=RATIO_BINS))
         return turn
 
     def after(self, layer: int, window: LayerWindow, after: Floats) -> None:

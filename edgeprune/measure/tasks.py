@@ -23,7 +23,7 @@ from edgeprune.measure.child import peak_memory_bytes
 from edgeprune.measure.divergence import Quality, Reference, TokenScores, summarise
 from edgeprune.measure.documents import Document
 from edgeprune.measure.launch import Launch
-from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, session
+from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, build_of_llama, session
 from edgeprune.measure.observers import Disturbance, RouterMask
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import LeftOut, TextFile, Window, windows
@@ -118,7 +118,7 @@ def collect(
 
     folder, names = Path(scratch), frozenset(weights)
     folder.mkdir(parents=True, exist_ok=True)
-    observer = _Switch()
+    observer = Switch()
     with room_for(Path(output)), session(Path(model), _launch(window, threads), observer) as opened:
         shards, found = _calibration(opened, texts, window, most_tokens)
         kept = _kept_positions([part for shard in shards for part in shard], reservoir_tokens)
@@ -271,9 +271,10 @@ def reference(
     return {"tokens": sum(len(part.tokens) for part in chosen), "windows": len(chosen)}
 
 
-def _compare(
+def compared(
     opened: Session, chosen: list[Window], kept: Reference, progress: Progress | None
 ) -> Iterator[TokenScores]:
+    """Scores of every one of the ``chosen`` windows against what is ``kept`` of them."""
     kept.rewind()
     for index, part in enumerate(chosen):
         yield kept.compare(opened.run(part.tokens), part.tokens)
@@ -299,10 +300,11 @@ def divergence(
         masks: each None, or kept expert ids by layer (as text, JSON has no integer keys).
 
     Returns:
-        for each mask ``{"all": Quality, "domains": {name: Quality}, "windows": [[tokens, nats], ...]}`` as JSON.
+        for each mask ``{"all": Quality, "domains": {name: Quality}, "windows": [[tokens, nats], ...], "undivided":
+        [domains that are in both halves of the held-out text]}`` as JSON.
     """
     results = []
-    observer = _Switch()
+    observer = Switch()
     with session(Path(model), _launch(window, threads), observer) as opened:
         chosen = chosen_windows(opened, texts, split, window, most_tokens)
         kept = Reference(Path(reference), opened.vocabulary_size)
@@ -311,7 +313,7 @@ def divergence(
             router = RouterMask(keep, experts) if keep else None
             observer.current = router
             report = _scaled(progress, number, len(masks))
-            scores = list(_compare(opened, chosen, kept, report))
+            scores = list(compared(opened, chosen, kept, report))
             if router is not None:
                 router.check()
             results.append(_by_domain(scores, chosen))
@@ -326,10 +328,11 @@ def _by_domain(scores: list[TokenScores], chosen: list[Window]) -> dict[str, Any
         "all": summarise(scores).to_json(),
         "domains": {name: summarise(own).to_json() for name, own in domains.items()},
         "windows": [[len(score.divergence), float(score.divergence.sum(dtype=np.float64))] for score in scores],
+        "undivided": sorted({part.domain for part in chosen if part.undivided}),
     }
 
 
-class _Switch:
+class Switch:
     """An observer whose behaviour can be exchanged between passes of one session."""
 
     def __init__(self) -> None:
@@ -363,7 +366,7 @@ def disturb(
         sites: each ``{"weight": name, "lookup": bool, "relative_square": size of the error}``.
     """
     results = []
-    observer = _Switch()
+    observer = Switch()
     with session(Path(model), _launch(window, threads), observer) as opened:
         chosen = chosen_windows(opened, texts, split, window, most_tokens)
         kept = Reference(Path(reference), opened.vocabulary_size)
@@ -375,7 +378,7 @@ def disturb(
                 seed=number,
             )
             observer.current = disturbance
-            quality: Quality = summarise(list(_compare(opened, chosen, kept, None)))
+            quality: Quality = summarise(list(compared(opened, chosen, kept, None)))
             results.append(quality.kl_mean if disturbance.touched else None)
             if progress is not None:
                 progress(number + 1, len(sites))
@@ -399,6 +402,11 @@ def price(shadow: str, launch: dict[str, Any]) -> dict[str, Any]:
             "kv_bytes": _cache_bytes(lines),
             "runtime_bytes": peak_memory_bytes(),
         }
+
+
+def price_each(shadow: str, launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``price`` for several launches, one after the other."""
+    return [price(shadow, launch) for launch in launches]
 
 
 _CACHE_LINE = re.compile(r"llama_kv_cache\S*: size =\s*([0-9.]+) MiB")
@@ -429,7 +437,8 @@ def benchmark(
     Returns:
         prefill and decode tokens per second (medians over ``repeats``; ``best``: of them), the first token's delay in
         seconds, peak memory in bytes with as much of the context filled as 20 seconds allow; ``device_bytes``: what
-        was then taken of the memory of graphics cards.
+        was then taken of the memory of graphics cards; ``ggml``: its version; ``processors``: what llama.cpp computes
+        with here.
     """
     settings, clock = Launch(**launch), time.thread_time if processor_time else time.perf_counter
     prefill, decode, finite = [], [], True
@@ -461,6 +470,8 @@ def benchmark(
         "device_bytes": taken,
         "filled_tokens": filled,
         "finite": finite,
+        "ggml": build_of_llama(),
+        "processors": [f"{device['name']}: {device['description']}" for device in backend_devices()],
     }
 
 

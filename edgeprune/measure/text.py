@@ -2,14 +2,16 @@
 
 Files hold documents separated by lines of ``%%%%``, a file without them is one document; or JSON lines, see
 ``documents``. Every fourth document of a domain (of a domain with fewer: every fourth window) is held out: no expert
-or type is chosen with it. Only which of two finished files is shipped, the plan or a stock preset, is decided on it.
+or type is chosen with it. The held-out windows of each domain are dealt out in turn to two halves: with one it is
+chosen which of several finished files is shipped, the other is for the report. A single window is cut in two; where
+it is too short for that it takes part in both, and says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from edgeprune.measure.documents import (
 
 # What the bytes of a text file mean.
 PLAIN, JSON_LINES, CHATS, PREPARED = "plain", "json lines", "chats", "prepared"
+# Parts of the text; the last two are halves of the held-out one.
+CALIBRATION, HELD_OUT, CHOOSING, REPORTING = "calibration", "held_out", "choosing", "reporting"
 HELD_OUT_EVERY = 4
 SHORTEST_WINDOW = 16
 _SHIPPED = Path(__file__).resolve().parent / "text"
@@ -37,7 +41,8 @@ class TextFile:
     """One domain's text.
 
     Attributes:
-        split: ``shared`` (part calibrates, part is held out), ``calibration`` or ``held_out``.
+        split: ``shared`` (part calibrates, part is held out), ``calibration``, ``held_out``, or ``reporting``: held
+            out, and nothing is chosen with any of it.
         form: ``plain``; ``json lines`` without a chat; ``chats``: JSON lines with chats, which a model's template has
             to render before they can be read; ``prepared``: what edgeprune wrote, rendered chats for example.
     """
@@ -53,10 +58,15 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Window:
-    """A run of consecutive tokens of one document, decoded as a sequence of its own."""
+    """A run of consecutive tokens of one document, decoded as a sequence of its own.
+
+    Attributes:
+        undivided: whether it is in both halves of the held-out text, its domain being too short for two.
+    """
 
     domain: str
     tokens: tuple[int, ...]
+    undivided: bool = False
 
 
 def shipped_texts() -> list[TextFile]:
@@ -134,10 +144,21 @@ def _windows(tokens: Sequence[int], length: int) -> list[tuple[int, ...]]:
 def _of_split(items: list[Any], own: str, wanted: str) -> list[Any]:
     """The items of ``wanted`` (``calibration`` or ``held_out``) from a file of split ``own``."""
     if own != "shared":
-        return items if own == wanted else []
+        return items if own == wanted or (own, wanted) == (REPORTING, HELD_OUT) else []
     held = [item for index, item in enumerate(items) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
     rest = [item for index, item in enumerate(items) if index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
-    return held if wanted == "held_out" else rest
+    return held if wanted == HELD_OUT else rest
+
+
+def _half(own: list[Window], part: str) -> list[Window]:
+    """The windows of the half ``part`` of a domain's held-out ones, which differ in one window at most."""
+    if len(own) == 1:
+        (window,) = own
+        middle = (len(window.tokens) + 1) // 2
+        if len(window.tokens) - middle < SHORTEST_WINDOW:
+            return [replace(window, undivided=True)]
+        own = [replace(window, tokens=window.tokens[:middle]), replace(window, tokens=window.tokens[middle:])]
+    return own[part != REPORTING :: 2]
 
 
 def _spread(own: Sequence[Window], count: int) -> list[Window]:
@@ -222,7 +243,7 @@ def windows(
     """Windows of at most ``length`` tokens, domains taking turns, ``most_tokens`` in all.
 
     Args:
-        split: ``calibration`` or ``held_out``.
+        split: ``calibration``, ``held_out``, or a half of that: ``choosing`` or ``reporting``.
         tokenize: document to token ids.
         left_out: filled with what is too short, by domain.
 
@@ -231,21 +252,28 @@ def windows(
     """
     length = min(length, max(most_tokens, SHORTEST_WINDOW))
     by_domain: list[list[Window]] = []
+    halved = split in (CHOOSING, REPORTING)
+    whole = HELD_OUT if halved else split
     for text in texts:
         documents, seen = read_documents(text), LeftOut()
         if left_out is not None:
             left_out[text.domain] = seen
         if len(documents) >= HELD_OUT_EVERY:
-            parts = [_windows(seen.see(tokenize(d)), length) for d in _of_split(documents, text.split, split)]
+            parts = [_windows(seen.see(tokenize(d)), length) for d in _of_split(documents, text.split, whole)]
             chosen = [part for document in parts for part in document]
         else:
             parts = [_windows(seen.see(tokenize(document)), length) for document in documents]
-            chosen = _of_split([part for document in parts for part in document], text.split, split)
-        by_domain.append([Window(text.domain, tokens) for tokens in chosen])
+            chosen = _of_split([part for document in parts for part in document], text.split, whole)
+        own = [Window(text.domain, tokens) for tokens in chosen]
+        if halved and text.split == REPORTING:
+            own = own if split == REPORTING else []
+        elif halved:
+            own = _half(own, split)
+        by_domain.append(own)
     taken = _taking_turns(by_domain, most_tokens)
     if not taken:
         raise BadFile(
-            f"the text gives no {split.replace('_', '-')} windows of {SHORTEST_WINDOW} tokens or more",
+            f"the text gives no {whole.replace('_', '-')} windows of {SHORTEST_WINDOW} tokens or more",
             hint="give a longer text, a few hundred kB is good",
         )
     return taken

@@ -58,8 +58,17 @@ def layer_tensors(architecture: Architecture, layer: int) -> dict[str, Tensor]:
     return found
 
 
+def _scales(file: GgufFile, tensor: Tensor) -> Floats | None:
+    """What the products of each expert's matrix are multiplied with, float32 [E], or None where they are not."""
+    name = tensor.name.removesuffix("weight") + "scale"
+    if name not in file.tensors:
+        return None
+    return ggml.decode(ggml.BY_NAME[file.tensors[name].type], file.raw(name), tensor.shape[2]).reshape(-1)
+
+
 def _layer(file: GgufFile, tensors: dict[str, Tensor], experts: int) -> LayerWeights:
     down, router = tensors["expert_down"], tensors["router"]
+    scales = {role: _scales(file, tensor) for role, tensor in tensors.items() if role != "router"}
     absolute, square, count = np.zeros(experts), np.zeros(experts), np.zeros(experts)
     columns = np.zeros((experts, down.shape[0]))
     for role, tensor in tensors.items():
@@ -67,6 +76,8 @@ def _layer(file: GgufFile, tensors: dict[str, Tensor], experts: int) -> LayerWei
             continue
         for expert in range(experts):
             matrix = expert_matrix(file, tensor, expert)
+            if (scale := scales[role]) is not None:
+                matrix = matrix * scale[expert]
             squares = np.square(matrix)
             absolute[expert] += np.abs(matrix).sum(dtype=np.float64)
             square[expert] += squares.sum(dtype=np.float64)
@@ -79,15 +90,22 @@ def _layer(file: GgufFile, tensors: dict[str, Tensor], experts: int) -> LayerWei
 
 
 def weigh(
-    model: str, output: str, fingerprint: str, progress: Callable[[int, int], None] | None = None
+    model: str,
+    output: str,
+    fingerprint: str,
+    mtp: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
     """Measure every layer and write the result to ``output``. A task for a child process.
 
     One expert's matrix is decoded at a time.
+
+    Args:
+        mtp: with the blocks that predict further tokens.
     """
     file = GgufFile(Path(model))
-    architecture = read_architecture(file)
-    layers = architecture.moe_layers
+    architecture = read_architecture(file, mtp=mtp)
+    layers = architecture.sliced_layers
     measured: dict[int, LayerWeights] = {}
     for number, layer in enumerate(layers):
         measured[layer] = _layer(file, layer_tensors(architecture, layer), architecture.experts)

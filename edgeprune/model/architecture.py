@@ -87,18 +87,19 @@ class Architecture:
     Attributes:
         name: of the model, for people.
         arch: llama.cpp's architecture string.
-        layers: transformer blocks (L), without multi-token-prediction blocks.
+        layers: transformer blocks (L), without those that predict further tokens.
         experts: routed experts per MoE layer (E).
         used: experts per token (k).
         width: of the residual stream (D).
         expert_width: hidden width of one expert (F).
         groups: routing groups; 1 means ungrouped.
         groups_used: routing groups that a token may choose from.
-        moe_layers: block indices that have routed experts.
+        moe_layers: block indices that have routed experts, of the L blocks that text goes through.
         context_length: trained context, tokens.
         vocabulary: tokens.
         obstacle: why experts of this model cannot be dropped, or "".
-        tensors: all tensors in file order.
+        tensors: in file order; those of blocks that predict further tokens only where these are kept.
+        left_out: tensors of such blocks where they are not kept.
     """
 
     name: str
@@ -115,6 +116,19 @@ class Architecture:
     vocabulary: int
     obstacle: str
     tensors: tuple[Tensor, ...]
+    left_out: tuple[Tensor, ...] = ()
+
+    @property
+    def further_moe_layers(self) -> tuple[int, ...]:
+        """Kept blocks that predict further tokens and have routed experts. No text goes through them here."""
+        return tuple(
+            sorted({tensor.layer for tensor in self.tensors if tensor.is_expert and tensor.layer >= self.layers})
+        )
+
+    @property
+    def sliced_layers(self) -> tuple[int, ...]:
+        """Blocks that have one number of experts."""
+        return (*self.moe_layers, *self.further_moe_layers)
 
     @property
     def parameters(self) -> int:
@@ -226,10 +240,6 @@ def _obstacle(file: Header, arch: str, tensors: tuple[Tensor, ...]) -> str:
         return "its experts share chunk experts (grovemoe)"
     if any("tid2eid" in name for name in names):
         return "some layers route by a token table"
-    layers = _scalar(file, f"{arch}.block_count", 0) - _scalar(file, f"{arch}.nextn_predict_layers", 0)
-    # Such blocks may be dense, or left out of the file.
-    if any(tensor.is_expert and tensor.layer >= layers for tensor in tensors):
-        return "its multi-token-prediction blocks hold experts that text does not exercise"
     if arch == "llama4" and _scalar(file, f"{arch}.expert_count", 0) == 128:
         return "llama.cpp takes another number of experts than 128 for a Llama 4 that normalises queries and keys"
     if isinstance(file.get(f"{arch}.expert_used_count"), np.ndarray):
@@ -237,8 +247,11 @@ def _obstacle(file: Header, arch: str, tensors: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def read_architecture(file: Header) -> Architecture:
+def read_architecture(file: Header, *, mtp: bool = False) -> Architecture:
     """The architecture that the header of ``file`` describes.
+
+    Args:
+        mtp: with the blocks behind the last layer that predict further tokens.
 
     Raises:
         BadFile: metadata that contradict the tensors, or that llama.cpp would abort on.
@@ -270,6 +283,11 @@ def read_architecture(file: Header) -> Architecture:
             raise BadFile(f"{file.path}: {tensor.name} has {tensor.shape[-1]} experts, the metadata {experts}")
         if len(tensor.shape) != _dimensions(tensor):
             raise BadFile(f"{file.path}: {tensor.name} has the impossible shape {list(tensor.shape)}")
+    left_out = () if mtp else tuple(tensor for tensor in tensors if tensor.layer >= layers)
+    tensors = tuple(tensor for tensor in tensors if mtp or tensor.layer < layers)
+    expert_tensors = [tensor for tensor in tensors if tensor.is_expert and tensor.layer < layers]
+    if not expert_tensors:
+        raise Unsupported(f"{file.path.name} has experts only in blocks that predict further tokens")
     down = next((t for t in expert_tensors if t.role == "expert_down"), expert_tensors[0])
     embedding = next((t for t in tensors if t.role == "embedding"), None)
     return Architecture(
@@ -287,4 +305,5 @@ def read_architecture(file: Header) -> Architecture:
         vocabulary=embedding.shape[1] if embedding else 0,
         obstacle=_obstacle(file, arch, tensors),
         tensors=tensors,
+        left_out=left_out,
     )

@@ -12,6 +12,7 @@ import math
 import mmap
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,9 +149,10 @@ class Checkpoint:
             self._open = {shard: _open_shard(self.folder / shard)}
         return self._open[shard]
 
-    def origin(self) -> str:
-        """Digest of the checkpoint and of the way it is converted."""
-        return hashlib.sha256(f"conversion {CONVERSION_FORMAT}, {self.fingerprint()}".encode()).hexdigest()
+    def origin(self, *, mtp: bool = False) -> str:
+        """Digest of the checkpoint and of the way it is converted; ``mtp``: with its further blocks."""
+        way = f"{CONVERSION_FORMAT}{' with further blocks' if mtp else ''}"
+        return hashlib.sha256(f"conversion {way}, {self.fingerprint()}".encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """SHA-256 over the small files and over every shard, all of them whole.
@@ -267,6 +269,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         found = _shard_tensors(folder / shard)
         stored |= found
         shard_of |= dict.fromkeys(found, shard)
+    if shards != [SINGLE]:
+        require_as_listed(read_json(folder / INDEX), shard_of, str(folder))
     return described(folder, config, shard_of, stored)
 
 
@@ -338,6 +342,37 @@ def weight_files(index: Any, where: str) -> list[str]:
             hint="no honest checkpoint does that; get it from another place",
         )
     return names
+
+
+def require_as_listed(index: Any, shard_of: Mapping[str, str], where: str) -> None:
+    """Refuse shards that hold other tensors than the index says: they are of another model, or of another revision.
+
+    Args:
+        index: content of the index.
+        shard_of: the file that holds a tensor, by its name.
+        where: the checkpoint, for messages.
+
+    Raises:
+        BadFile: names a tensor that is missing, elsewhere, or not listed.
+    """
+    listed: dict[str, str] = {str(name): str(shard) for name, shard in index["weight_map"].items()}
+    wrong = [name for name, shard in listed.items() if shard_of.get(name) != shard]
+    strange = [name for name in shard_of if name not in listed]
+    if not wrong and not strange:
+        return
+    if wrong:
+        there = shard_of.get(wrong[0])
+        cause = (
+            f"{where}: {INDEX} says that {listed[wrong[0]]} holds {wrong[0][:80]}, which "
+            f"{f'is in {there}' if there else 'no file holds'}"
+        )
+    else:
+        cause = f"{where}: {shard_of[strange[0]]} holds {strange[0][:80]}, which {INDEX} does not list"
+    count = len(wrong) + len(strange)
+    raise BadFile(
+        cause + (f"; {count} tensors differ" if count > 1 else ""),
+        hint="its files are of different revisions or models; get all of them again",
+    )
 
 
 def _shards(folder: Path) -> list[str]:

@@ -51,6 +51,30 @@ def content_digest(path: Path) -> str:
     return digest
 
 
+def known_digest(path: Path) -> str:
+    """What ``content_digest`` would return without reading the file, or "" where it would have to."""
+    try:
+        real = path.resolve(strict=True)
+        note = _note(real)
+        remembered = _known.get(str(note)) or _read_note(note)
+        return str(remembered["digest"]) if remembered.get("state") == _state(real) else ""
+    except OSError:
+        return ""
+
+
+def git_digest(path: Path) -> str:
+    """SHA-1 that git gives to the file as a blob, 40 hexadecimal digits.
+
+    Raises:
+        BadFile: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadFile(f"cannot read {path}: {error.strerror or error}") from error
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 def _state(path: Path) -> dict[str, int]:
     """All that changes with a file's content. A program can set the time of the last change back to what it was,
     but not that of the last change of the inode (on Windows this is the time of creation, which does no harm)."""

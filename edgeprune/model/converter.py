@@ -21,6 +21,7 @@ COMPUTED_OTHERWISE = {
 }
 PREFIX = "{model}"  # in names of checkpoint tensors: whatever stands before "embed_tokens" in this checkpoint
 OPERATIONS = ("sum", "product", "quotient", "length")
+FURTHER = "further"  # the kind of blocks behind the last layer that predict further tokens, where they are kept
 # How the layers that are of a kind are found; each rule is one of these.
 RULES = ("below", "every", "members", "list", "unless", "has", "when")
 
@@ -226,7 +227,7 @@ def _tensors(path: Path, table: dict[str, Any], kinds: Mapping[str, Rule]) -> di
     found: dict[str, tuple[Source, ...]] = {}
     groups = [("", table["tensors"]), ("", table.get("optional_tensors", {})), *table.get("tensors_of", {}).items()]
     for kind, group in groups:
-        if kind and kind not in kinds:
+        if kind and kind not in (*kinds, FURTHER):
             raise BadFile(f"{path}: tensors of the unknown kind {kind}", hint=f"known: {', '.join(kinds)}")
         for name, entry in group.items():
             found[name] = (*found.get(name, ()), *_sources(f"{path}: {name}", entry, kind))

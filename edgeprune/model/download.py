@@ -7,69 +7,149 @@ looks for them, and it does the rest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from edgeprune.errors import BadFile, Busy, EdgepruneError
-from edgeprune.files import room_for, write_text
+from edgeprune.files import require_space, room_for, write_text
 from edgeprune.model import hub, selection
-from edgeprune.model.checkpoint import INDEX, open_checkpoint
+from edgeprune.model.cached import COMMIT, NotHere, cached, holds
+from edgeprune.model.checkpoint import INDEX
+from edgeprune.model.content import known_digest
+from edgeprune.model.convert import model_entries
+from edgeprune.model.gguf import DEFAULT_ALIGNMENT, file_bytes, header
 from edgeprune.model.hub import DEFAULT_REVISION, HubFile, Listing, Unreachable
 from edgeprune.model.location import HubName
+from edgeprune.model.planning import known_converter, plan_conversion
+from edgeprune.model.remote import Budget, NoRanges, remote_checkpoint, remote_config
+from edgeprune.model.selection import CONFIG
+from edgeprune.model.tokenizer import tokenizer_entries
 from edgeprune.units import format_bytes
 
 Progress = Callable[[int, int], None]
 # Bytes of one request: the Hub's servers do not hand out more than 50 GB at once.
 SEGMENT = 8 << 30
 _CHUNK = 1 << 20
+_WORTH_TELLING = 1 << 30  # bytes to be read before anything happens
 # Waiting before a connection that was cut is tried again; each new byte starts this anew.
 PATIENCE_SECONDS = (1.0, 2.0, 4.0, 8.0)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def fetch(name: HubName, progress: Progress, say: Callable[[str], None]) -> Path:
+@dataclass(frozen=True)
+class Aim:
+    """What a checkpoint is wanted for: the GGUF ``output`` with matrices of the type ``base``."""
+
+    output: Path
+    base: str = "auto"
+
+
+def fetch(name: HubName, progress: Progress, say: Callable[[str], None], aim: Aim | None = None) -> Path:
     """The checkpoint folder or the GGUF file (its first part) called ``name``, downloaded as far as it is not here.
 
     Args:
+        aim: what a checkpoint is wanted for. One that cannot be converted, or whose GGUF would have no room beside
+            it, is refused before its weights are fetched. None to fetch it whatever it is.
         progress: called with bytes that arrived and bytes that were missing.
         say: told what is downloaded, and when the network failed and an earlier download is used.
 
     Raises:
         UsageError: no such repository, revision, file or quantisation.
         BadFile: what arrived is not what the Hub lists.
+        Unsupported: a checkpoint that cannot be converted.
         EdgepruneError: no access, no network, no room on the disk.
     """
     if hub.is_offline():
-        found = _cached(name)
-        if found is None:
-            raise hub.offline(name)
-        return found
+        return cached(name)
     try:
         listing = hub.list_files(name)
     except Unreachable as error:
-        found = _cached(name)
-        if found is None:
-            raise
+        try:
+            found = cached(name)
+        except NotHere as lack:
+            raise Unreachable(error.cause, rows=[("in the cache", lack.why), *lack.rows], hint=error.hint) from error
         say(f"{error.cause}; what was downloaded earlier is used")
         return found
     if name.wanted or not selection.has_checkpoint(listing):
         model = selection.chosen_gguf(listing)
         _Download(listing, progress, say).get(model.files)
         return _finished(listing) / model.files[0].path
-    small = selection.small_files(listing)
-    download = _Download(listing, progress, say)
+    return _checkpoint(listing, _Download(listing, progress, say), aim)
+
+
+def _checkpoint(listing: Listing, download: _Download, aim: Aim | None) -> Path:
+    """The folder of a checkpoint, its weights last: a folder that has them has everything."""
+    if aim is not None:  # a kilobyte may say that it is not to be converted, before tokenizers of megabytes
+        known_converter(remote_config(listing, Budget()))
     index = None
     if INDEX in listing.files:
         download.get([listing.files[INDEX]])
         index = _place(listing, INDEX).read_bytes()
-    # Weights last: a folder that has them has everything.
-    download.get([*small, *selection.weights_of(listing, index)])
+    weights = selection.weights_of(listing, index)
+    download.get(selection.small_files(listing))
+    if aim is not None and not all(map(download.is_here, weights)):
+        with contextlib.suppress(NoRanges):  # then all has to be fetched to see it
+            _require_use(listing, download, weights, index, aim)
+    download.get(weights)
     return _finished(listing)
+
+
+def _require_use(
+    listing: Listing, download: _Download, weights: Sequence[HubFile], index: bytes | None, aim: Aim
+) -> None:
+    """Refuse a checkpoint that cannot be converted, or for which there is no room, by the headers of its weights.
+
+    Raises:
+        BadFile, Unsupported: as the conversion.
+        EdgepruneError: no room for the weights and the GGUF.
+    """
+    found, _ = remote_checkpoint(listing, Budget(), index)
+    folder = _place(listing, "")
+    planned = plan_conversion(replace(found, folder=folder), aim.base)
+    where = str(folder / CONFIG)
+    entries = model_entries(planned, listing.name.short, where)
+    entries += tokenizer_entries(folder, planned.settings.config, planned.vocabulary)
+    made = file_bytes(len(header(entries, planned.shapes, DEFAULT_ALIGNMENT)), planned.shapes, DEFAULT_ALIGNMENT)
+    old = aim.output.stat().st_size if aim.output.is_file() else 0
+    _require_room(listing.name, download.missing(weights), max(made - old, 0), aim.output)
+
+
+def _require_room(name: HubName, needed: int, made: int = 0, output: Path | None = None) -> None:
+    """Refuse a download of ``needed`` bytes of which ``made`` bytes are to be made at ``output``, if there is no
+    room for both.
+
+    Raises:
+        EdgepruneError: says how much there is.
+    """
+    cache = _existing(hub.cache_folder())
+    rows = [("to download", format_bytes(needed))]
+    if output is not None:
+        target = _existing(output.parent)
+        if target.stat().st_dev == cache.stat().st_dev:
+            needed += made
+            rows.append(("GGUF of it", format_bytes(made)))
+        else:
+            require_space(target, made)
+    free = shutil.disk_usage(cache).free
+    if free < needed:
+        raise EdgepruneError(
+            f"not enough disk space in {hub.cache_folder()} for {name}",
+            rows=[*rows, ("free", format_bytes(free))],
+            hint="free some space, or set HF_HOME to a folder on a larger disk",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the one above it that is there."""
+    folder = folder.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
 
 
 def _place(listing: Listing, path: str) -> Path:
@@ -80,7 +160,7 @@ def _place(listing: Listing, path: str) -> Path:
 def _finished(listing: Listing) -> Path:
     """The snapshot's folder, after noting that the revision means this commit, as huggingface_hub does."""
     revision = listing.name.revision or DEFAULT_REVISION
-    if not _COMMIT.fullmatch(revision):
+    if not COMMIT.fullmatch(revision):
         write_text(hub.repo_folder(listing.name) / "refs" / revision, listing.commit)
     return _place(listing, "")
 
@@ -95,23 +175,47 @@ class _Download:
 
     def get(self, files: Sequence[HubFile]) -> None:
         """Make all ``files`` be here, each of the size and with the digest that the Hub lists."""
-        missing = [file for file in dict.fromkeys(files) if not self._is_here(file)]
+        wanted = list(dict.fromkeys(files))
+        self._check(wanted)
+        missing = [file for file in wanted if not self.is_here(file)]
         if not missing:
             return
-        self.missing_bytes += sum(file.size - self._begun(file) for file in missing)
-        self._require_room(sum(file.size - self._begun(file) for file in missing))
+        self.missing_bytes += self.missing(missing)
+        _require_room(self.listing.name, self.missing(missing))
         if sum(file.size for file in missing) > _CHUNK:
             self._announce(missing)
         self.blobs.mkdir(parents=True, exist_ok=True)
         for file in missing:
             self._get(file)
 
-    def _is_here(self, file: HubFile) -> bool:
+    def is_here(self, file: HubFile) -> bool:
         place = _place(self.listing, file.path)
         return place.is_file() and place.stat().st_size == file.size
 
+    def _check(self, files: Sequence[HubFile]) -> None:
+        """Forget what is here under the name of one of ``files`` and is something else. What was read once and not
+        touched since is known at once."""
+        here = {file: _place(self.listing, file.path) for file in files if self.is_here(file)}
+        unread = sum(file.size for file, place in here.items() if file.large and not known_digest(place))
+        if unread > _WORTH_TELLING:
+            self.say(
+                f"compare {format_bytes(unread)} of {self.listing.name} in {hub.cache_folder()} with their SHA-256"
+            )
+        for file, place in here.items():
+            if not holds(place, file.digest):
+                self.say(
+                    f"{file.path} of {self.listing.name} has changed since it was downloaded; it is fetched again"
+                )
+                if place.resolve().parent == self.blobs.resolve():
+                    place.resolve().unlink(missing_ok=True)
+                place.unlink(missing_ok=True)
+
     def _partial(self, file: HubFile) -> Path:
         return self.blobs / f"{file.digest}.incomplete"
+
+    def missing(self, files: Sequence[HubFile]) -> int:
+        """Bytes of ``files`` that are not here."""
+        return sum(file.size - self._begun(file) for file in files if not self.is_here(file))
 
     def _begun(self, file: HubFile) -> int:
         """Bytes of ``file`` that are here already."""
@@ -128,18 +232,6 @@ class _Download:
             + (f"; {format_bytes(begun)} are here already" if begun else "")
         )
 
-    def _require_room(self, needed: int) -> None:
-        folder = hub.cache_folder()
-        while not folder.is_dir():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise EdgepruneError(
-                f"not enough disk space in {hub.cache_folder()} for {self.listing.name}",
-                rows=[("to download", format_bytes(needed)), ("free", format_bytes(free))],
-                hint="free some space, or set HF_HOME to a folder on a larger disk",
-            )
-
     def _get(self, file: HubFile) -> None:
         from filelock import FileLock, Timeout
 
@@ -150,6 +242,8 @@ class _Download:
                 blob = self.blobs / file.digest
                 if blob.is_file() and blob.stat().st_size != file.size:  # cut off since: go on with it
                     blob.replace(self._partial(file))
+                if blob.is_file() and not holds(blob, file.digest):
+                    blob.unlink()
                 if not blob.is_file():
                     self._fill(file)
                     self._partial(file).replace(blob)
@@ -165,7 +259,7 @@ class _Download:
 
         with hub.explained(self.listing.name, file.path):
             hf_hub_download(self.listing.name.repo, file.path, revision=self.listing.commit, endpoint=hub.endpoint())
-        if not self._is_here(file):
+        if not self.is_here(file):
             raise BadFile(
                 f"{file.path} of {self.listing.name.repo} is not of the {file.size:,} bytes that the Hub lists",
                 hint=f"delete {hub.repo_folder(self.listing.name)} and run the same command again",
@@ -231,24 +325,3 @@ class _Download:
                 self.progress(self.arrived, self.missing_bytes)
         if stream.tell() <= position:
             raise Unreachable(f"the server sent nothing of {file.path}", hint="try again later")
-
-
-def _cached(name: HubName) -> Path | None:
-    """What ``name`` is in the cache, if an earlier download of it is complete."""
-    folder, revision = hub.repo_folder(name), name.revision or DEFAULT_REVISION
-    note = folder / "refs" / revision
-    commit = revision if _COMMIT.fullmatch(revision) else note.read_text().strip() if note.is_file() else ""
-    snapshot = folder / "snapshots" / commit
-    if not _COMMIT.fullmatch(commit) or not snapshot.is_dir():
-        return None
-    files = {path.relative_to(snapshot).as_posix(): path for path in snapshot.rglob("*") if path.is_file()}
-    listing = Listing(
-        name, commit, {path: HubFile(path, own.stat().st_size, "", False) for path, own in files.items()}
-    )
-    try:
-        if not name.wanted and selection.has_checkpoint(listing):
-            open_checkpoint(snapshot)
-            return snapshot
-        return snapshot / selection.chosen_gguf(listing).files[0].path if selection.ggufs(listing) else None
-    except BadFile:
-        return None

@@ -48,6 +48,14 @@ class GgmlType:
     def is_float(self) -> bool:
         return self.block == 1
 
+    @property
+    def input_block(self) -> int:
+        """Activations that llama.cpp's CPU kernels round together in a product with such a weight: Q8_K's 256 or
+        Q8_0's 32; 0 where they are not quantised."""
+        if self.is_float:
+            return 0
+        return 256 if self.block == 256 else 32
+
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of ``width`` weights; ``width`` must be a multiple of ``block``."""
         return width // self.block * self.block_bytes

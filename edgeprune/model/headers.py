@@ -58,6 +58,26 @@ class Readable(Protocol):
     def __getitem__(self, key: slice, /) -> bytes: ...
 
 
+@dataclass(frozen=True)
+class Holed:
+    """A header with a hole behind it instead of weights.
+
+    Attributes:
+        top: the bytes in front of the hole.
+        nbytes: with the hole.
+    """
+
+    top: bytes
+    nbytes: int
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def __getitem__(self, key: slice, /) -> bytes:
+        start, stop, _ = key.indices(self.nbytes)
+        return self.top[start:stop].ljust(max(stop - start, 0), b"\0")
+
+
 # Of (bytes, start of an array of texts, how many, number of tensors): where the first tensor is described, or None.
 Locate = Callable[[Readable, int, int, int], int | None]
 

@@ -155,7 +155,10 @@ def explained(name: HubName, path: str = "") -> Iterator[None]:
     except errors.HFValidationError as error:
         raise UsageError(f"{name.repo[:96]!r} is no name of a repository") from error
     except errors.OfflineModeIsEnabled as error:
-        raise offline(name) from error
+        raise EdgepruneError(
+            f"HF_HUB_OFFLINE forbids the network, which {name} needs",
+            hint="unset HF_HUB_OFFLINE, or give a local path",
+        ) from error
     except (errors.LocalEntryNotFoundError, errors.FileMetadataError) as error:  # what answered is no Hub, or not now
         raise Unreachable(
             f"{endpoint()} does not say what {path} of {name} is", hint="the same command goes on where it was"
@@ -171,14 +174,6 @@ def explained(name: HubName, path: str = "") -> Iterator[None]:
 class Unreachable(EdgepruneError):
     """No answer from the Hub, or none that it could stand by: no network, a connection that was cut, a server in
     trouble. To try again may help."""
-
-
-def offline(name: HubName) -> EdgepruneError:
-    """What to say of a model that is not here while the network may not be used."""
-    return EdgepruneError(
-        f"{name} was not downloaded completely, and HF_HUB_OFFLINE forbids the network",
-        hint="unset HF_HUB_OFFLINE, or give a local path",
-    )
 
 
 def _refusal(name: HubName, path: str, error: Any) -> EdgepruneError:

@@ -9,7 +9,6 @@ from edgeprune.model.architecture import Architecture
 from edgeprune.model.gguf import (
     DEFAULT_ALIGNMENT,
     Entry,
-    GgufFile,
     TensorShape,
     align,
     file_bytes,
@@ -17,6 +16,7 @@ from edgeprune.model.gguf import (
     make_entry,
     replaced,
 )
+from edgeprune.model.headers import ARRAY, SCALARS, Header
 from edgeprune.model.parts import PREFIX
 
 # llama.cpp's "file type" (llama.h, enum llama_ftype) for a file that is mostly of one tensor type.
@@ -26,6 +26,8 @@ _FILE_TYPES = {
     "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "MXFP4": 38,
 }  # fmt: skip
 _GUESSED_FILE_TYPE = 1024
+_BY_POSITION = "dimension_sections"  # four numbers in models of any depth
+_ARRAY_HEAD = 16  # bytes in front of an array's elements: kind, kind of elements, count
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _file_type(tensors: Iterable[TensorShape]) -> int:
 
 
 def layout(
-    file: GgufFile,
+    file: Header,
     architecture: Architecture,
     kept: int,
     types: Mapping[str, str],
@@ -103,6 +105,8 @@ def layout(
         changes.append(make_entry(f"{architecture.arch}.expert_count", "u32", kept))
         # "30B-A3B" and the like would no longer be true.
         entries.pop("general.size_label", None)
+    if architecture.left_out:
+        changes += without_further_blocks(entries, architecture)
     whole = replaced(entries, changes)
     top = header(whole, tensors, file.alignment)
     alone = Part(top, len(tensors), file_bytes(len(top), tensors, file.alignment))
@@ -110,7 +114,31 @@ def layout(
     return Layout(top, tensors, file.alignment, sum(part.nbytes for part in parts), tuple(parts))
 
 
-def _split(entries: Sequence[Entry], tensors: Sequence[TensorShape], file: GgufFile, part_bytes: int) -> list[Part]:
+def without_further_blocks(entries: Mapping[str, Entry], architecture: Architecture) -> list[Entry]:
+    """Metadata of a file without the blocks that predict further tokens: llama.cpp wants arrays with an element for
+    each block to be as long as there are blocks (src/llama-model-loader.cpp, ``get_key_or_arr``)."""
+    prefix, layers = f"{architecture.arch}.", architecture.layers
+    blocks = int(entries[f"{prefix}block_count"].value())
+    changes = [
+        make_entry(f"{prefix}block_count", "u32", layers),
+        make_entry(f"{prefix}nextn_predict_layers", "u32", 0),
+    ]
+    for key, entry in entries.items():
+        by_layer = (
+            key.startswith(prefix)
+            and entry.kind == ARRAY
+            and entry.count == blocks
+            and not key.endswith(_BY_POSITION)
+        )
+        if by_layer and entry.element in SCALARS:
+            size = (len(entry.raw) - _ARRAY_HEAD) // blocks
+            head = entry.raw[:8] + layers.to_bytes(8, "little")
+            raw = head + entry.raw[_ARRAY_HEAD : _ARRAY_HEAD + layers * size]
+            changes.append(Entry(key, ARRAY, entry.element, layers, raw))
+    return changes
+
+
+def _split(entries: Sequence[Entry], tensors: Sequence[TensorShape], file: Header, part_bytes: int) -> list[Part]:
     """Files of at most ``part_bytes``, with all metadata in the first, as llama-gguf-split does it."""
     groups = _grouped(entries, tensors, file.alignment, part_bytes)
     found = []

@@ -5,16 +5,27 @@ The data of tensors is never asked for. A hostile header, which may claim anythi
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from threading import Lock
+from typing import Any
 
 from edgeprune.errors import BadFile
 from edgeprune.model import hub
-from edgeprune.model.checkpoint import INDEX, Checkpoint, Stored, described, parsed_config, shard_header
+from edgeprune.model.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Stored,
+    described,
+    parsed_config,
+    require_as_listed,
+    shard_header,
+)
 from edgeprune.model.headers import Header, read_header
 from edgeprune.model.hub import HubFile, Listing, Unreachable
 from edgeprune.model.parts import joined, names_of_parts
@@ -29,6 +40,10 @@ _FIRST_STEP, _LARGEST_STEP = 1 << 14, 4 << 20
 _AT_ONCE = 8
 # Of all headers of a model. The largest that are known, vocabularies of 260,000 tokens, take 16 MiB.
 MOST_BYTES = 96 << 20
+
+
+class NoRanges(BadFile):
+    """A server that sends files only as a whole."""
 
 
 @dataclass
@@ -118,7 +133,7 @@ class RemoteBytes:
         ):
             hf_raise_for_status(answer)
             if answer.status_code != 206 and (start, end) != (0, self.file.size):
-                raise BadFile(
+                raise NoRanges(
                     f"the server of {what} sends files only as a whole (HTTP {answer.status_code} to a request for "
                     f"bytes from {start:,})",
                     hint="try another HF_ENDPOINT, or download it",
@@ -165,9 +180,23 @@ def _weights(listing: Listing, budget: Budget) -> list[HubFile]:
     return weights_of(listing, RemoteBytes(listing, listing.files[INDEX], budget)[:])
 
 
-def remote_checkpoint(listing: Listing, budget: Budget) -> tuple[Checkpoint, int]:
+def remote_config(listing: Listing, budget: Budget) -> dict[str, Any]:
+    """The configuration of a checkpoint on the Hub.
+
+    Raises:
+        BadFile: it is no configuration.
+        EdgepruneError: the Hub cannot be read from.
+    """
+    content = RemoteBytes(listing, listing.files[CONFIG], budget)[:]
+    return parsed_config(content, f"{listing.name.repo}/{CONFIG}")
+
+
+def remote_checkpoint(listing: Listing, budget: Budget, index: bytes | None = None) -> tuple[Checkpoint, int]:
     """A checkpoint on the Hub as far as its configuration and the headers of its weights tell, and the bytes of its
     weights.
+
+    Args:
+        index: content of the index of its shards, which are held against it, if it is here anyway.
 
     Raises:
         BadFile: something is corrupt or missing.
@@ -175,11 +204,10 @@ def remote_checkpoint(listing: Listing, budget: Budget) -> tuple[Checkpoint, int
         EdgepruneError: the Hub cannot be read from.
     """
     repo = listing.name.repo
-    whole = RemoteBytes(listing, listing.files[CONFIG], budget)
-    config = parsed_config(whole[:], f"{repo}/{CONFIG}")
+    config = remote_config(listing, budget)
     shard_of: dict[str, str] = {}
     stored: dict[str, Stored] = {}
-    files = _weights(listing, budget)
+    files = _weights(listing, budget) if index is None else weights_of(listing, index)
 
     def tensors(file: HubFile) -> dict[str, Stored]:
         return shard_header(RemoteBytes(listing, file, budget), f"{repo}/{file.path}")
@@ -188,4 +216,6 @@ def remote_checkpoint(listing: Listing, budget: Budget) -> tuple[Checkpoint, int
         for file, found in zip(files, pool.map(tensors, files), strict=True):
             stored |= found
             shard_of |= dict.fromkeys(found, file.path)
+    if index is not None and [file.path for file in files] != [SINGLE]:
+        require_as_listed(json.loads(index), shard_of, repo)
     return described(Path(repo), config, shard_of, stored), sum(file.size for file in files)

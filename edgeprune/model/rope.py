@@ -22,6 +22,7 @@ _SPOKEN_FOR = ("rope_type", "type", "rope_theta", *_KEYS)
 _POSITIONS = 4  # time, height, width, and one that llama.cpp has beside them
 _BY_FREQUENCY = ("llama3", "proportional")  # scalings that are a factor for each frequency
 _STILL = 1e30
+_LARGEST_BASE = 1e30  # a thousand million are published
 # Further settings by kind of scaling. Those beside an alpha are leftovers that nothing reads.
 _OWN = {
     "llama3": ("low_freq_factor", "high_freq_factor"),
@@ -56,6 +57,8 @@ def _base(settings: Settings, table: Mapping[str, Any]) -> float:
     base = rope.base if base is None else base
     if base is None:
         raise BadFile("config.json names no rope_theta, the base of the rotary embedding")
+    if not isinstance(base, int | float) or isinstance(base, bool) or not 0 < base <= _LARGEST_BASE:
+        raise BadFile(f"config.json: rope_theta = {repr(base)[:60]} is no base of a rotary embedding")
     if _kind(table) != "alpha":
         return float(base)
     turned = settings.sizes["rotary"]

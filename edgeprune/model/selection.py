@@ -18,6 +18,7 @@ CONFIG = "config.json"
 # the licence.
 _SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _CARD = "README.md"
+_FURTHER_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 LARGEST_SMALL = 256 << 20  # bytes
 # GGUF files that are no language models.
 _COMPANIONS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
@@ -118,7 +119,7 @@ def small_files(listing: Listing) -> list[HubFile]:
     files = [
         file
         for path, file in listing.files.items()
-        if path == _CARD or ("/" not in path and path.endswith(_SMALL_SUFFIXES))
+        if path == _CARD or ("/" not in path and path.endswith(_SMALL_SUFFIXES)) or _FURTHER_TEMPLATE.fullmatch(path)
     ]
     large = next((file for file in files if file.size > LARGEST_SMALL), None)
     if large is not None:

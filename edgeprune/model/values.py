@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS
 from edgeprune.model.checkpoint import Checkpoint
-from edgeprune.model.converter import Converter, Field, Requirement, Rule
+from edgeprune.model.converter import FURTHER, Converter, Field, Requirement, Rule
 from edgeprune.model.gguf import Entry, make_entry
 from edgeprune.model.transforms import Sizes
 
 MOST_HEADS = 4096
+BLOCKS = "block_count"
 MOST_EXTRA_LAYERS = 16
 
 
@@ -27,8 +30,9 @@ class Settings:
         config: of the language model, with derived values.
         layers: blocks, without those that predict further tokens.
         extra_layers: blocks behind the last layer that predict further tokens.
+        further: how many of these are kept.
         experts: routed experts per layer.
-        kinds: of every layer.
+        kinds: of every layer, and of the further blocks that are kept.
         sizes: for transforms.
     """
 
@@ -36,6 +40,7 @@ class Settings:
     config: dict[str, Any]
     layers: int
     extra_layers: int
+    further: int
     experts: int
     kinds: tuple[frozenset[str], ...]
     sizes: Sizes
@@ -81,8 +86,12 @@ def _by_layer_type(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def read_settings(converter: Converter, checkpoint: Checkpoint) -> Settings:
+def read_settings(converter: Converter, checkpoint: Checkpoint, *, mtp: bool = False) -> Settings:
     """What ``converter`` finds in ``checkpoint``.
+
+    Args:
+        mtp: count the blocks that predict further tokens among the layers, as kinds of ``FURTHER``, where the
+            converter has names for them and the checkpoint has them.
 
     Raises:
         BadFile: a value is missing or of the wrong kind.
@@ -94,15 +103,25 @@ def read_settings(converter: Converter, checkpoint: Checkpoint) -> Settings:
         _check(converter, requirement, config)
     layers = _count(config, converter.layers, checkpoint, MOST_LAYERS)
     experts = _count(config, converter.experts, checkpoint, MOST_EXPERTS)
+    extra = extra_layers(converter, config)
+    further = extra if mtp and _has_further(placed, checkpoint, layers) else 0
+    kinds = _kinds(placed, config, checkpoint, layers + further)
     return Settings(
         converter=placed,
         config=config,
         layers=layers,
-        extra_layers=extra_layers(converter, config),
+        extra_layers=extra,
+        further=further,
         experts=experts,
-        kinds=_kinds(placed, config, checkpoint, layers),
+        kinds=tuple(own | {FURTHER} if layer >= layers else own for layer, own in enumerate(kinds)),
         sizes=sizes_of(converter, config, checkpoint),
     )
+
+
+def _has_further(placed: Converter, checkpoint: Checkpoint, layer: int) -> bool:
+    """Whether the converter has names for blocks that predict further tokens, and ``layer`` is such a block."""
+    own = [source for sources in placed.tensors.values() for source in sources if source.kind == FURTHER]
+    return any(source.name.format(layer=layer, expert=0) in checkpoint.stored for source in own)
 
 
 def sizes_of(converter: Converter, config: dict[str, Any], checkpoint: Checkpoint) -> Sizes:
@@ -134,12 +153,12 @@ def prefix_of(converter: Converter, checkpoint: Checkpoint) -> str:
 def _count(config: dict[str, Any], keys: tuple[str, ...], checkpoint: Checkpoint, most: int) -> int:
     """A positive number from the configuration; a huge one would be planned for at length."""
     where = checkpoint.folder / "config.json"
-    value = lookup(config, keys)
-    if value is None:
+    key = next((key for key in keys if lookup(config, (key,)) is not None), "")
+    if not key:
         raise BadFile(f"{where} has none of: {', '.join(keys)}")
-    value = _uniform(value, keys[0])
+    value = _uniform(lookup(config, (key,)), key)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise BadFile(f"{where}: {keys[0]} = {str(value)[:40]!r} is not a number from 1 to {most}")
+        raise BadFile(f"{where}: {key} = {str(value)[:40]!r} is not a number from 1 to {most}")
     return value
 
 
@@ -214,30 +233,35 @@ def _computed(field: Field, config: Mapping[str, Any], where: str) -> Any:
 def _evaluated(field: Field, config: Mapping[str, Any], where: str) -> Any:
     """The field's value, or None."""
     value = lookup(config, field.config)
-    if value is None and field.operation:
+    computed = value is None and bool(field.operation)
+    if computed:
         value = _computed(field, config, where)
     if value is None:
         value = field.default
     value = _mapped(value, field, where)
-    whole = field.type.strip("[]")[:1] in ("u", "i")
-    return int(value) if whole and isinstance(value, float) and math.isfinite(value) else value
+    whole = field.type.strip("[]")[:1] in ("u", "i") and isinstance(value, float) and math.isfinite(value)
+    # As transformers cuts off what is computed; a fraction that is written down is a mistake.
+    return int(value) if whole and (computed or value.is_integer()) else value
 
 
 def _uniform(value: Any, where: str) -> Any:
     """A list in place of one number has to be the same throughout."""
     if not isinstance(value, list):
         return value
-    if not value or any(element != value[0] for element in value):
+    if not value:
+        raise BadFile(f"config.json: {where} = [] is an empty list")
+    if any(element != value[0] for element in value):
         raise Unsupported(f"config.json: {where} differs between layers, for which llama.cpp has one value")
     return value[0]
 
 
-def _by_layer(value: Any, layers: int, where: str) -> list[Any]:
+def _by_layer(value: Any, settings: Settings, where: str) -> list[Any]:
+    """A value for each layer; blocks behind the last one are like it, unless the configuration counts them too."""
     if not isinstance(value, list):
-        return [value] * layers
-    if len(value) != layers:
-        raise BadFile(f"config.json: {where} has {len(value)} elements for {layers} layers")
-    return value
+        return [value] * len(settings.kinds)
+    if len(value) not in (settings.layers, len(settings.kinds)):
+        raise BadFile(f"config.json: {where} has {len(value)} elements for {settings.layers} layers")
+    return value + value[-1:] * (len(settings.kinds) - len(value))
 
 
 def _by_kind(field: Field, settings: Settings, where: str) -> list[Any]:
@@ -247,7 +271,7 @@ def _by_kind(field: Field, settings: Settings, where: str) -> list[Any]:
         value = lookup(settings.config, (source,)) if isinstance(source, str) else source
         if value is None:
             raise BadFile(f"config.json: layer {layer} has no {where}")
-        values.append(_by_layer(value, settings.layers, where)[layer])
+        values.append(_by_layer(value, settings, where)[layer])
     return values
 
 
@@ -272,12 +296,28 @@ def metadata_entries(settings: Settings, where: str) -> list[Entry]:
             if value is None:
                 raise BadFile(f"{where} has none of: {', '.join(map(str, field.config or field.operands))}")
             array = field.type.startswith("[")
-            value = _by_layer(value, settings.layers, label) if array else _uniform(value, label)
+            value = _by_layer(value, settings, label) if array else _uniform(value, label)
+        if key == BLOCKS:
+            value = len(settings.kinds)
         try:
             entries.append(make_entry(f"{settings.converter.arch}.{key}", field.type, value))
+            sane = not field.type.endswith("f32") or _is_sane(value, key)
         except Exception as error:
             raise BadFile(f"{where}: {label} = {repr(value)[:60]} does not fit {key}") from error
+        if not sane:
+            raise BadFile(f"{where}: {label} = {repr(value)[:60]} is no {key} that a model can have")
+    if settings.further:
+        entries.append(make_entry(f"{settings.converter.arch}.nextn_predict_layers", "u32", settings.further))
     return entries
+
+
+def _is_sane(value: Any, key: str) -> bool:
+    """Whether numbers that become float32 are finite, and an epsilon lies between nothing and everything."""
+    most = 1.0 if key.endswith("epsilon") else float(np.finfo(np.float32).max)
+    return all(
+        abs(number) <= most and (not key.endswith("epsilon") or number >= 0)
+        for number in (value if isinstance(value, list) else [value])
+    )
 
 
 # Kinds of layers.

@@ -11,9 +11,7 @@ import numpy as np
 from edgeprune.errors import BadFile
 from edgeprune.files import check_keys, checked_int, checked_number
 from edgeprune.measure.divergence import Quality
-from edgeprune.prove.paired import Paired
-
-_RESAMPLES = 2_000
+from edgeprune.prove.paired import Paired, mean_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Loops:
             length,
             Paired.of([one["loops"] for one in original], [one["loops"] for one in candidate]),
             (float(np.mean(shares[0])), float(np.mean(shares[1]))),
-            _mean_change(*shares),
+            mean_of(np.subtract(shares[1], shares[0]).tolist()),
             next(lost, ""),
         )
 
@@ -186,12 +184,3 @@ def _quality(value: Mapping[str, Any]) -> dict[str, Any]:
     names = set(Quality.__dataclass_fields__)
     check_keys("a quality", value, names, set())
     return {name: checked_number(name, value[name]) for name in names}
-
-
-def _mean_change(original: Sequence[float], candidate: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of the differences and its 95 % confidence interval, by resampling them."""
-    changes = np.subtract(candidate, original)
-    random = np.random.default_rng(0)
-    means = random.choice(changes, (_RESAMPLES, len(changes))).mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(changes.mean()), float(low), float(high)

@@ -15,16 +15,30 @@ FAMILY = "family.json"
 
 @dataclass(frozen=True)
 class Member:
-    """One file: the run directory below the family's, which is the device's name, and its report."""
+    """One file of a family.
+
+    Attributes:
+        folder: of its report below the family's: that of the run, which is the device's name, or where it is
+            published that of the file.
+        report: what was measured about it.
+        beside: whether the GGUF lies beside the folder, where it is published, and not in it.
+    """
 
     folder: str
     report: Report
+    beside: bool = False
+
+    @property
+    def file(self) -> str:
+        """Path of the GGUF from the family's folder."""
+        name = str(self.report.build["path"])
+        return name if self.beside else f"{self.folder}/{name}"
 
     def to_json(self) -> dict[str, Any]:
         report, plan = self.report, self.report.plan
         return {
             "folder": self.folder,
-            "file": f"{self.folder}/{report.build['path']}",
+            "file": self.file,
             "nbytes": report.build["nbytes"],
             "experts": plan["experts"],
             "kept": plan["kept"],
@@ -33,7 +47,7 @@ class Member:
             "context": report.launch.context,
             "quality": report.quality,
             "verdict": report.verdict,
-            "launch_line": report.launch.command(f"{self.folder}/{report.build['path']}"),
+            "launch_line": report.launch.command(self.file),
         }
 
 
@@ -64,12 +78,13 @@ class Family:
         return list(found.values())
 
     def curve(self, width: int = figures.WIDTH) -> str:
-        """File size against divergence, as SVG."""
+        """File size against divergence, as SVG: the files, the presets, and the candidates at every size."""
+        candidates = [point for member in self.members for point in member.report.curve]
         shipped = {
             member.folder: (member.report.build["nbytes"], member.report.quality["kl_mean"])
             for member in self.members
         }
-        return figures.curve([], self.presets, shipped, width)
+        return figures.curve(candidates, self.presets, shipped, width)
 
 
 def make_family(members: Sequence[Member], failures: Sequence[tuple[str, str]]) -> Family:

@@ -26,19 +26,36 @@ def text(x: float, y: float, content: str, anchor: str = "start", css: str = "")
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(content)}</text>'
 
 
-def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int], width: int = WIDTH) -> str:
-    """One bar per pool: what is reserved, what the runtime takes, the weights, and what stays free."""
-    body, y = [], 18
+def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int], file_bytes: int, width: int = WIDTH) -> str:
+    """One bar per pool: what is reserved, what the runtime takes, the weights, and what stays free.
+
+    Where the size of the file was the limit, no pool has one: the bars are of the file, and of what it takes.
+
+    Args:
+        weights: bytes by pool.
+        file_bytes: of the file that is shipped.
+    """
+    title, limit = "Memory budget of the device and what the model takes of it", budget["file_limit_bytes"]
+    bars = []
+    if limit is not None:
+        title = "Size of the file within its limit, and memory that the model takes"
+        bars.append((f"FILE at most {limit:,} bytes", limit, [("file", file_bytes)]))
     for pool in budget["pools"]:
-        name, total = pool["pool"], pool["total_bytes"]
         parts = [(line["name"], line["nbytes"]) for line in pool["lines"]]
-        parts.append(("weights", weights.get(name, 0)))
+        parts.append(("weights", weights.get(pool["pool"], 0)))
+        total = pool["total_bytes"] if limit is None else sum(count for _, count in parts)
+        bars.append(
+            (f"{pool['pool'].upper()} {format_bytes(total)}{'' if limit is None else ' taken'}", total, parts)
+        )
+    body, y = [], 18
+    for name, total, parts in bars:
         used = sum(count for _, count in parts)
-        parts.append(("free", max(0, total - used)))
-        body.append(text(0, y, f"{name.upper()} {format_bytes(total)}", css="label"))
+        if total > used:
+            parts.append(("free", total - used))
+        body.append(text(0, y, name, css="label"))
         x = 0.0
         for index, (label, count) in enumerate(parts):
-            length = width * count / max(total, used)
+            length = width * count / max(total, used, 1)
             css = "free" if label == "free" else f"c{index % 6}"
             tip = f"{label}: {format_bytes(count)}"
             body.append(
@@ -58,7 +75,7 @@ def budget_bars(budget: Mapping[str, Any], weights: Mapping[str, int], width: in
             body.append(text(legend_x + 17, y, content))
             legend_x += length
         y += 34
-    return svg(y - 10, "Memory budget of the device and what the model takes of it", body, width)
+    return svg(y - 10, title, body, width)
 
 
 def curve(
@@ -67,7 +84,8 @@ def curve(
     shipped: Mapping[str, tuple[int, float]],
     width: int = WIDTH,
 ) -> str:
-    """File size against KL divergence: candidates (predicted), presets and shipped files (measured).
+    """File size against KL divergence: candidates (predicted), presets and shipped files (measured), which a line
+    joins where there are several.
 
     Args:
         shipped: bytes and nats per token by label.
@@ -93,10 +111,10 @@ def curve(
         return x, y
 
     body = [f'<line x1="{left}" y1="{lower}" x2="{right}" y2="{lower}" class="axis"/>']
-    for power in range(math.ceil(bottom), math.floor(top) + 1):
-        y = place(low, 10.0**power)[1]
+    for nats in _decades(bottom, top):
+        y = place(low, nats)[1]
         body.append(f'<line x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" class="grid"/>')
-        body.append(text(left - 6, y + 4, f"{10.0**power:g}", "end"))
+        body.append(text(left - 6, y + 4, f"{nats:g}", "end"))
     for share in (0.0, 0.5, 1.0):
         x = left + (right - left) * share
         anchor = ("start", "middle", "end")[int(share * 2)]
@@ -105,6 +123,9 @@ def curve(
     for line, words in enumerate(axes if wide else axes[0].split("; ")):
         body.append(text(left if wide else 4, lower + 38 + 18 * line, words))
     places = [place(size, nats) for size, nats, _, _ in marks]
+    if len(shipped) > 1:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(place(*mark[:2]) for mark in marks if mark[3] == "c4"))
+        body.append(f'<polyline points="{path}" class="line s4"/>')
     labels = _labels(places, [label for _, _, label, _ in marks], (left, upper, width, lower))
     for (size, nats, label, css), (x, y), spot in zip(marks, places, labels, strict=True):
         tip = f"{label}: {format_bytes(size)}, {nats:.4g} nats per token"
@@ -121,6 +142,13 @@ def curve(
         body.append(f'<circle cx="{x}" cy="{y}" r="5" class="{css}"/>')
         body.append(text(x + 11, y + 4, label))
     return svg(lower + (70 if wide else 126), "File size against KL divergence", body, width)
+
+
+def _decades(bottom: float, top: float) -> list[float]:
+    """Powers of ten between two logarithms; 2 and 5 times them, too, where there are few."""
+    steps = (1, 2, 5) if top - bottom < 2.5 else (1,)
+    found = [step * 10.0**power for power in range(math.floor(bottom), math.floor(top) + 1) for step in steps]
+    return [value for value in found if bottom <= math.log10(value) <= top]
 
 
 def _labels(
@@ -150,8 +178,8 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def keep_map(importance: Mapping[str, Sequence[float]], keep: Mapping[str, Sequence[int]], width: int = WIDTH) -> str:
-    """Layers by experts: darker is more important; a dropped expert is crossed out, or where there is no room for
-    that, a short mark in another colour. Only wide cells say what they are when they are pointed at."""
+    """Layers by experts: a stronger colour is more important; a dropped expert is crossed out, or where there is no
+    room for that, a short mark in another colour. Only wide cells say what they are when they are pointed at."""
     layers = sorted(importance, key=int)
     experts = len(next(iter(importance.values())))
     left = 60

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.family import Family
 from edgeprune.prove.figures import NARROW, WIDTH
 from edgeprune.prove.lines import method_lines
 from edgeprune.prove.pictures import pictures
 from edgeprune.prove.report import Report
-from edgeprune.prove.tables import comparison_tables, facts, methods_table, tables
+from edgeprune.prove.tables import comparison_tables, facts, family_tables, methods_table, tables
 from edgeprune.prove.templates import template
 
 
@@ -16,7 +18,8 @@ def render_family(family: Family) -> str:
     """The page of a family as HTML text."""
     return template("family.html.j2").render(
         family=family,
-        presets=family.presets,
+        tables=family_tables(family),
+        links={member.folder: f"{quote(member.folder)}/report.html" for member in family.members},
         picture=[family.curve(width) for width in (WIDTH, NARROW)],
         **family.to_json(),
     )

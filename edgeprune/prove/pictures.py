@@ -26,7 +26,7 @@ def pictures(report: Report, width: int = WIDTH) -> dict[str, str]:
     compared, deeper = report.comparison, report.deeper
     domains = {name: float(report.domains[name]["kl_mean"]) for name in sorted(report.domains)}
     return {
-        "memory": figures.budget_bars(report.budget, _weights(report), width),
+        "memory": figures.budget_bars(report.budget, _weights(report), int(report.build["nbytes"]), width),
         "curve": figures.curve(report.curve, rivals, shipped, width),
         "domains": figures.bars("KL divergence by domain", "nats per token", domains, width),
         "slices": figures.bars(

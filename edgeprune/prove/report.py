@@ -11,6 +11,7 @@ from edgeprune.device.budget import DESKTOP, SYSTEM
 from edgeprune.measure.launch import Launch
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.deeper import NOTHING, Deeper
+from edgeprune.prove.provenance import UNKNOWN, Provenance
 from edgeprune.units import format_bytes, format_seconds
 
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
@@ -36,11 +37,20 @@ class Promise:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A stock preset, built and measured beside the plan: its name, bytes and quality."""
+    """A stock preset, built and measured beside the plan.
+
+    Attributes:
+        preset: its name.
+        nbytes: of its file.
+        quality: ``Quality`` as JSON, on the part of the held-out text that the report is about.
+        chosen_by: nats per token on the other part, with which the file to be shipped is chosen; None where nothing
+            was to be chosen.
+    """
 
     preset: str
     nbytes: int
     quality: dict[str, Any]
+    chosen_by: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,11 @@ class Report:
         build: ``Build`` as JSON.
         source: name, bytes and shape of the source model.
         launch_line: the ``llama-server`` line.
-        conditions: machine, versions and commands of the measurement.
+        conditions: of the measurement.
         made_from: digests.
         comparison: methods of choosing experts on the same model and text, or None when nobody compared them.
         deeper: what `verify` measured on request.
+        provenance: commands, digests and versions.
     """
 
     title: str
@@ -90,6 +101,7 @@ class Report:
     made_from: dict[str, Any]
     comparison: Comparison | None = None
     deeper: Deeper = NOTHING
+    provenance: Provenance = UNKNOWN
 
     @property
     def launch(self) -> Launch:
@@ -123,6 +135,8 @@ class Report:
         if fields.get("comparison") is not None:
             fields["comparison"] = Comparison.from_json(fields["comparison"])
         fields["deeper"] = Deeper.from_json(fields["deeper"]) if fields.get("deeper") else NOTHING
+        known = fields.get("provenance")
+        fields["provenance"] = Provenance.from_json(known) if known is not None else UNKNOWN
         fields["promises"] = [Promise(**row) for row in fields["promises"]]
         fields["types"] = [(name, kind) for name, kind in fields["types"]]
         fields["baselines"] = [Baseline(**row) for row in fields["baselines"]]

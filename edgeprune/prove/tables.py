@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 from edgeprune.prove.comparison import Comparison, Row
+from edgeprune.prove.family import Family
 from edgeprune.prove.lines import methods_in_order
 from edgeprune.prove.paired import Paired, wilson
-from edgeprune.prove.report import INFORMATION, Report
+from edgeprune.prove.report import INFORMATION, Report, rate
 from edgeprune.units import format_bytes, format_seconds
 
 _NONE = "\u2013"
@@ -59,7 +60,10 @@ def tables(report: Report) -> dict[str, Table]:
         ),
         "domains": Table(
             ("Domain", *_QUALITY, "Perplexity of the source"),
-            [(name, *_quality(q), f"{q['reference_perplexity']:.3f}") for name, q in sorted(report.domains.items())],
+            [
+                (name, *_quality(q), _perplexity(q["reference_perplexity"]))
+                for name, q in sorted(report.domains.items())
+            ],
         ),
         "candidates": Table(
             ("Experts kept", "Size", "KL predicted"),
@@ -74,8 +78,37 @@ def tables(report: Report) -> dict[str, Table]:
             words=True,
         ),
         "conditions": Table(("What", "Value"), _conditions(report), words=True),
+        "inputs": Table(("What went in", "SHA-256"), sorted(report.provenance.inputs.items()), words=True),
+        "outputs": Table(("What came out", "SHA-256"), sorted(report.provenance.outputs.items()), words=True),
+        "versions": Table(("Program", "Version"), sorted(report.provenance.versions.items()), words=True),
     }
     return found | _deeper(report)
+
+
+def family_tables(family: Family) -> tuple[Table, Table]:
+    """Every file of a family, largest first; and the stock presets that were measured beside them."""
+    files = []
+    for member in family.members:
+        report, needs = member.report, member.report.needed_bytes
+        kept = f"{report.plan['kept']} of {report.plan['experts']}"
+        memory = " + ".join(f"{format_bytes(nbytes)} {pool.upper()}" for pool, nbytes in sorted(needs.items()))
+        size = format_bytes(report.build["nbytes"])
+        files.append((member.folder, size, kept, memory, *_brief(report.quality)))
+    presets = [
+        (rival["preset"], format_bytes(rival["nbytes"]), *_brief(rival["quality"])) for rival in family.presets
+    ]
+    return (
+        Table(("For", "Size", "Experts", "Memory", *_BRIEF), files),
+        Table(("Stock preset", "Size", *_BRIEF), presets),
+    )
+
+
+_BRIEF = ("KL mean", "KL 99 %", "Same top token", "Perplexity")
+
+
+def _brief(q: Mapping[str, Any]) -> tuple[str, ...]:
+    found = _quality(q)
+    return (*found[:2], *found[-2:])
 
 
 _QUALITY = ("KL mean", "KL 99 %", "KL 99.9 %", "KL max", "Same top token", "Perplexity")
@@ -89,8 +122,13 @@ def _quality(q: Mapping[str, Any]) -> tuple[str, ...]:
         finest,
         f"{q['kl_max']:.3f}",
         f"{100 * q['same_top']:.2f} %",
-        f"{q['perplexity']:.3f}",
+        _perplexity(q["perplexity"]),
     )
+
+
+def _perplexity(value: float) -> str:
+    """With no more digits than mean something."""
+    return f"{value:,.3f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _deeper(report: Report) -> dict[str, Table]:
@@ -121,7 +159,7 @@ def _deeper(report: Report) -> dict[str, Table]:
             ],
         ),
         "loops": Table(
-            ("Mode", *_PAIRED, "Repeated runs", "Change, points"),
+            ("Mode", *_PAIRED, "Repeated runs", "Their change, points"),
             [
                 (
                     probe.mode,
@@ -136,7 +174,7 @@ def _deeper(report: Report) -> dict[str, Table]:
         "slices": Table(
             ("Slice", *_QUALITY, "Perplexity of the source"),
             [
-                (one.name, *_quality(one.quality), f"{one.quality['reference_perplexity']:.3f}")
+                (one.name, *_quality(one.quality), _perplexity(one.quality["reference_perplexity"]))
                 for one in deeper.slices
             ],
         ),
@@ -165,7 +203,8 @@ def _points(change: float, low: float, high: float) -> str:
 
 
 def _rate(three: tuple[float, float, float]) -> str:
-    return f"{three[0]:,.1f} ({three[1]:,.1f} to {three[2]:,.1f})"
+    middle, least, most = map(rate, three)
+    return f"{middle} ({least} to {most})"
 
 
 def _conditions(report: Report) -> list[tuple[str, ...]]:
@@ -173,8 +212,8 @@ def _conditions(report: Report) -> list[tuple[str, ...]]:
         *((name, value) for name, value in sorted(report.conditions.items())),
         ("chosen by", str(report.plan["origin"])),
         ("proven gap of the choice of types", f"{report.plan['predicted']['gap']:.2g}"),
-        ("plan", str(report.plan["digest"])),
-        ("SHA-256 of the file", str(report.build["sha256"])),
+        ("digest of the plan", str(report.plan["digest"])),
+        *([("SHA-256 of the file", str(report.build["sha256"]))] if not report.provenance.outputs else []),
     ]
 
 

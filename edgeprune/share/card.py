@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgeprune.prove.provenance import UNKNOWN
 from edgeprune.prove.report import Report
+from edgeprune.prove.tables import tables
 from edgeprune.share.index import Entry
 from edgeprune.share.origin import Origin
 from edgeprune.units import format_bytes
@@ -179,9 +181,11 @@ def _about(sheet: Sheet, alone: bool) -> list[str]:
         lines += ["", *_table(("domain", *_FIGURES), rows)]
     lines += ["", f"The source's perplexity on this text is {report.quality['reference_perplexity']:.3f}.", ""]
     lines += _promises(report)
+    lines += _on_request(report)
     for caption, path in sheet.pictures.items():
         lines += [f"![{caption}]({path})", ""]
     lines += _dropped(report)
+    lines += _provenance(report)
     folded = [line.replace("`", "'") for line in report.folded]  # a tensor's name may hold anything, too
     lines += ["```", *folded, "```", ""]
     page, plan_file = sheet.path("report.html"), sheet.path("plan.json")
@@ -190,6 +194,43 @@ def _about(sheet: Sheet, alone: bool) -> list[str]:
         "",
     ]
     return lines
+
+
+_ON_REQUEST = {
+    "speeds": "Speed with so many tokens in the context already; median, and least to most:",
+    "tasks": "Questions with known answers, the same to the original; 95 % intervals, p is McNemar's:",
+    "loops": "Long generations that loop; 95 % intervals:",
+    "slices": "Text that nothing was chosen with:",
+    "objects": "",
+    "bases": "Against files of llama-perplexity:",
+}
+
+
+def _on_request(report: Report) -> list[str]:
+    """What `verify` measured beyond a fit."""
+    lines, found = [], tables(report)
+    for name, title in _ON_REQUEST.items():
+        table = found[name]
+        if table.rows:
+            lines += [title, ""] if title else []
+            lines += [*_table(table.heads, [[plain(cell) for cell in row] for row in table.rows]), ""]
+    return lines
+
+
+def _provenance(report: Report) -> list[str]:
+    """How the file was made: commands, digests, versions."""
+    made = report.provenance
+    if made == UNKNOWN:
+        return []
+    lines = ["<details><summary>how it was made</summary>", ""]
+    if made.commands:
+        lines += ["```", *(" ".join(command.split()).replace("`", "'") for command in made.commands), "```", ""]
+    digests = [*sorted(made.inputs.items()), *sorted(made.outputs.items())]
+    rows = [(plain(name), plain(value)) for name, value in digests]
+    lines += [*_table(("in and out", "SHA-256"), rows), ""] if rows else []
+    versions = [(plain(name), plain(value)) for name, value in sorted(made.versions.items())]
+    lines += [*_table(("with", "version"), versions), ""] if versions else []
+    return [*lines, "</details>", ""]
 
 
 def _promises(report: Report) -> list[str]:
@@ -205,6 +246,7 @@ def model_card(
     repository: str = "",
     others: Sequence[Entry] = (),
     pictures: Mapping[str, str] | None = None,
+    family_page: str = "",
 ) -> str:
     """A README.md with the metadata that the Hugging Face Hub shows, as Markdown text.
 
@@ -213,6 +255,7 @@ def model_card(
         repository: where it is published, ``org/name``, or "" for a card that lies beside the file.
         others: files that the repository holds already.
         pictures: of all files, path by caption.
+        family_page: path of the page that compares them, or "".
     """
     first = sheets[0].report
     alone = len(sheets) == 1 and not others
@@ -225,9 +268,12 @@ def model_card(
     lines.append(f"- Source: {name}, {format_bytes(first.source['nbytes'])}{', from ' + linked if linked else ''}")
     if origin.licence is not None:
         lines.append(f"- Licence, that of the source: {plain(origin.licence)}")
+    lines += [f"- Tokenizer: {plain(text)[:300]}" for text in first.source.get("tokenizer_differences", [])]
     lines += ["- Made by edgeprune for stock llama.cpp: experts and types chosen together, measured, compared", ""]
     if repository:
         lines += _files(sheets, others)
+        if family_page:
+            lines += [f"[`{family_page}`]({family_page}) has them side by side.", ""]
     for caption, path in (pictures or {}).items():
         lines += [f"![{caption}]({path})", ""]
     lines += _run(sheets, origin, repository)

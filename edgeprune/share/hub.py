@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,14 @@ class Remote:
     files: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     private: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """An open pull request: the revision that its commits go to, and its address."""
+
+    revision: str
+    address: str
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,7 @@ class Hub:
         if quiet:
             disable_progress_bars()
 
+    @cached_property
     def user(self) -> str:
         """The name that the token stands for.
 
@@ -163,6 +173,19 @@ class Hub:
             files = {each.path: _digest(each) for each in tree if hasattr(each, "size")}
             sizes = {each.path: int(each.size) for each in tree if hasattr(each, "size")}
             return Remote(True, branch, str(info.sha), files, sizes, bool(info.private))
+
+    def open_request(self, repository: str, title: str, target: str | None) -> Request | None:
+        """The user's own open pull request of that title to the branch ``target``; the latest of several."""
+        with explained(repository):
+            for found in self.api.get_repo_discussions(
+                repository, author=self.user, discussion_type="pull_request", discussion_status="open"
+            ):
+                if found.title != title or not found.is_pull_request:
+                    continue
+                branch = self.api.get_discussion_details(repository, found.num).target_branch or ""
+                if branch.removeprefix("refs/heads/") == (target or "main"):
+                    return Request(str(found.git_reference), str(found.url))
+        return None
 
     def base(self, repository: str) -> tuple[dict[str, Any], bool]:
         """Metadata of the model card of ``repository``, and whether access to it has to be asked for.

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,15 +15,16 @@ from edgeprune.errors import BadFile, EdgepruneError, UsageError
 from edgeprune.files import file_digest, to_json
 from edgeprune.model.splitting import Part
 from edgeprune.prove import figures
-from edgeprune.prove.page import render
+from edgeprune.prove.family import Member, make_family
+from edgeprune.prove.page import render, render_family
 from edgeprune.prove.pictures import standalone
 from edgeprune.share.card import Sheet, model_card
-from edgeprune.share.hub import Hub, Remote, Upload
+from edgeprune.share.hub import Hub, Remote, Request, Upload
 from edgeprune.share.index import INDEX, Entry, index_text, read_index
 from edgeprune.share.origin import Licence, Origin, check_licence, is_repository, origin_of_card
 from edgeprune.share.release import LARGEST_FILE, Release, Run, distinct, open_release
 
-CARD = "README.md"
+CARD, FAMILY_PAGE = "README.md", "family.html"
 
 
 class Listener(Protocol):
@@ -108,6 +109,7 @@ class Publisher:
     origin: Origin = field(default_factory=Origin)
     entries: list[Entry] = field(default_factory=list)
     known_card: str = ""
+    request: Request | None = None
 
     def __post_init__(self) -> None:
         for name in (self.repository, *self.wishes.base_models):
@@ -135,8 +137,24 @@ class Publisher:
                 f"{self.repository} is there already, and everybody can see it",
                 hint="make it private in its settings on the Hub, publish to another name, or leave out --private",
             )
+        self._find_request()
         self._read_remote_index()
         self._find_origin()
+
+    @property
+    def _title(self) -> str:
+        """Of the commit, or of the pull request."""
+        return f"{', '.join(release.name for release in self.releases)} by edgeprune"
+
+    def _find_request(self) -> None:
+        """Go on with the pull request that an earlier publication of the same opened, if it still is."""
+        if self.hub is None or not self.wishes.create_pr or not self.remote.exists:
+            return
+        self.request = self.hub.open_request(self.repository, self._title, self.wishes.revision)
+        if self.request is not None:
+            self.listener.say(f"goes on with the pull request that is open already: {self.request.address}")
+            self.wishes = replace(self.wishes, create_pr=False, revision=self.request.revision)
+            self.remote = self.hub.look(self.repository, self.request.revision)
 
     def _read_remote_index(self) -> None:
         """What earlier publications put there, which stays."""
@@ -200,7 +218,7 @@ class Publisher:
         publication = self._compose(parts)
         if not publication.to_send and not publication.gone:
             shutil.rmtree(scratch, ignore_errors=True)
-            return ""
+            return self.request.address if self.request else ""
         wishes = self.wishes
         self.hub.prepare(self.repository, wishes.revision, private=wishes.private, remote=self.remote)
         ready: list[Any] = []
@@ -214,13 +232,13 @@ class Publisher:
             self.repository,
             ready,
             publication.gone,
-            f"{', '.join(release.name for release in self.releases)} by edgeprune",
+            self._title,
             revision=wishes.revision,
             create_pr=wishes.create_pr,
             parent=self.remote.head if self.remote.branch else "",
         )
         shutil.rmtree(scratch, ignore_errors=True)
-        return address
+        return self.request.address if self.request else address
 
     def _compose(self, parts: Mapping[str, list[Part]]) -> Publication:
         """All files, with the GGUFs in ``parts`` by name of the release."""
@@ -241,7 +259,11 @@ class Publisher:
         if drawn := _curve(self.releases, everything):
             uploads.append(_bytes("curve.svg", drawn))
             pictures["File size against KL divergence"] = "curve.svg"
-        card = model_card(sheets, self.origin, self.repository, others, pictures)
+        if len(self.releases) > 1:
+            members = [Member(release.name, release.report, beside=True) for release in self.releases]
+            uploads.append(_bytes(FAMILY_PAGE, render_family(make_family(members, []))))
+        page = FAMILY_PAGE if len(self.releases) > 1 else ""
+        card = model_card(sheets, self.origin, self.repository, others, pictures, page)
         uploads.append(_bytes(INDEX, index_text(everything, hashlib.sha256(card.encode()).hexdigest())))
         if self._may_replace_card:
             uploads.append(_bytes(CARD, card))
@@ -302,11 +324,11 @@ def _sha256(content: bytes) -> str:
 
 
 def _curve(releases: Sequence[Release], entries: Iterable[Entry]) -> str:
-    """The files of the repository in one picture, with the presets that were measured beside them; of a single file
-    also the other candidates."""
+    """The files of the repository in one picture, with the presets that were measured beside them and the candidates
+    that they were chosen from."""
     entries = list(entries)
     presets = {rival["preset"]: rival for release in releases for rival in release.report.to_json()["baselines"]}
-    points = releases[0].report.curve if len(entries) == 1 else []
+    points = [point for release in releases for point in release.report.curve]
     stem = _common(entry.name for entry in entries)
     shipped = {
         entry.name.removeprefix(stem) if len(entries) > 1 else "this file": (entry.nbytes, entry.quality["kl_mean"])

@@ -186,7 +186,12 @@ def open_release(run: Run, *, force: bool) -> Release:
         )
     name = release_name(file, plan, str(report.source["name"]))
     published = file_name(name, 0, 1)
-    report = replace(report, build={**report.build, "path": published}, launch_line=report.launch.command(published))
+    report = replace(
+        report,
+        build={**report.build, "path": published},
+        launch_line=report.launch.command(published),
+        provenance=report.provenance.shared(),
+    )
     return Release(run, report, file, found, digests, name)
 
 

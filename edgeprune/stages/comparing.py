@@ -1,22 +1,32 @@
-"""Comparing methods of choosing experts on held-out text, by masking the router: no file is written."""
+"""Comparing methods of choosing experts on held-out text, by masking the router: no file is written.
+
+Merged experts are other weights, so each number of them is a file of the source's types, measured and deleted.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgeprune.decide.candidates import priced
 from edgeprune.decide.keep import check_method, check_room, keep_set
+from edgeprune.decide.plan import DROP, REDUCTIONS, Plan
 from edgeprune.decide.scores import SCORES
 from edgeprune.errors import BadFile, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
+from edgeprune.measure import child
 from edgeprune.model.architecture import Architecture
 from edgeprune.prove.comparison import Comparison, Row, ordered, row
 from edgeprune.prove.page import render_comparison
+from edgeprune.stages.deciding import DecideStages
 from edgeprune.stages.measuring import MeasureStages, tools
 
 COMPARISON = "compare.json"
+MERGE = "merge:"  # before the name of a way to merge, of which some are names of scores, too
+_ANY_SIZE = 1 << 60
 
 
 def counts_of(fractions: Sequence[float], architecture: Architecture) -> list[int]:
@@ -52,17 +62,18 @@ def rounded(fractions: Sequence[float], architecture: Architecture) -> list[str]
     return remarks
 
 
-def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[str] | None, seeds: int) -> Comparison:
+def compare(run: DecideStages, fractions: Sequence[float], methods: Sequence[str] | None, seeds: int) -> Comparison:
     """Measure every method at every fraction; saved as ``compare.json`` and ``compare.html`` in the run directory.
 
     What an earlier comparison measured is taken from it; its other rows stay, if they are of the same model and text.
 
     Args:
-        methods: all that can be used on the model when None.
+        methods: all that can be used on the model when None; ``merge:NAME`` merges experts by one of
+            ``plan.REDUCTIONS``.
         seeds: draws of the methods that draw at random.
     """
     for method in methods or ():
-        check_method(method)
+        _check(method)
     counts = counts_of(fractions, run.architecture)
     for remark in rounded(fractions, run.architecture):
         run.listener.say(remark)
@@ -82,6 +93,14 @@ def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[st
     cache = _cache(path, made_from)
     rows: list[Row] = []
     for method in methods:
+        if method.startswith(MERGE):
+            for kept in counts:
+                key = f"{method} {kept}"
+                if key not in cache["measured"]:
+                    cache["measured"][key] = _merged(run, method.removeprefix(MERGE), kept)
+                    write_text(path, to_json(cache))
+                rows.append(row(method, kept, [cache["measured"][key]]))
+            continue
         draws = range(seeds if method in SCORES and SCORES[method].draws else 1)
         results: dict[int, list[dict[str, Any]]] = {kept: [] for kept in counts}
         for seed in draws:
@@ -90,7 +109,7 @@ def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[st
             keys = {kept: digest({str(layer): ids for layer, ids in keep.items()}) for kept, keep in sets.items()}
             missing = [kept for kept in counts if keys[kept] not in cache["measured"]]
             if missing:
-                masks = [{str(layer): list(ids) for layer, ids in sets[kept].items()} for kept in missing]
+                masks = [run.mask(sets[kept]) for kept in missing]
                 measured = run.divergence(run.source, "held_out", masks, f"{method} on held-out text")
                 cache["measured"].update(zip((keys[kept] for kept in missing), measured, strict=True))
                 write_text(path, to_json(cache))
@@ -105,6 +124,49 @@ def compare(run: MeasureStages, fractions: Sequence[float], methods: Sequence[st
     write_text(run.folder.path / COMPARISON, to_json(found.to_json()))
     write_text(run.folder.path / "compare.html", render_comparison(found))
     return found
+
+
+def _check(method: str) -> None:
+    """Refuse the name of a method that does not exist.
+
+    Raises:
+        UsageError: names those that do.
+    """
+    merging = [MERGE + name for name in REDUCTIONS if name != DROP]
+    if not method.startswith(MERGE):
+        check_method(method)
+    elif method not in merging:
+        raise UsageError(f"unknown method '{method}'", hint=f"known: {', '.join(merging)}")
+
+
+def _merged(run: DecideStages, reduce: str, kept: int) -> dict[str, Any]:
+    """Quality on held-out text of the file in which ``kept`` experts have taken in the others."""
+    plan = _merging_plan(run, reduce, kept)
+    path = run.folder.scratch / "merged.gguf"
+    merged = run.merged(plan)
+    try:
+        arguments = {"model": str(run.source), "plan": plan.to_json(), "output": str(path), "merged": merged}
+        with run.listener.progress(f"file with K={kept} merged by {reduce}") as progress:
+            child.call("edgeprune.build.builder:build", arguments, progress)
+        return run.divergence(path, "held_out", title=f"{MERGE}{reduce} on held-out text")[0]
+    finally:
+        path.unlink(missing_ok=True)
+        run.remove_merged(merged)
+
+
+def _merging_plan(run: DecideStages, reduce: str, kept: int) -> Plan:
+    """All types as they are, whatever the size."""
+    anywhere = type(run)(replace(run.settings, device=None, memory_bytes=None, file_bytes=_ANY_SIZE), run.listener)
+    anywhere.__dict__.update({k: v for k, v in run.__dict__.items() if k in ("source", "file", "architecture")})
+    problem = replace(
+        anywhere.unmeasured({}, frozenset()),
+        ranked=run.ranked("reap", [kept]),
+        drop_nats={kept: 0.0},
+        made_from={"statistics": digest(run.statistics.made_from)},
+    )
+    found = priced(problem, kept, {})
+    assert found is not None, "a file of any size has room"
+    return run.merging(found.plan, reduce)
 
 
 def _others(run: MeasureStages, made_from: dict[str, Any], rows: Sequence[Row]) -> list[Row]:

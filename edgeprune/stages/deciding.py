@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
 from edgeprune.decide.keep import check_method, check_room, fewest_kept
-from edgeprune.decide.plan import USER, Plan
+from edgeprune.decide.plan import DROP, USER, Plan
+from edgeprune.device.profile import Profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
@@ -24,16 +26,26 @@ from edgeprune.measure.sensitivity import Sensitivity
 from edgeprune.model.layout import layout
 from edgeprune.model.parts import stem
 from edgeprune.rundir import changed_fields
-from edgeprune.stages.healing import HealStages
+from edgeprune.settings import KEEP
 from edgeprune.stages.measuring import tools
+from edgeprune.stages.merging import MergeStages
 from edgeprune.units import format_bytes
 
 # How much the memory of a process varies from run to run; no reason to make another plan.
 _JITTER_BYTES = 8 << 20
 
 
+def profile_digest(profile: Profile, *, local: bool | None = None) -> str:
+    """Of the device that a plan is for; ``local``: it is this machine, as a profile called ``auto`` says.
+
+    The free memory and bandwidth of this machine vary from run to run, so they are left out.
+    """
+    local = profile.name == "auto" if local is None else local
+    return digest([profile.ram.total_bytes, profile.backend] if local else profile.to_json())
+
+
 @dataclass
-class DecideStages(HealStages):
+class DecideStages(MergeStages):
     """Candidates, the plan, and the file that obeys it."""
 
     def _counts(self) -> list[int]:
@@ -53,14 +65,12 @@ class DecideStages(HealStages):
 
     def _made_from(self, *, measured: bool) -> dict[str, Any]:
         """What a plan is made from; one that changes nothing needs no measurement."""
-        profile = self.profile
         local = self.settings.device in (None, "auto")
         return {
             "source": self.fingerprint,
             "statistics": digest(self.statistics.made_from) if measured else None,
             "sensitivity": digest(self.sensitivity.made_from) if measured else None,
-            # The free memory and bandwidth of this machine vary from run to run.
-            "device": digest([profile.ram.total_bytes, profile.backend] if local else profile.to_json()),
+            "device": profile_digest(self.profile, local=local),
             "tools": tools(),
             "memory": self.settings.memory_bytes,
             "file_size": self.settings.file_bytes,
@@ -72,6 +82,8 @@ class DecideStages(HealStages):
             "mixture": self.settings.mixture,
             "healing": self.healing if self.settings.heal else None,
             "limit_seconds": self.settings.limit_seconds,
+            **({"mtp": self.settings.mtp} if self.settings.mtp == KEEP else {}),
+            **({"reduce": self.settings.reduce} if self.settings.reduce != DROP else {}),
             **({"split": self.settings.part_bytes} if self.settings.part_bytes else {}),
         }
 
@@ -91,10 +103,12 @@ class DecideStages(HealStages):
             launch=self.launch,
             method=self.settings.method,
             made_from=self._made_from(measured=True),
+            mtp=self.settings.mtp == KEEP,
             heal=self.settings.heal,
             limit_seconds=self.settings.limit_seconds or math.inf,
             part_bytes=self.settings.part_bytes or 0,
             rates=self.rates,
+            reduced=partial(self.merging, reduce=self.settings.reduce),
         )
 
     def candidates(self) -> list[Candidate]:
@@ -145,7 +159,7 @@ class DecideStages(HealStages):
             file=self.file,
             architecture=architecture,
             sensitivity=Sensitivity({}, distortions, {}, {}),
-            ranked={layer: np.arange(architecture.experts) for layer in architecture.moe_layers},
+            ranked={layer: np.arange(architecture.experts) for layer in architecture.sliced_layers},
             drop_nats=dict.fromkeys(self._counts(), 0.0),
             types=types,
             budget=self.budget,
@@ -153,6 +167,7 @@ class DecideStages(HealStages):
             launch=self.launch,
             method=self.settings.method,
             made_from=self._made_from(measured=False),
+            mtp=self.settings.mtp == KEEP,
         )
 
     def _untouched(self) -> Candidate | None:
@@ -239,7 +254,11 @@ class DecideStages(HealStages):
         drop = self.keep_nats([plan.keep])[0] if plan.keep else 0.0
         budget = self.budget_of(plan.launch)
         problem = replace(
-            self.problem([plan.experts]), drop_nats={plan.kept: drop}, launch=plan.launch, budget=budget
+            self.problem([plan.experts]),
+            drop_nats={plan.kept: drop},
+            launch=plan.launch,
+            budget=budget,
+            reduced=lambda own: replace(own, keep=plan.keep, reduce=plan.reduce, merge=plan.merge),
         )
         changed = {name: kind for name, kind in plan.types.items() if kind != self.architecture.tensor(name).type}
         self.measure_types(changed)
@@ -301,7 +320,8 @@ class DecideStages(HealStages):
 
     def construct(self, plan: Plan, output: Path) -> Build:
         """Write the file for ``plan`` as ``output``, healed if it says so."""
-        store = self.healed(plan)
+        merged = self.merged(plan)
+        store = self.healed(plan, merged)
         with self.listener.progress("build") as progress:
             value = child.call(
                 "edgeprune.build.builder:build",
@@ -312,9 +332,11 @@ class DecideStages(HealStages):
                     "statistics": self.statistics_file if plan.types else "",
                     "store": store,
                     "part_bytes": self.settings.part_bytes or 0,
+                    "merged": merged,
                 },
                 progress,
             )
+        self.remove_merged(merged)
         if store:
             shutil.rmtree(store)
         return Build(**value)

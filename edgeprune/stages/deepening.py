@@ -14,6 +14,7 @@ from edgeprune.measure.kld_base import BaseFile
 from edgeprune.measure.questions import chosen_questions, parse_task
 from edgeprune.measure.repetition import LENGTH, MODES
 from edgeprune.measure.slicing import json_requests, shipped_slices
+from edgeprune.measure.text import REPORTING
 from edgeprune.prove.deeper import Deeper, Loops, Named, Speed, Task
 from edgeprune.prove.paired import Paired
 from edgeprune.units import format_bytes
@@ -185,7 +186,7 @@ def _slices(run: Run, built: Path) -> tuple[Named, ...]:
         except (Unsupported, BadFile) as error:
             run.listener.say(f"slice {text.domain} is left out: {error.cause}")
     reference = run.folder.scratch / "slices.reference"
-    arguments: dict[str, Any] = {"texts": [text.to_json() for text in texts], "split": "held_out"}
+    arguments: dict[str, Any] = {"texts": [text.to_json() for text in texts], "split": REPORTING}
     arguments |= {"window": run.settings.window, "most_tokens": run.settings.evaluation_tokens}
     reference.parent.mkdir(parents=True, exist_ok=True)
     with run.listener.progress("reference (slices)") as progress:
@@ -206,7 +207,7 @@ def _objects(run: Run, built: Path) -> Paired:
 
 def _write_base(run: Run, path: Path) -> None:
     with run.listener.progress(f"log-probabilities of the original for {path.name}") as progress:
-        arguments = {"model": str(run.source), "output": str(path.resolve()), **run.held_out_arguments()}
+        arguments = {"model": str(run.source), "output": str(path.resolve()), **run.reporting_arguments()}
         made = child.call("edgeprune.measure.against_base:write", arguments, progress)
     run.listener.say(f"{path}: {made['chunks']} chunks, {format_bytes(made['nbytes'])}")
 

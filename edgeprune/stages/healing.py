@@ -135,8 +135,12 @@ class HealStages(MeasureStages):
         for part in parts:
             part.unlink()
 
-    def healed(self, plan: Plan) -> str:
-        """Folder with the finished tensors of the layers that ``plan`` changes, or "" if it heals none."""
+    def healed(self, plan: Plan, merged: str = "") -> str:
+        """Folder with the finished tensors of the layers that ``plan`` changes, or "" if it heals none.
+
+        Args:
+            merged: folder of the merged experts, if it merges any.
+        """
         changed = changed_layers(plan, self.architecture)
         if not plan.heal or plan.origin.startswith(PRESET) or not changed:
             return ""
@@ -151,7 +155,7 @@ class HealStages(MeasureStages):
             done = dict(read_json(record))
         for stage in groups(changed, self._most_stages):
             if not all(str(layer) in done for layer in changed if layer in range(*stage)):
-                done |= self._heal(plan, store, stage)
+                done |= self._heal(plan, store, stage, merged)
                 write_text(record, to_json(done))
         for layer, found in done.items():
             if "reason" in found:
@@ -159,13 +163,14 @@ class HealStages(MeasureStages):
         write_text(self.folder.healing, to_json(done))
         return str(folder)
 
-    def _heal(self, plan: Plan, store: Store, stage: tuple[int, int]) -> dict[str, Any]:
+    def _heal(self, plan: Plan, store: Store, stage: tuple[int, int], merged: str) -> dict[str, Any]:
         """One stage: build the prefix, observe it, fit."""
         common = {
             "model": str(self.source),
             "plan": plan.to_json(),
             "store": str(store.folder),
             "layers": list(stage),
+            "merged": merged,
         }
         name = f"layers {stage[0]} to {stage[1] - 1}" if stage[1] - stage[0] > 1 else f"layer {stage[0]}"
         self.folder.scratch.mkdir(parents=True, exist_ok=True)

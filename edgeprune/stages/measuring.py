@@ -21,19 +21,23 @@ from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.merging import merge
-from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
+from edgeprune.measure.sensitivity import Sensitivity, responses, rounding_of, site_settings, sites_to_measure
 from edgeprune.measure.statistics import Statistics, write_imatrix
-from edgeprune.measure.text import SHORTEST_WINDOW
+from edgeprune.measure.text import CHOOSING, REPORTING, SHORTEST_WINDOW
 from edgeprune.measure.weights import LayerWeights, load_weights
-from edgeprune.settings import LLAMA, TORCH
+from edgeprune.settings import KEEP, LLAMA, TORCH
 from edgeprune.stages.texts import TextStages
+
+WEIGHTS_ALONE = "aimer"  # the score that needs no text
 
 # The largest layers whose subsets are all tried.
 MOST_ENUMERATED = 16
 # The score of layers that cannot be replayed.
 FALLBACK = "reap"
 # Raised when a measurement changes its meaning, so that saved ones are made again.
-FORMAT = 4
+FORMAT = 5
+# What the halves of the held-out text do.
+_HALVES = {CHOOSING: " that chooses", REPORTING: " that reports"}
 
 
 def tools(engine: str = LLAMA) -> str:
@@ -204,7 +208,8 @@ class MeasureStages(TextStages):
         path = self.folder.scratch / f"{part}-{key[:16]}.logprobs"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self.listener.progress(f"reference ({part.replace('_', '-')} text)") as progress:
+            name = f"held-out text{_HALVES[part]}" if part in _HALVES else f"{part.replace('_', '-')} text"
+            with self.listener.progress(f"reference ({name})") as progress:
                 child.call(
                     "edgeprune.measure.tasks:reference",
                     {"model": str(self.source), "output": str(path), **arguments},
@@ -218,7 +223,7 @@ class MeasureStages(TextStages):
         Raises:
             BadFile: it computes values that are not finite.
         """
-        self._reference("held_out")
+        self._reference(REPORTING)
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
@@ -228,6 +233,7 @@ class MeasureStages(TextStages):
             "statistics": digest(self.statistics.made_from),
             "tokens": self.settings.sensitivity_tokens,
             "window": self.settings.sensitivity_window,
+            **({"mtp": KEEP} if self.settings.mtp == KEEP else {}),
         }
         found: Sensitivity | None = None
         if self.folder.sensitivity.is_file():
@@ -243,6 +249,7 @@ class MeasureStages(TextStages):
             measured = self._distortions()
             found.distortions.update(measured["errors"])
             found.rates.update(measured["rates"])
+            found.rounding.update(found.to_floor(rounding_of(measured), self._rounding_floor()))
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         return found
 
@@ -251,18 +258,42 @@ class MeasureStages(TextStages):
         known = self.sensitivity.distortions
         wanted = {name: [kind] for name, kind in types.items() if kind not in known.get(name, {})}
         if wanted:
-            for name, measured in self._distortions(wanted)["errors"].items():
-                known.setdefault(name, {}).update(measured)
+            measured = self._distortions(wanted)
+            for name, errors in measured["errors"].items():
+                known.setdefault(name, {}).update(errors)
             write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
 
     def _distortions(self, wanted: Mapping[str, list[str]] | None = None) -> dict[str, Any]:
+        names = [t.name for t in self.architecture.tensors if t.quantisable] if wanted is None else list(wanted)
+        rounding = child.call(
+            "edgeprune.measure.rounding:observe",
+            {"model": str(self.source), "weights": names, **self._text_arguments("sensitivity")},
+        )
         with self.listener.progress("distortion of each type") as progress:
             measured: dict[str, Any] = child.call(
                 "edgeprune.measure.distortion:measure",
-                {"model": str(self.source), "statistics": self.statistics_file, "wanted": wanted},
+                {
+                    "model": str(self.source),
+                    "statistics": self.statistics_file,
+                    "rounding": rounding,
+                    "wanted": wanted,
+                    "mtp": self.settings.mtp == KEEP,
+                },
                 progress,
             )
         return measured
+
+    def _rounding_floor(self) -> dict[int, float]:
+        """What it costs to round the inputs of all products as a quantised file's kernels do, by block size."""
+        with self.listener.progress("rounding of activations") as progress:
+            arguments = {
+                "model": str(self.source),
+                "reference": str(self._reference("sensitivity")),
+                "weights": [t.name for t in self.architecture.tensors if t.quantisable],
+                **self._text_arguments("sensitivity"),
+            }
+            found = child.call("edgeprune.measure.rounding:floor", arguments, progress)
+        return {int(block): float(nats) for block, nats in found.items()}
 
     def _responses(self) -> dict[str, Any]:
         reference = self._reference("sensitivity")
@@ -302,9 +333,12 @@ class MeasureStages(TextStages):
     def _weights(self) -> dict[int, LayerWeights]:
         path = self.folder.path / "weights.safetensors"
         with contextlib.suppress(BadFile):
-            return load_weights(path, self.fingerprint)
+            found = load_weights(path, self.fingerprint)
+            if set(self.architecture.sliced_layers) <= found.keys():
+                return found
         with self.listener.progress("weights") as progress:
-            arguments = {"model": str(self.source), "output": str(path), "fingerprint": self.fingerprint}
+            arguments: dict[str, Any] = {"model": str(self.source), "output": str(path)}
+            arguments |= {"fingerprint": self.fingerprint, "mtp": self.settings.mtp == KEEP}
             child.call("edgeprune.measure.weights:weigh", arguments, progress)
         return load_weights(path, self.fingerprint)
 
@@ -323,7 +357,19 @@ class MeasureStages(TextStages):
             order = self._healable(stops)
         else:
             order = self._replayed(method, stops)
-        return protecting(order, self.protected)
+        return protecting({**order, **self._further()}, self.protected)
+
+    def _further(self) -> dict[int, Order]:
+        """Experts of kept blocks that predict further tokens. Text does not go through these, so nothing but their
+        weights tells them apart: AIMER. What they guess is checked by the layers before, so that a poor choice costs
+        speed and no quality."""
+        layers = self.architecture.further_moe_layers
+        if not layers:
+            return {}
+        weights = self._weights()
+        nothing = next(iter(self.statistics.layers.values()))
+        own = (Evidence(layer, nothing, None, weights[layer], 0) for layer in layers)
+        return rankings(own, WEIGHTS_ALONE, len(self.statistics.domains))
 
     def _judged_counts(self, stops: Sequence[int]) -> list[int]:
         """Numbers of experts at which rankings are told apart: that which is asked for, or about three quarters."""
@@ -430,9 +476,13 @@ class MeasureStages(TextStages):
             write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
         return known
 
+    def mask(self, keep: KeepSet) -> dict[str, list[int]]:
+        """``keep`` for the child that masks the router, without blocks that text does not go through."""
+        return {str(layer): list(ids) for layer, ids in keep.items() if layer < self.architecture.layers}
+
     def keep_nats(self, sets: Sequence[KeepSet]) -> list[float]:
         """Nats per token of keeping only the experts in each of ``sets``, measured by masking the router."""
-        masks = [{str(layer): list(ids) for layer, ids in keep.items()} for keep in sets]
+        masks = [self.mask(keep) for keep in sets]
         measured = self.divergence(self.source, "sensitivity", masks, "dropping experts")
         return [float(row["all"]["kl_mean"]) for row in measured]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import shutil
 from collections.abc import Mapping
@@ -13,15 +14,20 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.build.builder import Build
-from edgeprune.decide.plan import PRESET, SOLVER, Plan, folded
+from edgeprune.decide.plan import DROP, PRESET, SOLVER, Plan, folded
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
-from edgeprune.files import read_json, to_json, write_text
+from edgeprune.files import file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch, generated_tokens, prompt_tokens
+from edgeprune.measure.text import HELD_OUT, REPORTING
+from edgeprune.model.ggml import tensor_bytes
+from edgeprune.model.headers import DEFAULT_ALIGNMENT, align
+from edgeprune.model.tokenizer import DIFFERENCES_KEY
 from edgeprune.prove import baseline
 from edgeprune.prove.comparison import Comparison
-from edgeprune.prove.deeper import NOTHING, Deeper
+from edgeprune.prove.deeper import NOTHING
 from edgeprune.prove.page import render
+from edgeprune.prove.provenance import UNKNOWN, Provenance
 from edgeprune.prove.report import KEPT, Baseline, Report, promises
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.origin import Origin
@@ -36,8 +42,11 @@ _FOREIGN_CONTEXT = 2048
 class Run(TryStages):
     """All stages of one run; the last of them is the proof."""
 
-    def baselines(self, plan: Plan) -> list[tuple[Baseline, dict[str, str]]]:
+    def baselines(self, plan: Plan, *, choosing: bool) -> list[tuple[Baseline, dict[str, str]]]:
         """Stock presets of at most the plan's bytes, built with the same imatrix and measured.
+
+        Args:
+            choosing: whether one of them may be shipped.
 
         Returns:
             each with the GGML type that it gives every tensor.
@@ -45,6 +54,10 @@ class Run(TryStages):
         statistics = self.statistics_file
         sizes = child.call("edgeprune.build.preset:sizes", {"model": str(self.source), "statistics": statistics})
         limit = plan.predicted.file_bytes
+        # llama-quantize keeps blocks that predict further tokens; where the plan leaves them out they do not count.
+        gone = self.architecture.left_out
+        share = sum(tensor.nbytes for tensor in gone) / (self.architecture.nbytes + sum(t.nbytes for t in gone))
+        sizes = {name: int(nbytes * (1 - share)) for name, nbytes in sizes.items()}
         names = baseline.contenders(sizes, limit, self.file.data_offset)
         self.folder.scratch.mkdir(parents=True, exist_ok=True)
         results: list[tuple[Baseline, dict[str, str]]] = []
@@ -61,7 +74,7 @@ class Run(TryStages):
                             "output": str(path),
                             "preset": name,
                             "statistics": statistics,
-                            "expected_bytes": sizes[name],
+                            "expected_bytes": int(sizes[name] / (1 - share)),
                         },
                         progress,
                     )
@@ -69,30 +82,39 @@ class Run(TryStages):
                 self.listener.say(f"stock preset {name} is left out: {error.cause}")
                 continue
             # Presets that differ in name alone, as some do for small models, are one.
+            made["nbytes"] -= sum(
+                align(tensor_bytes(made["types"][tensor.name], tensor.shape), DEFAULT_ALIGNMENT) for tensor in gone
+            )
             if made["nbytes"] <= limit and all(made["types"] != types for _, types in results):
-                quality = self.quality(path, f"quality of {name}")
-                results.append((Baseline(name, made["nbytes"], quality["all"]), made["types"]))
+                nats = self.nats_to_choose(path, f"{name}, to choose") if choosing else None
+                quality = self.quality(path, f"quality of {name}", REPORTING)
+                results.append((Baseline(name, made["nbytes"], quality["all"], nats), made["types"]))
             path.unlink(missing_ok=True)
         return results
 
-    def quality(self, model: Path, title: str) -> dict[str, Any]:
-        """``{"all": ..., "domains": ...}`` of ``model`` against the source on the held-out text."""
-        return self.divergence(model, "held_out", title=title)[0]
+    def quality(self, model: Path, title: str, part: str = HELD_OUT) -> dict[str, Any]:
+        """``{"all": ..., "domains": ...}`` of ``model`` against the source on a part of the held-out text."""
+        return self.divergence(model, part, title=title)[0]
 
     def verify(self, plan: Plan, build: Build) -> Report:
-        """Measure the build, hold the flat presets against it, ship the better, write the report."""
-        measured = self.quality(Path(build.path), "quality of the plan")
-        rivals = self.baselines(plan) if self.settings.baselines else []
-        winner = min(rivals, key=lambda pair: pair[0].quality["kl_mean"], default=None)
+        """Measure the build, hold the flat presets against it, ship the better, write the report.
+
+        One half of the held-out text says which is the better, the other what the report says of it.
+        """
         free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types
-        # "not <": a divergence that is not a number loses against any preset.
-        if winner is not None and free and not measured["all"]["kl_mean"] <= winner[0].quality["kl_mean"]:
-            flat = self._as_plan(plan, *winner)
+        rivals = self.baselines(plan, choosing=free) if self.settings.baselines else []
+        if free and rivals:
+            winner = min(rivals, key=lambda pair: _nats(pair[0]))
+            own = self.nats_to_choose(Path(build.path), "the plan, to choose")
+            # "not <": a divergence that is not a number loses against any preset.
+            flat = self._as_plan(plan, *winner) if not own <= _nats(winner[0]) else None
             if flat is not None:
                 plan = flat
                 build = self.build(plan)
                 plan.save(self.folder.plan)
-                measured = self.quality(Path(build.path), "quality of the shipped preset")
+        measured = self.quality(Path(build.path), "quality of what is shipped", REPORTING)
+        if measured["undivided"]:
+            self.listener.say(f"held-out text {_apart(measured)}; a longer text, or --eval-text, has two halves")
         shipped = plan.origin.removeprefix(PRESET) if plan.origin.startswith(PRESET) else "plan"
         speed = self.speed(plan, build)
         report = self._report(plan, build, measured, [rival for rival, _ in rivals], shipped, speed)
@@ -102,7 +124,7 @@ class Run(TryStages):
     def _as_plan(self, plan: Plan, rival: Baseline, types: Mapping[str, str]) -> Plan | None:
         """The preset as a plan of ours, or None if its bytes and our records exceed the limit."""
         own = {tensor.name: tensor.type for tensor in self.architecture.tensors}
-        changed = {name: kind for name, kind in types.items() if own[name] != kind}
+        changed = {name: kind for name, kind in types.items() if own.get(name, kind) != kind}
         flat = replace(
             plan,
             kept=plan.experts,
@@ -111,6 +133,8 @@ class Run(TryStages):
             method="all experts kept",
             origin=f"{PRESET}{rival.preset}",
             heal=False,
+            reduce=DROP,
+            merge={},
         )
         with contextlib.suppress(DoesNotFit, BadFile):
             flat.check(self.architecture)
@@ -157,7 +181,7 @@ class Run(TryStages):
             str(layer): [float(value) for value in sums.total("gated_square")]
             for layer, sums in self.statistics.layers.items()
         }
-        curve_path = self.folder.path / "candidates.json"
+        curve_path, known = self.folder.path / "candidates.json", self._known_of(build)
         report = Report(
             title=f"{self.architecture.name} for {self.profile.name}",
             verdict="",
@@ -181,21 +205,42 @@ class Run(TryStages):
                 "experts": self.architecture.experts,
                 "used": self.architecture.used,
                 "parameters": self.architecture.parameters,
+                "tokenizer_differences": [str(line) for line in self.file.get(DIFFERENCES_KEY, [])],
             },
             launch_line=plan.launch.command(Path(build.path).name),
-            conditions=self._conditions(plan, on_device, speed),
+            conditions=self._conditions(plan, on_device, speed, measured),
             made_from={"plan": plan.digest, "build": build.sha256, "text": self.text_digest},
-            deeper=self._known_of(build),
+            deeper=known.deeper if known else NOTHING,
+            provenance=self._provenance(plan, build, speed, known),
         )
-        return replace(report, verdict=_verdict(report)).beside(saved(self))
+        return replace(report, verdict=verdict_of(report)).beside(saved(self))
 
-    def _known_of(self, build: Build) -> Deeper:
-        """What was measured on request earlier, of the same file."""
+    def _known_of(self, build: Build) -> Report | None:
+        """The last report in the folder, if it is of the same file."""
         with contextlib.suppress(BadFile, AttributeError, TypeError, KeyError):
             known = Report.from_json(read_json(self.folder.report))
             if known.made_from["build"] == build.sha256:
-                return known.deeper
-        return NOTHING
+                return known
+        return None
+
+    def _provenance(self, plan: Plan, build: Build, speed: Mapping[str, Any], known: Report | None) -> Provenance:
+        """Commands, digests and versions."""
+        made_from = plan.made_from
+        inputs = {"source": self.fingerprint}
+        inputs |= {f"text {text.domain}": file_digest(Path(text.path)) for text in self.texts}
+        settings = {"statistics": "settings of the statistics", "sensitivity": "settings of the sensitivities"}
+        inputs |= {name: made_from[key] for key, name in settings.items() if made_from.get(key)}
+        inputs |= {"device": made_from["device"]} if made_from.get("device") else {}
+        outputs = {Path(build.path).name: build.sha256}  # a model of 20 GB is not read for this again
+        for path in (self.folder.plan, self.folder.imatrix):
+            if path.is_file():
+                outputs[path.name] = file_digest(path)
+        libraries = ("llama-cpp-python", "gguf", "numpy", "scipy", "torch", "transformers")
+        versions = {"edgeprune": __version__, **{name: version(name) for name in libraries}}
+        versions |= {"ggml": str(speed["ggml"]), "Python": platform.python_version()}
+        versions |= {"system": platform.platform(), "processors": "; ".join(speed["processors"])}
+        commands = (known.provenance if known else UNKNOWN).after(self.settings.command)
+        return Provenance(commands, inputs, outputs, versions)
 
     def _healing(self, plan: Plan) -> str:
         """What healing did to the layers' outputs, in a line; "" where there was none."""
@@ -211,13 +256,14 @@ class Run(TryStages):
             f"{after:.3g} after, of its energy"
         )
 
-    def _conditions(self, plan: Plan, on_device: bool, speed: Mapping[str, Any]) -> dict[str, str]:
-        tokens = f"windows of at most {self.settings.window} tokens"
+    def _conditions(
+        self, plan: Plan, on_device: bool, speed: Mapping[str, Any], measured: Mapping[str, Any]
+    ) -> dict[str, str]:
+        tokens = f"{measured['all']['tokens']:,} tokens in windows of at most {self.settings.window}"
+        tokens += f"; {_apart(measured)}"
         where = "this device" if on_device else f"another machine than {self.profile.name}"
         return {
             "measured on": f"{platform.system()} {platform.machine()}, {where}",
-            "edgeprune": __version__,
-            "llama-cpp-python": version("llama-cpp-python"),
             "held-out text": tokens,
             "calibration text": f"{self.statistics.tokens:,} tokens in {len(self.statistics.domains)} domains",
             "speed": "median of 3 repeats",
@@ -244,7 +290,22 @@ class Run(TryStages):
         shutil.rmtree(self.folder.scratch, ignore_errors=True)
 
 
-def _verdict(report: Report) -> str:
+def _apart(measured: Mapping[str, Any]) -> str:
+    """What of the reported text was used to choose a file, in words."""
+    undivided, domains = measured["undivided"], measured["domains"]
+    if not undivided:
+        return "nothing was chosen with them"
+    names = "all domains" if len(undivided) == len(domains) else ", ".join(undivided)
+    return f"too short for two halves ({names}), so that a file was chosen and is reported on the same tokens"
+
+
+def _nats(rival: Baseline) -> float:
+    """What the preset is chosen by."""
+    nats = rival.chosen_by
+    return nats if nats is not None and math.isfinite(nats) else math.inf
+
+
+def verdict_of(report: Report) -> str:
     """One line that says what was reached."""
     if report.broken:
         return "A promise was broken: " + ", ".join(promise.name for promise in report.broken)
@@ -262,9 +323,14 @@ def _verdict(report: Report) -> str:
         return f"{kept}; {moved}: nothing had to be dropped or quantised; {rounding}."
     best = min(report.baselines, key=lambda rival: float(rival.quality["kl_mean"]))
     if report.shipped != "plan":
-        return f"{kept}; {moved}; the stock preset {best.preset} was best and is shipped."
+        return f"{kept}; {moved}; the stock preset {report.shipped} was best and is shipped."
     flat = float(best.quality["kl_mean"])
     beside = f"{kl / flat:.2f} of the best stock preset of at most this size ({best.preset})" if flat else best.preset
+    if kl > flat and best.chosen_by is not None:
+        return (
+            f"{kept}; {moved}; chosen on other text, while the stock preset {best.preset} is better on this one: "
+            f"{flat:.4g}."
+        )
     if kl > flat:
         return f"{kept}; {moved}, as asked; the stock preset {best.preset} would be better: {flat:.4g}."
     return f"{kept}; {moved}, {beside}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.decide.plan import Plan
-from edgeprune.device.budget import SYSTEM
+from edgeprune.device.budget import DESKTOP, SYSTEM
 from edgeprune.device.machine import AUTO, LOCAL, Machine, find_machine, user_folder
 from edgeprune.device.probe import this_machine
 from edgeprune.device.profile import Profile, find_profile
@@ -29,6 +30,7 @@ from edgeprune.prove.smoke.questions import Question, questions
 from edgeprune.prove.smoke.report import SmokeReport
 from edgeprune.prove.smoke.transport import Transport, transport_to
 from edgeprune.settings import Listener
+from edgeprune.stages.deciding import profile_digest
 
 _MOST_TOKENS = 48  # of an answer
 _REPEATED = 3  # questions that are asked twice
@@ -48,7 +50,9 @@ class Wish:
         profile: name of a profile, or a profile file, instead of the one that the device claims; or None.
         plan: the plan that the file was built after; None for ``plan.json`` beside the file, if it is of this file.
         context: in tokens; None for the plan's, else the profile's.
-        least_decode_per_s: the speed to be reached, tokens per second, or None.
+        least_decode_per_s: the speed to be reached, tokens per second; 0 for any; None for a share of what the plan
+            predicts, if that is for the device.
+        most_bytes: of memory that it may take, or None.
         baseline: an earlier report to hold the answers against, or None.
         output: folder of the reports; None for the device's own.
         remove: delete the file from the device afterwards.
@@ -60,6 +64,7 @@ class Wish:
     plan: Path | None = None
     context: int | None = None
     least_decode_per_s: float | None = None
+    most_bytes: int | None = None
     baseline: Path | None = None
     output: Path | None = None
     remove: bool = False
@@ -114,6 +119,9 @@ def smoke(wish: Wish, listener: Listener) -> tuple[SmokeReport, Path]:
 
 
 def _prepared(wish: Wish, listener: Listener) -> _Setting:
+    least = wish.least_decode_per_s
+    if least is not None and not 0 <= least < math.inf:  # no speed falls short of NaN
+        raise UsageError(f"--min-decode: {least} is no speed that can be reached or missed")
     if not wish.model.is_file():
         raise UsageError(f"no file {wish.model}", hint="give the GGUF that `edgeprune fit` made, or any other")
     machine, file = find_machine(wish.device), GgufFile(wish.model)
@@ -126,7 +134,7 @@ def _prepared(wish: Wish, listener: Listener) -> _Setting:
     baseline = SmokeReport.load(wish.baseline) if wish.baseline is not None else None
     profile = _profile(wish.profile or machine.profile)
     launch = _launch(wish, file, profile, plan)
-    promised = _promised(wish, profile, launch, plan, beside)
+    promised = promises_of(wish, profile, launch, plan, beside)
     return _Setting(wish, file, machine, profile, launch, promised, baseline)
 
 
@@ -202,32 +210,61 @@ def _launch(wish: Wish, file: GgufFile, profile: Profile, plan: Plan | None) -> 
     return replace(launch, threads=launch.threads or profile.threads)
 
 
-def _promised(
+def promises_of(
     wish: Wish, profile: Profile, launch: Launch, plan: Plan | None, beside: Path | None
 ) -> checks.Promised:
-    least = wish.least_decode_per_s or 0.0
+    """What the device, the plan in the folder ``beside`` and the wish promise of a run with ``launch``."""
+    promised = checks.Promised(
+        ceiling_bytes=_ceiling(wish, profile, plan),
+        vram_ceiling_bytes=profile.vram.total_bytes - profile.vram.reserve_bytes if profile.vram else 0,
+        least_decode_per_s=wish.least_decode_per_s,
+    )
     if plan is None or beside is None:
-        return checks.Promised(profile.usable_ram_bytes, least_decode_per_s=least)
-    peak = 0
+        return promised
+    peak = vram = 0
     # Resident memory is the whole of it only where everything is in one pool that the CPU computes in, and the plan
     # counted with the context that is filled.
-    pools = plan.predicted.pool_bytes
-    if set(pools) == {"ram"} and not launch.gpu_layers and launch.context == plan.launch.context:
-        held = _held(plan, profile, beside)
-        peak = max(0, pools["ram"] - held) if held is not None else 0
-    predicted = plan.predicted
-    return checks.Promised(profile.usable_ram_bytes, peak, predicted.decode_per_s, predicted.prefill_per_s, least)
+    pools, counted = plan.predicted.pool_bytes, launch.context == plan.launch.context
+    if set(pools) == {"ram"} and not launch.gpu_layers and counted:
+        peak = _own_share(pools["ram"], _held("ram", SYSTEM, plan, profile, beside))
+    if "vram" in pools and counted:
+        vram = _own_share(pools["vram"], _held("vram", DESKTOP, plan, profile, beside))
+    return replace(
+        promised,
+        peak_bytes=peak,
+        vram_bytes=vram,
+        decode_per_s=plan.predicted.decode_per_s,
+        prefill_per_s=plan.predicted.prefill_per_s,
+        for_device=plan.made_from.get("device") == profile_digest(profile),
+    )
 
 
-def _held(plan: Plan, profile: Profile, beside: Path) -> int | None:
-    """What the plan's figure counts for the system and other programs; None when nobody knows any more."""
-    if plan.made_from.get("memory") is not None or plan.made_from.get("file_size") is not None:
+def _ceiling(wish: Wish, profile: Profile, plan: Plan | None) -> int:
+    """Most memory in bytes that the model may take: what the device has for one, less where less was promised."""
+    most = [profile.usable_ram_bytes, wish.most_bytes]
+    if plan is not None:
+        most.append(plan.made_from.get("memory"))
+    return min(limit for limit in most if isinstance(limit, int))
+
+
+def _own_share(nbytes: int, held: int | None) -> int:
+    return max(0, nbytes - held) if held is not None else 0
+
+
+def _held(name: str, line_name: str, plan: Plan, profile: Profile, beside: Path) -> int | None:
+    """What the plan's figure for a pool counts for others, as its line of that name; None when nobody knows any
+    more."""
+    if name == "ram" and (plan.made_from.get("memory") is not None or plan.made_from.get("file_size") is not None):
         return 0
     with contextlib.suppress(BadFile, KeyError, TypeError, StopIteration):
         pools = read_json(beside / "report.json")["budget"]["pools"]
-        lines = next(pool for pool in pools if pool["pool"] == "ram")["lines"]
-        return sum(int(line["nbytes"]) for line in lines if line["name"] == SYSTEM)
-    return None if profile.name == AUTO else profile.ram.total_bytes - profile.usable_ram_bytes
+        lines = next(pool for pool in pools if pool["pool"] == name)["lines"]
+        return sum(int(line["nbytes"]) for line in lines if line["name"] == line_name)
+    if profile.name == AUTO:
+        return None
+    if name == "ram":
+        return profile.ram.total_bytes - profile.usable_ram_bytes
+    return profile.vram.reserve_bytes if profile.vram else None
 
 
 def _job(setting: _Setting, asked: list[Question], listener: Listener) -> dict[str, Any]:

@@ -18,21 +18,26 @@ from edgeprune.measure.launch import Launch
 from edgeprune.measure.rates import KernelRates, kernel_rates
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.checkpoint import open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY, require_convertible
-from edgeprune.model.download import fetch
+from edgeprune.model.convert import SOURCE_KEY
+from edgeprune.model.download import Aim, fetch
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
 from edgeprune.model.location import HubName, located
 from edgeprune.model.parts import first_part
-from edgeprune.model.tokenizer import DIFFERENCES_KEY
 from edgeprune.rundir import RunFolder, changed_fields
-from edgeprune.settings import Listener, Settings
+from edgeprune.settings import KEEP, Listener, Settings
+from edgeprune.stages.converting import checked_plan, convert_checked
+from edgeprune.units import format_bytes
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
-def found_at(source: str, listener: Listener) -> Path:
+def found_at(source: str, listener: Listener, output: Path | None = None, base: str = "auto") -> Path:
     """The checkpoint folder or the GGUF file (its first part) that ``source`` names, downloaded if need be.
+
+    Args:
+        output: where the GGUF of a checkpoint is to go, or None if it is not to be converted.
+        base: type of its matrices.
 
     Raises:
         UsageError: there is none.
@@ -44,7 +49,7 @@ def found_at(source: str, listener: Listener) -> Path:
     if not isinstance(found, HubName):
         return first_part(found)
     with listener.progress(f"download {found}") as progress:
-        return fetch(found, progress, listener.say)
+        return fetch(found, progress, listener.say, None if output is None else Aim(output, base))
 
 
 def hub_short_name(source: str) -> str:
@@ -67,7 +72,7 @@ class SourceStages:
     @cached_property
     def place(self) -> Path:
         """The checkpoint folder or the GGUF file (its first part) that was named, downloaded if need be."""
-        return found_at(self.settings.source, self.listener)
+        return found_at(self.settings.source, self.listener, self.folder.source)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -81,25 +86,17 @@ class SourceStages:
 
     def _converted(self, checkpoint: Path) -> Path:
         output = self.folder.source
-        require_convertible(checkpoint)  # before all of it is read for its fingerprint
+        mtp = self.settings.mtp == KEEP
+        checked_plan(checkpoint, mtp=mtp)  # before all of it is read for its fingerprint
         with self.listener.progress("fingerprint of the checkpoint"):
-            origin = open_checkpoint(checkpoint).origin()
+            origin = open_checkpoint(checkpoint).origin(mtp=mtp)
         if output.is_file():
             with contextlib.suppress(EdgepruneError):
                 old = str(GgufFile(output).get(SOURCE_KEY, ""))
                 if old == origin:
                     return output
                 self._changed("the checkpoint", {"content": old}, {"content": origin})
-        with self.listener.progress("convert") as progress:
-            remarks = child.call(
-                "edgeprune.model.convert:convert_task",
-                {"folder": str(checkpoint.resolve()), "output": str(output), "name": self._name(checkpoint)},
-                progress,
-            )
-        for line in GgufFile(output).get(DIFFERENCES_KEY, []):
-            self.listener.say(f"tokenizer: {line}")
-        for line in remarks:
-            self.listener.say(line)
+        convert_checked(checkpoint, output, self.listener, name=self._name(checkpoint), mtp=mtp)
         return output
 
     def _name(self, checkpoint: Path) -> str:
@@ -117,7 +114,14 @@ class SourceStages:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return read_architecture(self.file)
+        found = read_architecture(self.file, mtp=self.settings.mtp == KEEP)
+        if found.left_out:
+            size = format_bytes(sum(tensor.nbytes for tensor in found.left_out))
+            self.listener.say(
+                f"left out: blocks that predict further tokens, {size}, which llama.cpp loads with --spec-type "
+                "draft-mtp alone; --mtp keep keeps them"
+            )
+        return found
 
     @cached_property
     def fingerprint(self) -> str:

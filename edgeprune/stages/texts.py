@@ -13,7 +13,18 @@ from edgeprune.errors import BadFile, NativeCrash, Unsupported, UsageError
 from edgeprune.files import digest, file_digest
 from edgeprune.measure import answers, child
 from edgeprune.measure.chat import MOST_SECONDS, Template
-from edgeprune.measure.text import CHATS, PREPARED, TextFile, parse_texts, shipped_texts, texts_digest
+from edgeprune.measure.text import (
+    CALIBRATION,
+    CHATS,
+    CHOOSING,
+    HELD_OUT,
+    PREPARED,
+    REPORTING,
+    TextFile,
+    parse_texts,
+    shipped_texts,
+    texts_digest,
+)
 from edgeprune.stages.source import SourceStages
 
 # The domain of the model's own answers.
@@ -46,12 +57,12 @@ class TextStages(SourceStages):
             BadFile: a line of JSON lines that is no document.
             Unsupported: chats for a model without a chat template.
         """
-        held_out = parse_texts(self.settings.evaluation_texts, "held_out")
-        own = parse_texts(self.settings.texts, "calibration" if held_out else "shared")
-        shipped = [replace(text, split="calibration" if held_out else "shared") for text in shipped_texts()]
+        held_out = parse_texts(self.settings.evaluation_texts, HELD_OUT)
+        own = parse_texts(self.settings.texts, CALIBRATION if held_out else "shared")
+        shipped = [replace(text, split=CALIBRATION if held_out else "shared") for text in shipped_texts()]
         answered = []
         if self.settings.self_answers:
-            answered = [TextFile(SELF, str(self.folder.answers.resolve()), "calibration", PREPARED)]
+            answered = [TextFile(SELF, str(self.folder.answers.resolve()), CALIBRATION, PREPARED)]
             if any(text.domain == SELF for text in own):
                 raise UsageError(f"a text is named {SELF}, as the answers of --self are", hint="--text NAME=FILE")
         _disjoint(own + answered, held_out)
@@ -85,19 +96,22 @@ class TextStages(SourceStages):
 
     def _texts_for(self, split: str) -> list[TextFile]:
         """The texts with a part in ``split``; the model's own answers are never held out, so they can wait."""
-        texts = self.given_texts if split == "held_out" else self.texts
-        return [text for text in texts if text.split in ("shared", split)]
+        whole = CALIBRATION if split == CALIBRATION else HELD_OUT
+        texts = self.texts if whole == CALIBRATION else self.given_texts
+        return [text for text in texts if text.split in ("shared", whole)]
 
     def _text_arguments(self, part: str) -> dict[str, Any]:
-        """Arguments of a task that reads text: ``calibration``, ``held_out``, or the small part of the calibration
-        text that ``sensitivity`` is measured on."""
+        """Arguments of a task that reads text: ``calibration``, ``held_out`` or one of its halves, or the small part
+        of the calibration text that ``sensitivity`` is measured on."""
         chosen = self.settings
-        tokens, window = {
-            "calibration": (chosen.calibration_tokens, chosen.window),
-            "held_out": (chosen.evaluation_tokens, chosen.window),
-            "sensitivity": (chosen.sensitivity_tokens, min(chosen.window, chosen.sensitivity_window)),
+        half = (chosen.evaluation_tokens + 1) // 2
+        tokens, window, split = {
+            CALIBRATION: (chosen.calibration_tokens, chosen.window, CALIBRATION),
+            HELD_OUT: (chosen.evaluation_tokens, chosen.window, HELD_OUT),
+            CHOOSING: (half, chosen.window, CHOOSING),
+            REPORTING: (half, chosen.window, REPORTING),
+            "sensitivity": (chosen.sensitivity_tokens, min(chosen.window, chosen.sensitivity_window), CALIBRATION),
         }[part]
-        split = "held_out" if part == "held_out" else "calibration"
         return {
             "texts": [self._rendered(text).to_json() for text in self._texts_for(split)],
             "split": split,
@@ -116,9 +130,9 @@ class TextStages(SourceStages):
             raise Unsupported(f"{self.settings.source} has no chat template")
         return self._rendered(text)
 
-    def held_out_arguments(self) -> dict[str, Any]:
-        """Arguments of a task that reads the held-out text."""
-        return self._text_arguments("held_out")
+    def reporting_arguments(self) -> dict[str, Any]:
+        """Arguments of a task that reads the part of the held-out text which nothing is chosen with."""
+        return self._text_arguments(REPORTING)
 
     def _rendered(self, text: TextFile) -> TextFile:
         """``text`` with its chats as the model reads them, in a file of the scratch folder."""
@@ -198,4 +212,4 @@ class TextStages(SourceStages):
             empty = sum(not answer.response.strip() for answer in answers.read_answers(path))
             if empty:
                 self.listener.say(f"empty answers of the model: {empty} of {count}")
-        return TextFile(SELF, str(path.resolve()), "calibration", PREPARED)
+        return TextFile(SELF, str(path.resolve()), CALIBRATION, PREPARED)

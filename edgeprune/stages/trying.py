@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgeprune.decide.plan import SOLVER, Plan
 from edgeprune.errors import BadFile
 from edgeprune.files import digest, read_json, to_json, write_text
+from edgeprune.measure.text import CHOOSING
 from edgeprune.stages.deciding import DecideStages
 
 # Files that are built before one is taken.
@@ -33,7 +35,8 @@ class TryStages(DecideStages):
         free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types
         if not free or not plan.heal:
             return plan
-        about, path = digest(plan.made_from), self.folder.path / "tried.json"
+        path = self.folder.path / "tried.json"
+        about = digest([plan.made_from, *self._judge])
         with contextlib.suppress(BadFile, KeyError):
             if read_json(path)["made_from"] == about:
                 return plan
@@ -65,19 +68,29 @@ class TryStages(DecideStages):
                 break
         return nats
 
+    @property
+    def _judge(self) -> list[Any]:
+        """What files are chosen with: a part of the text."""
+        chosen = self.settings
+        text = self._digest_of(self._texts_for(CHOOSING))
+        return [CHOOSING, text, chosen.evaluation_tokens, chosen.window]
+
+    def nats_to_choose(self, model: Path, title: str) -> float:
+        """Nats per token of ``model`` on the half of the held-out text that files are chosen with."""
+        return float(self.divergence(model, CHOOSING, title=title)[0]["all"]["kl_mean"])
+
     def _tried(self, plan: Plan) -> float:
         """Measured nats per token of the file for ``plan``, which is kept until one is taken."""
         path = self.trial(plan)
         record = path.with_suffix(".json")
         with contextlib.suppress(BadFile, KeyError):
-            if path.is_file():
-                return float(read_json(record)["nats"])
+            known = read_json(record)
+            if path.is_file() and known["judge"] == self._judge:
+                return float(known["nats"])
         path.parent.mkdir(parents=True, exist_ok=True)
         self.listener.say(f"trying {plan.kept} of {plan.experts} experts per layer")
         made = self.construct(plan, path)
-        nats = float(
-            self.divergence(Path(made.path), "held_out", title=f"quality with K={plan.kept}")[0]["all"]["kl_mean"]
-        )
-        write_text(record, to_json({"nats": nats, "build": made.to_json()}))
+        nats = self.nats_to_choose(Path(made.path), f"quality with K={plan.kept}")
+        write_text(record, to_json({"nats": nats, "judge": self._judge, "build": made.to_json()}))
         self.listener.say(f"  {nats:.4g} nats per token, predicted {plan.predicted.nats:.4g}")
         return nats

@@ -3,7 +3,8 @@
     python tests/benchmarks/healing.py MODEL --text CALIBRATION.txt --eval-text HELDOUT.txt --keep 28,24,16
 
 For each number of experts: REAP one-shot, measured by masking the router, and the methods named, as files with healed
-experts in the source's own types. All against the source on held-out text, domain by domain.
+experts in the source's own types; then each way of merging, without and with healing. All against the source on
+held-out text, domain by domain.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from edgeprune import pipeline
 from edgeprune.cli.console import Console
 from edgeprune.decide.candidates import priced
 from edgeprune.decide.keep import keep_set
-from edgeprune.decide.plan import Plan
+from edgeprune.decide.plan import DROP, Plan
+from edgeprune.files import digest
 from edgeprune.pipeline import Run, Settings
 
+MERGER = "reap"  # what prices a plan whose experts are chosen by the way they are merged
 Row = dict[str, dict[str, float]]
 
 
@@ -31,24 +35,26 @@ def masked(run: Run, method: str, kept: int) -> Row:
     return {"all": found["all"], **found["domains"]}
 
 
-def plan_of(run: Run, method: str, kept: int) -> Plan:
-    """The plan that drops experts and changes no type."""
+def plan_of(run: Run, method: str, kept: int, reduce: str) -> Plan:
+    """The plan that drops or merges experts and changes no type."""
     problem = run.unmeasured({}, frozenset())
     ranked = run.ranked(method, [kept])
     found = priced(replace(problem, ranked=ranked, drop_nats={kept: 0.0}, method=method, heal=True), kept, {})
     assert found is not None
-    made_from = {**found.plan.made_from, "healing": run.healing}
-    return replace(found.plan, made_from=made_from)
+    statistics = digest(run.statistics.made_from)
+    made_from = {**found.plan.made_from, "healing": run.healing, "statistics": statistics}
+    return run.merging(replace(found.plan, made_from=made_from), reduce)
 
 
-def healed(run: Run, method: str, kept: int) -> tuple[Row, float]:
-    """Quality by domain of the healed file, and the seconds it took to make."""
-    run.teacher(run.healing_tokens(dropping=True))
-    plan = plan_of(run, method, kept)
+def built(run: Run, method: str, kept: int, reduce: str, *, heal: bool) -> tuple[Row, float]:
+    """Quality by domain of the file, and the seconds it took to make."""
+    if heal:
+        run.teacher(run.healing_tokens(dropping=True))
+    plan = replace(plan_of(run, method, kept, reduce), heal=heal)
     started = time.perf_counter()
     build = run.build(plan)
     seconds = time.perf_counter() - started
-    found = run.quality(Path(build.path), f"{method} healed, K={kept}")
+    found = run.quality(Path(build.path), f"{method}, {reduce}, K={kept}")
     return {"all": found["all"], **found["domains"]}, seconds
 
 
@@ -59,6 +65,7 @@ def main() -> None:
     parser.add_argument("--eval-text", action="append", default=[])
     parser.add_argument("--keep", default="28,24,16")
     parser.add_argument("--methods", default="replay,reap")
+    parser.add_argument("--reduce", default="dern,ream,hc-smoe,m-smoe", help="ways of merging, beside dropping")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=24_576)
     parser.add_argument("--healing-tokens", type=int, default=49_152)
@@ -84,13 +91,22 @@ def main() -> None:
             domains = list(base)
             print(f"\nK={kept} | " + " | ".join(domains) + f"\n{'---|' * (len(domains) + 1)}")
             print("reap | " + " | ".join(f"{base[name]['kl_mean']:.4f}" for name in domains))
-            for method in arguments.methods.split(","):
-                own, seconds = healed(run, method, kept)
+            kinds = [(method, DROP) for method in arguments.methods.split(",") if method]
+            kinds += [(MERGER, reduce) for reduce in arguments.reduce.split(",") if reduce]
+            for heal, (method, reduce) in product((False, True), kinds):
+                if reduce == DROP and not heal:
+                    continue  # masked, above
+                own, seconds = built(run, method, kept, reduce, heal=heal)
                 cells = (
                     f"{own[name]['kl_mean']:.4f} ({own[name]['kl_mean'] / base[name]['kl_mean']:.3f})"
                     for name in domains
                 )
-                print(f"{method}, healed | " + " | ".join(cells) + f" | {seconds:.0f} s", flush=True)
+                print(
+                    f"{method if reduce == DROP else reduce}{', healed' if heal else ''} | "
+                    + " | ".join(cells)
+                    + f" | {seconds:.0f} s",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

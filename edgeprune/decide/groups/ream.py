@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from edgeprune.decide.evidence import Doubles, Evidence, ratio
@@ -12,7 +14,7 @@ from edgeprune.errors import UsageError
 _LARGEST = 16  # C of the paper, the centre included
 
 
-def groups(evidence: Evidence, kept: int) -> tuple[Group, ...]:
+def groups(evidence: Evidence, kept: int, among: Sequence[int] | None = None) -> tuple[Group, ...]:
     """``kept`` groups around the experts with the largest REAP scores.
 
     From the most salient centre down, each takes the 15 experts that are most similar to it among those that are
@@ -26,15 +28,16 @@ def groups(evidence: Evidence, kept: int) -> tuple[Group, ...]:
     Raises:
         UsageError: so few groups cannot hold all experts.
     """
-    experts = evidence.experts
+    ids = np.arange(evidence.experts) if among is None else np.array(among)
+    experts = len(ids)
     if kept * _LARGEST < experts:
         raise UsageError(
             f"{kept} groups of at most {_LARGEST} experts do not hold {experts}",
             hint=f"keep at least {-(-experts // _LARGEST)} experts per layer",
         )
-    centres = np.argsort(-reap.score(evidence), kind="stable")[:kept].tolist()
+    centres = ids[np.argsort(-reap.score(evidence)[ids], kind="stable")[:kept]].tolist()
     nearest_first = np.argsort(-similarity(evidence), axis=1, kind="stable")
-    free = set(range(experts)) - set(centres)
+    free = set(ids.tolist()) - set(centres)
     found = []
     for centre in centres:
         nearest = [expert for expert in nearest_first[centre].tolist() if expert in free][: _LARGEST - 1]

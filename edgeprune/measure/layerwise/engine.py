@@ -32,8 +32,8 @@ from edgeprune.measure.statistics import InputMoments, LayerStatistics, Statisti
 from edgeprune.measure.sums import Sums
 from edgeprune.measure.text import Window
 from edgeprune.model.checkpoint import open_checkpoint
-from edgeprune.model.convert import apply_tying
 from edgeprune.model.converter import converter_for
+from edgeprune.model.planning import apply_tying
 from edgeprune.model.values import language_config, prefix_of, sizes_of
 
 Progress = Callable[[int, int], None]

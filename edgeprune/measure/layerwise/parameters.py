@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from edgeprune.errors import BadFile
 from edgeprune.model.checkpoint import Checkpoint
-from edgeprune.model.convert import choose
 from edgeprune.model.converter import Converter
+from edgeprune.model.planning import choose
 from edgeprune.model.transforms import TRANSFORMS, Sizes
 
 if TYPE_CHECKING:

@@ -124,6 +124,12 @@ PRE_TOKENIZERS: dict[tuple[str, ...], tuple[PreTokenizer, ...]] = {
 _WITHOUT_FIRST = {"llama-bpe": "glm4", "dbrx": "chatglm-bpe"}
 
 
+COMPOSES = (
+    "llama.cpp does not compose characters (NFC) as the original does: a letter and its accent that are written as "
+    "two characters become other tokens"
+)
+
+
 def pre_tokenizer(definition: dict[str, Any], has_first: bool, where: str) -> tuple[str, list[str]]:
     """llama.cpp's name for the rules of a byte-level BPE tokenizer, and how they differ, one sentence each.
 
@@ -135,7 +141,7 @@ def pre_tokenizer(definition: dict[str, Any], has_first: bool, where: str) -> tu
     Raises:
         Unsupported: rules that are not in the table.
     """
-    _require_plain_text(definition, where)
+    composes = _composes(definition, where)
     steps = _steps(definition, where)
     known = PRE_TOKENIZERS.get(steps)
     if known is None:
@@ -146,7 +152,7 @@ def pre_tokenizer(definition: dict[str, Any], has_first: bool, where: str) -> tu
     words_first = bool(definition["model"].get("ignore_merges"))
     alike = [rules for rules in known if rules.words_first == words_first]
     exact = [rules for rules in alike if not rules.differs]
-    notes = []
+    notes = [COMPOSES] if composes else []
     if exact:
         chosen = exact[0]
     else:
@@ -163,12 +169,18 @@ def pre_tokenizer(definition: dict[str, Any], has_first: bool, where: str) -> tu
     return chosen.name if has_first else _WITHOUT_FIRST.get(chosen.name, chosen.name), notes
 
 
-def _require_plain_text(definition: dict[str, Any], where: str) -> None:
-    """Refuse normalizers. NFC is let through: llama.cpp leaves it out, so only decomposed text is cut otherwise."""
+def _composes(definition: dict[str, Any], where: str) -> bool:
+    """Whether the text is brought to the composed form (NFC) before it is cut, which llama.cpp leaves out.
+
+    Raises:
+        Unsupported: another normalizer.
+    """
     normalizer = definition.get("normalizer") or {}
-    for step in normalizer.get("normalizers", [normalizer] if normalizer else []):
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    for step in steps:
         if step.get("type") != "NFC":
             raise Unsupported(f"{where}: llama.cpp has no normalizer {step.get('type')} for byte-level tokenizers")
+    return bool(steps)
 
 
 def _steps(definition: dict[str, Any], where: str) -> tuple[str, ...]:

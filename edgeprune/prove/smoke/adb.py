@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import posixpath
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,8 @@ from typing import IO, Any, BinaryIO
 from edgeprune.device.machine import Machine
 from edgeprune.errors import EdgepruneError
 from edgeprune.prove.smoke.conversation import RUNNER
-from edgeprune.prove.smoke.delivery import deliver
-from edgeprune.prove.smoke.transport import Job, Progress, ended
+from edgeprune.prove.smoke.shelled import Shelled, client, finished, last_of, told, way_out
+from edgeprune.prove.smoke.transport import Job, ended
 
 # ``adb push`` cannot go on with a file; what is sent in pieces is lost by a piece at most.
 _PIECE, _BLOCK = 256 << 20, 1 << 20
@@ -32,28 +31,22 @@ _WAYS_OUT = {
 }
 
 
-class Adb:
-    """A way to ``machine``; also a ``Shell`` there."""
+class Adb(Shelled):
+    """A way to ``machine`` through its debugging bridge."""
 
     def __init__(self, machine: Machine) -> None:
-        program = shutil.which("adb")
-        if program is None:
-            raise EdgepruneError(
-                f"{machine.name} is reached by adb, which is not installed here",
-                hint="install Android's platform tools and put `adb` on the path",
-            )
-        self.name, self._machine = machine.name, machine
+        super().__init__(machine)
+        program = client("adb", machine, "install Android's platform tools and put `adb` on the path")
         self._command = [program, *(["-s", machine.serial] if machine.serial else [])]
 
     def _run(self, *words: str) -> str:
-        done = subprocess.run([*self._command, *words], stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        if done.returncode:
-            said = (done.stderr or done.stdout).decode("utf-8", errors="replace").strip().splitlines()
-            last = said[-1][:200] if said else f"exit code {done.returncode}"
+        code, printed, errors = finished([*self._command, *words])
+        if code:
+            last = last_of(told(errors or printed), code)
             own = last.startswith(("adb:", "error:"))  # adb's, not that of a program over there
-            hint = next((way for sign, way in _WAYS_OUT.items() if own and sign in last), "")
+            hint = way_out(_WAYS_OUT, [last]) if own else ""
             raise EdgepruneError(f"{self.name} ({self._machine.address}): {last}", hint=hint)
-        return done.stdout.decode("utf-8", errors="replace")
+        return printed.decode("utf-8", errors="replace")
 
     def ask(self, script: str) -> str:
         return self._run("shell", script)
@@ -67,12 +60,6 @@ class Adb:
                 self.ask(f"cat {piece} >> {shlex.quote(path)} && rm -f {piece}")
                 sent += count
                 progress(sent)
-
-    def deliver(self, model: Path, sha256: str, progress: Progress) -> str:
-        return deliver(self, model, self._machine.folder, sha256, progress)
-
-    def remove(self, model: str) -> None:
-        self.ask(f"rm -f {shlex.quote(model)}")
 
     @contextmanager
     def run(self, job: Job, log: IO[bytes]) -> Any:

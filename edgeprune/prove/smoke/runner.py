@@ -136,6 +136,7 @@ class Library:
         self._callback = binding.llama_log_callback(self._hear)
         binding.llama_log_set(self._callback, ctypes.c_void_p(0))
         binding.llama_backend_init()
+        self._free_before = _free_on_gpus(binding._lib)
         self._model = self._load(job["model"])
         self._context = self._start()
         self._vocabulary = binding.llama_model_get_vocab(self._model)
@@ -269,9 +270,41 @@ class Library:
         self._prefill(tokens(context), tick)
         return context, self._finite()
 
+    def device_bytes(self) -> int | None:
+        """What the model holds of the memory of graphics cards, which is most at the end; None without one."""
+        return taken(self._free_before, _free_on_gpus(self._binding._lib))
+
     def close(self) -> int | None:
         """Peak memory in bytes, if the system tells."""
         return _high_water(_status("self")) or _greatest("RUSAGE_SELF")
+
+
+_GPU = 1  # enum ggml_backend_dev_type; integrated ones use the memory of the system
+
+
+def _free_on_gpus(library: Any) -> dict[str, int]:
+    """Free memory in bytes of every graphics card that llama.cpp sees, by name; empty where it cannot tell."""
+    found: dict[str, int] = {}
+    try:
+        count, get, kind = (getattr(library, f"ggml_backend_dev_{name}") for name in ("count", "get", "type"))
+        name, memory = library.ggml_backend_dev_name, library.ggml_backend_dev_memory
+    except AttributeError:
+        return found
+    count.restype, get.restype, get.argtypes = ctypes.c_size_t, ctypes.c_void_p, [ctypes.c_size_t]
+    kind.argtypes, name.restype, name.argtypes = [ctypes.c_void_p], ctypes.c_char_p, [ctypes.c_void_p]
+    memory.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)]
+    for index in range(count()):
+        device = get(index)
+        if kind(device) == _GPU:
+            free, total = ctypes.c_size_t(), ctypes.c_size_t()
+            memory(device, ctypes.byref(free), ctypes.byref(total))
+            found[name(device).decode()] = free.value
+    return found
+
+
+def taken(before: dict[str, int], now: dict[str, int]) -> int | None:
+    """Bytes by which the free memory of the devices fell together; None without devices."""
+    return sum(max(0, free - now.get(name, free)) for name, free in before.items()) if before else None
 
 
 class _BufferOverride(ctypes.Structure):
@@ -422,6 +455,10 @@ class Server:
         tick(context, context)
         return int(found["tokens_evaluated"]) + int(found["tokens_predicted"]), _probable(found)
 
+    def device_bytes(self) -> int | None:
+        """As ``Library.device_bytes``; a server does not tell."""
+        return None
+
     def close(self) -> int | None:
         """End the server; its peak memory in bytes, if the system tells."""
         peak = _high_water(self._over_there(self._remote) if self._remote else _status(self._pid))
@@ -503,6 +540,7 @@ def _speed(engine: Any, job: dict[str, Any], tick: Tick) -> dict[str, Any]:
     return {
         "prefill_per_s": statistics.median(prefill),
         "decode_per_s": statistics.median(decode),
+        "best_decode_per_s": max(decode),
         "prompt_tokens": len(prompt),
         "generated_tokens": most,
         "first_token_s": len(prompt) / statistics.median(prefill),
@@ -582,7 +620,8 @@ def _work(job: dict[str, Any], channel: Channel, ends: list[Callable[[], None]])
             channel.say({"step": step, "done": 0, "total": 1})
             channel.say({"result": {"step": step, "value": function()}})
         step = "memory"
-        channel.say({"result": {"step": step, "value": {"peak_bytes": engine.close()}}})
+        memory = {"device_bytes": engine.device_bytes(), "peak_bytes": engine.close()}
+        channel.say({"result": {"step": step, "value": memory}})
     except Unusable as error:
         channel.say({"error": error.cause, "hint": error.hint})
     except Failure as error:

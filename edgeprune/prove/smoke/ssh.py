@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from edgeprune.device.machine import Machine
 from edgeprune.errors import EdgepruneError
 from edgeprune.files import file_digest
 from edgeprune.prove.smoke.conversation import RUNNER
-from edgeprune.prove.smoke.delivery import deliver
-from edgeprune.prove.smoke.transport import Job, Progress, ended, with_server
+from edgeprune.prove.smoke.shelled import Shelled, client, finished, last_of, told, way_out
+from edgeprune.prove.smoke.transport import Job, ended, with_server
 
 _BLOCK = 1 << 20
 _CONNECT_SECONDS = 15
@@ -30,34 +28,29 @@ _WAYS_OUT = {
 }
 
 
-class Ssh:
-    """A way to ``machine``; also a ``Shell`` there."""
+class Ssh(Shelled):
+    """A way to ``machine`` through the user's own SSH client."""
 
     def __init__(self, machine: Machine) -> None:
-        program = shutil.which("ssh")
-        if program is None:
-            raise EdgepruneError(
-                f"{machine.name} is reached by ssh, which is not installed here", hint="install the OpenSSH client"
-            )
-        self.name, self._machine = machine.name, machine
-        self._command = [program, *_options(machine), machine.host]
+        super().__init__(machine)
+        self._command = [client("ssh", machine, "install the OpenSSH client"), *_options(machine), machine.host]
 
     def _words(self, script: str) -> list[str]:
         # Whatever the login shell there is, the script is for sh.
         return [*self._command, f"sh -c {shlex.quote(script)}"]
 
     def ask(self, script: str) -> str:
-        done = subprocess.run(self._words(script), stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        if done.returncode:
-            raise self._failure(done.returncode, done.stderr)
-        return done.stdout.decode("utf-8", errors="replace")
+        code, printed, errors = finished(self._words(script))
+        if code:
+            raise self._failure(code, errors)
+        return printed.decode("utf-8", errors="replace")
 
     def _failure(self, code: int, said: bytes) -> EdgepruneError:
-        lines = [line.strip() for line in said.decode("utf-8", errors="replace").splitlines() if line.strip()]
-        last = lines[-1][:200] if lines else f"exit code {code}"
+        lines = told(said)
+        last = last_of(lines, code)
         if code != _LOST:
             return EdgepruneError(f"{self.name}: {last}")
-        hint = next((way for sign, way in _WAYS_OUT.items() if any(sign in line for line in lines)), "")
+        hint = way_out(_WAYS_OUT, lines)
         return EdgepruneError(f"cannot reach {self.name} ({self._machine.address}): {last}", hint=hint)
 
     def append(self, stream: BinaryIO, path: str, progress: Callable[[int], None]) -> None:
@@ -83,12 +76,6 @@ class Ssh:
                 log.seek(0)
                 found = self._failure(code, log.read())
                 raise EdgepruneError(found.cause, hint=found.hint or "run the same command again; it goes on there")
-
-    def deliver(self, model: Path, sha256: str, progress: Progress) -> str:
-        return deliver(self, model, self._machine.folder, sha256, progress)
-
-    def remove(self, model: str) -> None:
-        self.ask(f"rm -f {shlex.quote(model)}")
 
     @contextmanager
     def run(self, job: Job, log: IO[bytes]) -> Any:

@@ -1,0 +1,149 @@
+"""How far llama.cpp's kernels round the inputs of a product with a quantised weight.
+
+On a CPU the activations are quantised too, to eight bits with one scale for every block of them: ``Q8_K``, blocks of
+256, for weights of 256-blocks, and ``Q8_0``, blocks of 32, for the others (ggml-cpu.c, ``vec_dot_type``). What that
+moves does not depend on the weights' bits, so it is the floor below which no quantised file gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune.measure.divergence import Reference, summarise
+from edgeprune.measure.launch import Launch
+from edgeprune.measure.llama import Node, session
+from edgeprune.measure.observers import weight_name
+from edgeprune.measure.tasks import Switch, chosen_windows, compared
+
+Floats = npt.NDArray[np.float32]
+BLOCKS = (32, 256)
+_LEVELS = 127
+_MOST_ROWS = 128  # of one product's inputs in one window
+_MOST_TOKENS = 2048
+
+
+def rounding_error(rows: Floats, block: int) -> npt.NDArray[np.float64]:
+    """Squared error of rounding each block of ``rows`` [n, width] to 255 levels of its largest magnitude, summed over
+    rows, float64 [width / block]."""
+    error = (rows - rounded(rows, block)).reshape(len(rows), -1, block)
+    squares: npt.NDArray[np.float64] = np.einsum("nbc,nbc->b", error, error, dtype=np.float64)
+    return squares
+
+
+def rounded(rows: Floats, block: int) -> Floats:
+    """Each block of ``rows`` [n, width] in 255 levels of its largest magnitude, float32 [n, width]."""
+    blocks = rows.reshape(len(rows), -1, block)
+    step = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(_LEVELS)
+    step[step == 0] = 1
+    found: Floats = (np.rint(blocks / step) * step).reshape(rows.shape)
+    return found
+
+
+class InputRounding:
+    """Watches the inputs of products with ``weights``; experts' are taken together.
+
+    Attributes:
+        sums: by weight and block size, squared error of rounding summed over rows, float64 [width / block].
+        rows: by weight, how many.
+    """
+
+    def __init__(self, weights: frozenset[str]) -> None:
+        self.weights = weights
+        self.sums: dict[str, dict[int, npt.NDArray[np.float64]]] = {}
+        self.rows: dict[str, int] = {}
+
+    def __call__(self, node: Node, ask: bool) -> bool:
+        if node.op not in ("MUL_MAT", "MUL_MAT_ID") or (weight := weight_name(node)) not in self.weights:
+            return False
+        inputs = node.source(1)
+        if not ask and inputs is not None:
+            self._look(weight, inputs.view())
+        return True
+
+    def _look(self, weight: str, inputs: npt.NDArray[Any]) -> None:
+        rows = np.ascontiguousarray(inputs).reshape(-1, inputs.shape[-1])
+        rows = rows[:: max(1, len(rows) // _MOST_ROWS)][:_MOST_ROWS]
+        own = self.sums.setdefault(weight, {})
+        for block in BLOCKS:
+            if rows.shape[1] % block == 0:
+                own[block] = own.get(block, 0.0) + rounding_error(rows, block)
+        self.rows[weight] = self.rows.get(weight, 0) + len(rows)
+
+
+def observe(
+    model: str,
+    texts: list[dict[str, str]],
+    split: str,
+    window: int,
+    most_tokens: int,
+    weights: list[str],
+    threads: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """Rounding of the inputs of ``weights``, on at most 2,048 tokens. A task for a child process.
+
+    Returns:
+        by weight and block size: mean squared error of one input channel in each block of channels. Weights that are
+        in no product of the graph are left out.
+    """
+    watcher = InputRounding(frozenset(weights))
+    with session(Path(model), Launch(context=window, batch=window, threads=threads), watcher) as opened:
+        chosen = chosen_windows(opened, texts, split, window, min(most_tokens, _MOST_TOKENS))
+        for number, part in enumerate(chosen):
+            opened.run(part.tokens)
+            if progress is not None:
+                progress(number + 1, len(chosen))
+    return {
+        weight: {str(block): (sums / (block * watcher.rows[weight])).tolist() for block, sums in own.items()}
+        for weight, own in watcher.sums.items()
+    }
+
+
+class RoundedInputs:
+    """Rounds the inputs of products with ``weights`` as a kernel for quantised weights would, for all who read them
+    from there on.
+
+    Every node of the graph is computed on its own, so that what feeds a product is there when it is asked for. The
+    router's product, in F32, comes before those of its experts and still sees what is not rounded.
+    """
+
+    def __init__(self, weights: frozenset[str], block: int) -> None:
+        self.weights, self.block = weights, block
+
+    def __call__(self, node: Node, ask: bool) -> bool:
+        if ask and node.op in ("MUL_MAT", "MUL_MAT_ID") and weight_name(node) in self.weights:
+            inputs = node.source(1)
+            if inputs is not None and inputs.shape[0] % self.block == 0 and inputs.is_contiguous:
+                values = np.array(inputs.read())
+                inputs.write(rounded(values.reshape(-1, values.shape[-1]), self.block).reshape(values.shape))
+        return True
+
+
+def floor(
+    model: str,
+    reference: str,
+    texts: list[dict[str, str]],
+    split: str,
+    window: int,
+    most_tokens: int,
+    weights: list[str],
+    threads: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """What rounding the inputs of all ``weights`` at once costs, by block size, nats per token. A task for a child
+    process; the arguments are those of ``tasks.disturb``."""
+    switch, found = Switch(), {}
+    with session(Path(model), Launch(context=window, batch=window, threads=threads), switch) as opened:
+        chosen = chosen_windows(opened, texts, split, window, most_tokens)
+        kept = Reference(Path(reference), opened.vocabulary_size)
+        for number, block in enumerate(BLOCKS):
+            switch.current = RoundedInputs(frozenset(weights), block)
+            found[str(block)] = summarise(list(compared(opened, chosen, kept, None))).kl_mean
+            if progress is not None:
+                progress(number + 1, len(BLOCKS))
+    return found
