@@ -87,12 +87,13 @@ class Problem:
         return self.sensitivity.nats(tensor, name, share)
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
-        """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
-        that was not measured."""
+        """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine, which healed
+        experts are twice, without error feedback and with it; 0 where that was not measured."""
         rate = self.sensitivity.rates.get(name, 0.0)
         if name == tensor.type or rate <= 0:
             return 0.0
-        return float(np.prod(tensor.kept_shape(kept), dtype=np.int64)) / (rate * cores())
+        twice = self.heal and tensor.is_expert and ggml.BY_NAME[name].feeds_back(tensor.shape[0])
+        return (1 + twice) * float(np.prod(tensor.kept_shape(kept), dtype=np.int64)) / (rate * cores())
 
 
 def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:
