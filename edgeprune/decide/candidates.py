@@ -87,8 +87,8 @@ class Problem:
         return self.sensitivity.nats(tensor, name, share)
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
-        """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where that
-        was not measured. Healed experts are encoded twice, without error feedback and with it."""
+        """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
+        that was not measured. Healed experts are encoded twice, without error feedback and with it."""
         rate = self.sensitivity.rates.get(name, 0.0)
         if name == tensor.type or rate <= 0:
             return 0.0
