@@ -56,6 +56,9 @@ class RunFolder:
     def healing(self) -> Path:
         return self.path / "healing.json"
 
+    def channels(self, narrowing: str) -> Path:
+        return self.path / f"channels-{narrowing}.safetensors"
+
     def teacher(self, tokens: int) -> Path:
         return self.scratch / f"teacher-{tokens}.safetensors"
 
@@ -96,7 +99,7 @@ class RunFolder:
         """Files about the model alone, which every run over the same text may use; some may be missing."""
         more = [self.path / name for name in ("rankings.json", "weights.safetensors")]
         own = [self.source, self.answers, self.statistics, self.gradients, self.imatrix, self.sensitivity]
-        return [*own, *more]
+        return [*own, *more, *sorted(self.path.glob(self.channels("*").name))]
 
     def owner(self) -> str:
         """The model whose run directory it is.

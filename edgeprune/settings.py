@@ -47,6 +47,8 @@ class Settings:
         texts, evaluation_texts: ``FILE`` or ``NAME=FILE``; empty for the shipped text.
         self_answers: how many answers of the model itself are calibrated on, too.
         keep: forced number of experts, or None.
+        width: forced channels of every expert, or below 1 their share; 0 for as many as are best.
+        narrowing: how channels are ranked, one of ``decide.neurons.NARROWINGS``.
         types: forced GGML types, or empty.
         method: how experts are ranked, one of ``decide.scores.METHODS``.
         mixture: how the domains of the text are put together for that, one of ``decide.keep.MIXTURES``.
@@ -77,6 +79,8 @@ class Settings:
     evaluation_texts: tuple[str, ...] = ()
     self_answers: int = 0
     keep: int | None = None
+    width: float = 0.0
+    narrowing: str = "ziplm"
     types: tuple[str, ...] = ()
     method: str = "replay"
     mixture: str = "pooled"

@@ -22,7 +22,7 @@ from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.pipeline import Settings, fit, opened
 from edgeprune.stages import trying
-from edgeprune.stages.trying import TryStages
+from edgeprune.stages.trying import TryStages, _place
 
 pytest_plugins = ("demo_fixtures", "observed_fixtures")
 
@@ -113,7 +113,7 @@ def test_less_memory_gives_fewer_tokens_and_nearly_the_same(
 
 
 class _Measured(TryStages):
-    """Stages whose files have the nats they are given, by number of experts."""
+    """Stages whose files have the nats they are given, by number of experts, or by width as a negative number."""
 
     nats: dict[int, float]
 
@@ -121,7 +121,7 @@ class _Measured(TryStages):
         self.nats = nats
 
     def _tried(self, plan: Plan) -> float:
-        return self.nats[plan.kept]
+        return self.nats[-plan.width or plan.kept]
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,25 @@ class _Measured(TryStages):
         ({8: 3, 6: 1, 4: 2, 2: 4}, 6, [6, 4, 8]),
         ({8: 1, 6: 2, 4: 3, 2: 4}, 8, [8, 6]),
         ({16: 9, 12: 5, 8: 4, 6: 3, 4: 2, 2: 1}, 12, [12, 8, 6, 4]),
+        ({8: 3, 16: 4, -192: 2, -128: 1}, 16, [16, -192, -128, 8]),
+        ({8: 3, 16: 4, -192: 1, -128: 2}, -192, [-192, -128, 16, 8]),
+        ({8: 1, 12: 2, 16: 4, -192: 3}, 12, [12, 8, 16, -192]),
     ],
 )
-def test_numbers_of_experts_are_tried_while_it_gets_better(
+def test_numbers_of_experts_and_widths_are_tried_while_it_gets_better(
     nats: dict[int, float], start: int, tried: list[int]
 ) -> None:
     plan = Plan("toy", 16, 16, {}, {}, Launch(), "test", "solver", Prediction(), {}, heal=True)
-    plans = {kept: replace(plan, kept=kept, keep={0: tuple(range(kept))} if kept < 16 else {}) for kept in nats}
-    assert list(_Measured(nats)._walk(plans, start)) == tried
+    line = []
+    for number in nats:
+        narrow = replace(plan, width=-number, narrowing="camera") if number < 0 else plan
+        fewer = replace(plan, kept=number, keep={0: tuple(range(number))}) if 0 < number < 16 else narrow
+        better = Prediction(nats=0.5 if number in (8, -192) else 1.0)
+        line.append(replace(fewer, predicted=better))
+    line.sort(key=_place)
+    numbers = [-own.width or own.kept for own in line]
+    found = _Measured(nats)._walk(line, numbers.index(start))
+    assert [numbers[index] for index in found] == tried
 
 
 def test_the_best_of_the_files_that_were_tried_is_shipped(
@@ -160,22 +171,22 @@ def test_the_best_of_the_files_that_were_tried_is_shipped(
     )
     ear = Ear()
     report, folder = fit(settings, ear)
-    tried = read(folder / "tried.json")["nats"]
+    tried = read(folder / "tried.json")["tried"]
     assert len(tried) >= 2
-    best = min(tried, key=lambda kept: float(tried[kept]))
-    assert report.plan["kept"] == int(best)
+    best = min(tried, key=lambda own: float(own["nats"]))
+    assert (report.plan["kept"], report.plan["width"]) == (best["kept"], best["width"])
     assert not (folder / "scratch").exists()
     with opened(settings, ear) as run:
         shipped = folder / str(report.build["path"])
-        assert run.nats_to_choose(shipped, "again") == pytest.approx(tried[best], rel=1e-6)
+        assert run.nats_to_choose(shipped, "again") == pytest.approx(best["nats"], rel=1e-6)
         # What was chosen with is not what the report is about: together both are the held-out text.
         chosen, held_out = (run.divergence(shipped, part)[0]["all"]["tokens"] for part in (CHOOSING, HELD_OUT))
     assert 0 < report.quality["tokens"] == held_out - chosen
-    assert report.quality["kl_mean"] != pytest.approx(tried[best], rel=1e-6)
+    assert report.quality["kl_mean"] != pytest.approx(best["nats"], rel=1e-6)
     assert [path.name for path in folder.glob("*.gguf") if path.name not in ("source.gguf", "imatrix.gguf")] == [
         report.build["path"]
     ]
     again = Ear()
     with opened(settings, again) as run:
-        assert run.best_plan().kept == int(best)
+        assert run.best_plan().kept == best["kept"]
     assert not any("trying" in line for line in again.said)

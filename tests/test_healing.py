@@ -26,13 +26,14 @@ from edgeprune.decide.candidates import priced
 from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.errors import BadFile
 from edgeprune.measure import llama, tasks
+from edgeprune.measure.channels import Channels
 from edgeprune.measure.refit import RIDGES, Share, refit, residual
 from edgeprune.measure.statistics import Statistics
 from edgeprune.model import ggml
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import SINGLE
 from edgeprune.model.convert import convert
-from edgeprune.model.gguf import GgufFile
+from edgeprune.model.gguf import GgufFile, TensorShape
 from edgeprune.pipeline import Settings
 from edgeprune.stages.healing import changed_layers, groups
 
@@ -175,12 +176,22 @@ def test_nothing_is_computed_beyond_the_layers_that_are_looked_at(toy_gguf: Toy,
 
 
 def healed_toy(
-    model: Path, folder: Path, kept: int, types: dict[str, str], *, tokens_only: bool = False
+    model: Path,
+    folder: Path,
+    kept: int,
+    types: dict[str, str],
+    *,
+    tokens_only: bool = False,
+    width: int = 0,
+    channels: Path | None = None,
 ) -> tuple[dict[str, Any], Path, Plan]:
     """A toy model healed in one stage over two thousand random tokens; what was found, and where its tensors are."""
     folder.mkdir(exist_ok=True)
     architecture = read_architecture(GgufFile(model))
     plan, store = plan_for(model, kept, types), folder / "store"
+    if channels is not None:
+        plan = replace(plan, width=width, narrowing="camera", channels=Channels.load(channels).digest)
+    orders = str(channels or "")
     text = folder / "text.txt"
     text.write_text("".join(toys.training_lines()[:120]), encoding="utf-8")
     common: dict[str, Any] = {
@@ -199,9 +210,10 @@ def healed_toy(
     made: dict[str, Any] = {"model": "a"}
     tasks.collect(str(model), str(teacher), experts=architecture.experts, made_from=made, **common)
     everything = [0, architecture.layers]
-    write_prefix(str(model), plan.to_json(), str(prefix), str(store), everything, str(teacher))
+    write_prefix(str(model), plan.to_json(), str(prefix), str(store), everything, str(teacher), orders)
     tasks.collect(str(prefix), str(student), experts=kept, made_from={"model": "b"}, layers=everything, **common)
-    found = heal_layers(str(model), plan.to_json(), str(store), str(teacher), str(student), everything)
+    files = (str(teacher), str(student))
+    found = heal_layers(str(model), plan.to_json(), str(store), *files, everything, orders)
     return found, store, plan
 
 
@@ -222,6 +234,45 @@ def test_every_layer_of_every_family_is_healed(family: str, toy_gguf: Toy, tmp_p
     assert not np.array_equal(healed.raw(down), source.raw(down).reshape(toys.EXPERTS, -1)[2:].reshape(-1))
     with llama.session(Path(made["path"]), LAUNCH) as opened:
         assert np.isfinite(opened.run(token_windows(toys.VOCABULARY)[0])).all()
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_K"])
+def test_kept_channels_answer_for_their_twins(kind: str, toy_gguf: Toy, tmp_path: Path) -> None:
+    """Every channel of the second half is one of the first once more, so that nothing need be lost without them. In
+    Q4_K the narrower rows of down are no rows of the source's type, and get another."""
+    file, tensors = GgufFile(toy_gguf("qwen3_moe")), []
+    for info in file.tensors.values():
+        values = np.array(file.raw(info.name))
+        if info.name.endswith(("ffn_gate_exps.weight", "ffn_up_exps.weight")):
+            rows = values.view(np.float32).reshape(toys.EXPERTS, toys.EXPERT_WIDTH, -1)
+            rows[:, toys.EXPERT_WIDTH // 2 :] = rows[:, : toys.EXPERT_WIDTH // 2]
+        shape, name = TensorShape(info.name, info.shape, info.type), info.type
+        if kind != "F32" and "_exps" in info.name:
+            encoded = [
+                ggml.encode(ggml.BY_NAME[kind], part.reshape(-1, info.shape[0]), None, info.name).reshape(-1)
+                for part in values.view(np.float32).reshape(toys.EXPERTS, -1)
+            ]
+            values, name = np.concatenate(encoded), kind
+        tensors.append((replace(shape, type=name), values))
+    model = toys.write_gguf(tmp_path / "twins.gguf", file.entries.values(), tensors)
+    half = toys.EXPERT_WIDTH // 2
+    order = np.tile(np.arange(toys.EXPERT_WIDTH, dtype=np.int16), (toys.EXPERTS, 1))
+    Channels({0: order, 1: order}, {}).save(tmp_path / "channels")
+    architecture = read_architecture(GgufFile(model))
+    downs = [tensor.name for tensor in architecture.tensors if tensor.role == "expert_down"]
+    types = {} if kind == "F32" else dict.fromkeys(downs, "Q8_0")
+    found, store, plan = healed_toy(model, tmp_path, toys.EXPERTS, types, width=half, channels=tmp_path / "channels")
+    for own in found.values():
+        assert own["ridge"] in RIDGES
+        assert own["after"] < 0.2 * own["before"]
+    made = build(
+        str(model), plan.to_json(), str(tmp_path / "h.gguf"), store=str(store), channels=str(tmp_path / "channels")
+    )
+    healed = GgufFile(Path(made["path"]))
+    gate = "blk.0.ffn_gate_exps.weight"
+    kept = GgufFile(model).raw(gate).reshape(toys.EXPERTS, toys.EXPERT_WIDTH, -1)[:, :half]
+    np.testing.assert_array_equal(healed.raw(gate), kept.reshape(-1))
+    assert healed.tensors[downs[0]].type == ("Q8_0" if types else "F32")
 
 
 def test_fitted_projections_answer_as_fitted_beside_the_scales_of_experts(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.build.gather import Channel, gathered, gathered_rows
 from edgeprune.build.overlay import opened
 from edgeprune.build.store import Store
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
 from edgeprune.files import atomic_writer, file_digest, require_space
+from edgeprune.measure import channels as channel_orders
 from edgeprune.measure.statistics import InputMoments, Statistics
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor, read_architecture
@@ -71,14 +73,14 @@ def digest_of_parts(digests: Sequence[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _kept_slices(raw: Bytes, tensor: Tensor, kept: Sequence[int]) -> Iterator[Bytes]:
+def _kept_slices(raw: Bytes, tensor: Tensor, kept: Sequence[int], channels: Channel | None) -> Iterator[Bytes]:
     """The bytes of ``tensor`` expert by expert for the ``kept`` ids; all at once if it is not sliced."""
     if not tensor.sliced:
         yield raw
         return
     by_expert = raw.reshape(tensor.shape[-1], -1)
     for expert in kept:
-        yield by_expert[expert]
+        yield by_expert[expert] if channels is None else gathered(by_expert[expert], tensor, channels[expert])
 
 
 def _row_chunks(raw: Bytes, kind: ggml.GgmlType, width: int) -> Iterator[Bytes]:
@@ -96,6 +98,7 @@ def _encode_jobs(
     kept: Sequence[int],
     means: npt.NDArray[np.float32] | None,
     stock: bool,
+    channels: Channel | None = None,
 ) -> Iterator[Callable[[], Bytes]]:
     """Encoding jobs in file order; an expert is encoded with its own importance row."""
     kind, width = ggml.BY_NAME[tensor.type], tensor.shape[0]
@@ -107,10 +110,15 @@ def _encode_jobs(
             # As the distortion was measured: some encoders are others without any importance. A stock preset is
             # made as llama-quantize makes it.
             importance = np.ones(width, np.float32)
-        for chunk in _row_chunks(by_matrix[matrix], kind, width):
+        own = None if channels is None or tensor.channels is None else channels[matrix]
+        rows, picked = gathered_rows(by_matrix[matrix], tensor, own)
+        if picked is not None and importance is not None:
+            importance = importance[picked]
+        for chunk in _row_chunks(rows, kind, width):
 
-            def job(chunk: Bytes = chunk, importance: Any = importance) -> Bytes:
-                return ggml.encode(target, ggml.decode(kind, chunk, width), importance, tensor.name)
+            def job(chunk: Bytes = chunk, importance: Any = importance, picked: Any = picked) -> Bytes:
+                weights = ggml.decode(kind, chunk, width)
+                return ggml.encode(target, weights if picked is None else weights[:, picked], importance, tensor.name)
 
             yield job
 
@@ -133,6 +141,7 @@ def build(
     statistics: str = "",
     store: str = "",
     part_bytes: int = 0,
+    channels: str = "",
     merged: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -144,6 +153,7 @@ def build(
             no tensor changes type.
         store: folder of tensors that are finished, or empty.
         part_bytes: most bytes of one file; what is larger is split, and then ``output`` names the parts. 0 for one.
+        channels: file with the order of every expert's channels, if the plan narrows experts.
         merged: folder of the merged experts, if the plan merges any.
         progress: called with bytes written and bytes in all.
 
@@ -158,7 +168,8 @@ def build(
     architecture = read_architecture(file, mtp=obeyed.mtp)
     obeyed.check(architecture)
     stock = obeyed.origin.startswith(PRESET)
-    made = layout(file, architecture, obeyed.kept, obeyed.types, obeyed.records(), part_bytes)
+    made = layout(file, architecture, obeyed.kept, obeyed.types, obeyed.records(), part_bytes, width=obeyed.width)
+    orders = channel_orders.loaded(channels, obeyed.channels)
     moments = Statistics.load(Path(statistics)).moments if statistics else {}
     finished = Store(Path(store)) if store else None
     paths = _outputs(Path(output), len(made.parts))
@@ -177,8 +188,9 @@ def build(
             if finished is not None and tensor.name in finished:
                 pieces = iter((finished.read(tensor.name),))
             else:
-                kept = obeyed.kept_of(tensor.layer)
-                pieces = encoded(file, tensor, target.type, kept, moments.get(tensor.name), pool, stock=stock)
+                kept, own = obeyed.kept_of(tensor.layer), kept_channels(obeyed, orders, tensor)
+                moment = moments.get(tensor.name)
+                pieces = encoded(file, tensor, target.type, kept, moment, pool, stock=stock, channels=own)
             for piece in pieces:
                 written += stream.write(piece.tobytes() if not piece.flags.c_contiguous else piece.data)
             if written != target.nbytes:
@@ -206,27 +218,44 @@ def encoded(
     pool: ThreadPoolExecutor,
     *,
     stock: bool = False,
+    channels: Channel | None = None,
 ) -> Iterator[Bytes]:
     """The data of ``tensor`` in type ``target`` with the ``kept`` experts alone, in consecutive pieces; a copy where
-    the type is the tensor's own.
+    the type is the tensor's own, unless channels are picked out of its blocks.
 
     Args:
         moment: of its inputs, or None.
         stock: as llama-quantize would.
+        channels: that stay of every expert of the source, int [E, F'], or None for all.
     """
     raw = file.raw(tensor.name)
-    if target == tensor.type:
-        yield from _kept_slices(raw, tensor, kept)
+    blocks = channels is not None and tensor.role == "expert_down" and ggml.BY_NAME[tensor.type].block > 1
+    if target == tensor.type and not blocks:
+        yield from _kept_slices(raw, tensor, kept, channels)
         return
     means = None if moment is None else moment.mean()
-    jobs = _encode_jobs(raw, tensor, ggml.BY_NAME[target], kept, means, stock)
+    jobs = _encode_jobs(raw, tensor, ggml.BY_NAME[target], kept, means, stock, channels)
     yield from _in_order(pool, jobs, ahead=2 * cores())
+
+
+def kept_channels(plan: Plan, orders: channel_orders.Channels | None, tensor: Tensor) -> Channel | None:
+    """The channels of every expert that stay in ``tensor``, int [E, F'], or None where none goes.
+
+    Raises:
+        BadFile: the plan narrows experts, and nothing says which channels they keep.
+    """
+    if not plan.width or tensor.channels is None:
+        return None
+    if orders is None:
+        raise BadFile("the plan narrows experts, and the order of their channels is missing", hint="plan anew")
+    return orders.best(tensor.layer, plan.width)
 
 
 def describe(architecture: Architecture, plan: Plan) -> str:
     """A file name for the planned model: name, experts kept, bits per weight."""
     stem = "".join(c if c.isalnum() or c in "-._" else "-" for c in architecture.name).strip("-") or "model"
-    weights = sum(int(np.prod(tensor.kept_shape(plan.kept), dtype=np.int64)) for tensor in architecture.tensors)
-    bits = 8 * plan.predicted.file_bytes / weights
+    shapes = (tensor.kept_shape(plan.kept, plan.width) for tensor in architecture.tensors)
+    bits = 8 * plan.predicted.file_bytes / sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes)
     experts = f"-K{plan.kept}of{plan.experts}" if plan.kept < plan.experts else ""
+    experts += f"-F{plan.width}of{architecture.expert_width}" if plan.width else ""
     return f"{stem}{experts}-{bits:.2f}bpw.gguf"

@@ -18,20 +18,22 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.build import feedback
-from edgeprune.build.builder import encoded
+from edgeprune.build.builder import encoded, kept_channels
 from edgeprune.build.feedback import Encoded, Inputs
+from edgeprune.build.gather import Channel, gathered_rows
 from edgeprune.build.overlay import opened
 from edgeprune.build.store import Bytes, Store
 from edgeprune.decide.plan import Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
 from edgeprune.files import atomic_writer
+from edgeprune.measure import channels as channel_orders
 from edgeprune.measure.activation import Activation
 from edgeprune.measure.refit import Healed, Share, refit
 from edgeprune.measure.replay import Expert, LayerExperts, activation_of
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.statistics import InputMoments, Statistics
-from edgeprune.measure.weights import expert_matrix, layer_tensors
+from edgeprune.measure.weights import layer_tensors
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor, read_architecture
 from edgeprune.model.gguf import GgufFile, align
@@ -56,6 +58,7 @@ def write_prefix(
     store: str,
     layers: list[int],
     statistics: str = "",
+    channels: str = "",
     merged: str = "",
     progress: Progress | None = None,
 ) -> None:
@@ -69,6 +72,7 @@ def write_prefix(
         store: finished tensors; those that are missing and can be finished now are added.
         layers: first layer and the one after the last.
         statistics: of the calibration.
+        channels: file with the order of every expert's channels, if the plan narrows experts.
         merged: folder of the merged experts, if the plan merges any.
     """
     file = opened(model, merged)
@@ -76,16 +80,18 @@ def write_prefix(
     architecture = read_architecture(file, mtp=obeyed.mtp)
     moments = Statistics.load(Path(statistics)).moments if statistics else {}
     raw = {t.name for t in architecture.tensors if t.is_expert and t.layer in range(*layers)}
-    types = {name: kind for name, kind in obeyed.types.items() if name not in raw}
-    made = layout(file, architecture, obeyed.kept, types, obeyed.records())
+    # A narrower row may be none of the source's type.
+    same = {t.name for t in architecture.tensors if t.name in raw and _holds(t, obeyed.width)}
+    types = {name: kind for name, kind in obeyed.types.items() if name not in same}
+    made = layout(file, architecture, obeyed.kept, types, obeyed.records(), width=obeyed.width)
+    orders = channel_orders.loaded(channels, obeyed.channels)
     with atomic_writer(Path(output)) as stream, ThreadPoolExecutor(cores()) as pool:
         stream.write(made.header)
         position = len(made.header)
         for tensor, target in zip(architecture.tensors, made.tensors, strict=True):
             if tensor.layer < layers[1]:
-                pieces = encoded(
-                    file, tensor, target.type, obeyed.kept_of(tensor.layer), moments.get(tensor.name), pool
-                )
+                kept, own = obeyed.kept_of(tensor.layer), kept_channels(obeyed, orders, tensor)
+                pieces = encoded(file, tensor, target.type, kept, moments.get(tensor.name), pool, channels=own)
                 if tensor.name not in raw:
                     if tensor.name not in finished:
                         finished.write(tensor.name, pieces)
@@ -100,6 +106,11 @@ def write_prefix(
         stream.truncate(made.nbytes)
 
 
+def _holds(tensor: Tensor, width: int) -> bool:
+    """Whether the type of ``tensor`` has rows as long as they are with ``width`` channels, 0 for all."""
+    return tensor.kept_shape(1, width)[0] % ggml.BY_NAME[tensor.type].block == 0
+
+
 def heal_layers(
     model: str,
     plan: dict[str, Any],
@@ -107,6 +118,7 @@ def heal_layers(
     teacher: str,
     student: str,
     layers: list[int],
+    channels: str = "",
     merged: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -116,6 +128,7 @@ def heal_layers(
         store: where the finished tensors go.
         teacher, student: statistics of the source and of the prefix over the same text, with reservoirs.
         layers: first layer and the one after the last.
+        channels: as for ``write_prefix``.
         merged: as for ``write_prefix``; the fit starts from the merged projections.
 
     Returns:
@@ -127,13 +140,15 @@ def heal_layers(
     obeyed, finished = Plan.from_json(plan, "plan"), Store(Path(store))
     architecture = read_architecture(file, mtp=obeyed.mtp)
     original, pruned = Statistics.load(Path(teacher)), Statistics.load(Path(student))
+    orders = channel_orders.loaded(channels, obeyed.channels)
     wanted = [layer for layer in architecture.moe_layers if layer in range(*layers)]
     found: dict[str, Any] = {}
     for number, layer in enumerate(wanted):
         if layer not in original.reservoirs or layer not in pruned.reservoirs:
             found[str(layer)] = {"reason": "its tokens cannot be replayed"}
             continue
-        healer = _Healer(file, architecture, layer, obeyed, original.reservoirs[layer], pruned)
+        own = None if orders is None or not obeyed.width else orders.best(layer, obeyed.width)
+        healer = _Healer(file, architecture, layer, obeyed, original.reservoirs[layer], pruned, own)
         found[str(layer)] = healer.heal(finished)
         if progress is not None:
             progress(number + 1, len(wanted))
@@ -166,7 +181,9 @@ class _Healer:
         plan: Plan,
         teacher: Reservoir,
         student: Statistics,
+        channels: Channel | None = None,
     ) -> None:
+        self.channels = channels
         self.file, self.architecture, self.plan, self.layer = file, architecture, plan, layer
         self.kept = plan.kept_of(layer)
         self.teacher, self.student = teacher, student.reservoirs[layer]
@@ -224,13 +241,18 @@ class _Healer:
         expert = self.kept[place]
         found, seen = [], self._inputs_of(place, prior)
         for tensor in tensors:
-            values = expert_matrix(self.file, tensor, expert)
+            raw = self.file.raw(tensor.name).reshape(tensor.matrices, -1)[expert]
+            raw, _ = gathered_rows(raw, tensor, self._channels_of(expert))
+            values = ggml.decode(ggml.BY_NAME[tensor.type], np.ascontiguousarray(raw), tensor.shape[0])
             if self._target(tensor).name == tensor.type:
-                raw = self.file.raw(tensor.name).reshape(tensor.matrices, -1)[expert]
                 found.append(Encoded(np.ascontiguousarray(raw), values))
             else:
                 found.append(self._encoded(tensor, values, self.moments[tensor.name].mean()[place], seen))
         return found
+
+    def _channels_of(self, expert: int) -> Channel | None:
+        """The channels that stay of ``expert``, ascending, int [F'], or None for all."""
+        return None if self.channels is None else self.channels[expert]
 
     def _prior(self, tensors: Sequence[Tensor]) -> Floats | None:
         """Second moments [D, D] of what goes into the layer's experts, whichever of them it goes to; None where they
@@ -274,7 +296,8 @@ class _Healer:
             gate, up = (row[0].decoded, row[1].decoded) if old.gate is not None else (None, row[0].decoded)
         up = up * self.experts.scale("up", expert)
         gate = None if gate is None else gate * self.experts.scale("gate", expert)
-        return Expert(gate, up, old.down, old.gate_bias, old.up_bias, old.down_bias)
+        rest = old.of_channels(self._channels_of(expert))
+        return Expert(gate, up, rest.down, rest.gate_bias, rest.up_bias, rest.down_bias)
 
     def _fitted(self, experts: Sequence[Expert], activation: Activation) -> Healed:
         target = self.teacher.y.copy()

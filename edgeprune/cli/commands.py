@@ -46,6 +46,17 @@ _TARGET = (
 )
 _CHOICE = (
     click.option("--keep", type=click.IntRange(1), metavar="K", help="Keep exactly K experts per layer."),
+    click.option(
+        "--width",
+        type=click.FloatRange(0, min_open=True),
+        metavar="F|SHARE",
+        help="Narrow all experts to F channels, or to this share of them, as 0.75.",
+    ),
+    click.option(
+        "--narrowing",
+        metavar="SCORE",
+        help="How channels are ranked: ziplm, camera, energy, tenp, heapr or mask-fisher.  [default: ziplm]",
+    ),
     click.option("--types", metavar="T,T", help="Use only these GGML types, for example Q4_K,Q6_K."),
     click.option(
         "--heal/--no-heal", default=True, help="Fit the kept experts' down projections anew.  [default: heal]"
@@ -140,6 +151,7 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "evaluation_texts": tuple(options.get("eval_text") or ()),
         "self_answers": options.get("self_answers") or 0,
         "keep": options.get("keep"),
+        "width": options.get("width") or 0.0,
         "types": tuple(name.strip() for name in types.split(",") if name.strip()) if types else (),
         "method": options.get("method") or ("reap" if options.get("heal", True) else "replay"),
         "reduce": options.get("reduce") or "drop",
@@ -152,6 +164,8 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "output": options.get("output"),
         "command": click.get_current_context().find_root().obj or "",
     }
+    if options.get("narrowing"):
+        chosen["narrowing"] = options["narrowing"]
     if options.get("tokens"):
         chosen["calibration_tokens"] = options["tokens"]
     return Settings(**chosen)

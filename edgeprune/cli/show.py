@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.decide.plan import Plan, folded
+from edgeprune.decide.plan import Plan, experts_in_words, folded
 from edgeprune.device.profile import Profile
 from edgeprune.inspection import Inspection
 from edgeprune.measure.statistics import Statistics
@@ -44,7 +44,7 @@ def family(found: Family, folder: Path) -> list[str]:
             (
                 member.folder,
                 format_bytes(row["nbytes"]),
-                f"{row['kept']} of {row['experts']}",
+                experts_in_words(row),
                 " + ".join(format_bytes(nbytes) for nbytes in row["needed_bytes"].values()),
                 f"{quality['kl_mean']:.5f}",
                 f"{100 * quality['same_top']:.1f} %",
@@ -112,8 +112,7 @@ def report(found: Report, folder: Path) -> list[str]:
         ],
         ("", "size", "KL mean", "KL 99 %", "same top token"),
     )
-    kept = found.plan["kept"]
-    lines += ["", f"experts kept: {kept} of {found.plan['experts']} per layer", *type_lines(found.folded)]
+    lines += ["", f"experts kept: {experts_in_words(found.plan)} per layer", *type_lines(found.folded)]
     lines += ["", f"file    {folder / found.build['path']}", f"report  {folder / 'report.html'}"]
     return [*lines, f"run it:  {found.launch.command(str(folder / found.build['path']))}"]
 
@@ -128,7 +127,7 @@ def plan(chosen: Plan, run: Run) -> list[str]:
     if path.is_file():
         rows = [
             (
-                f"K={row['kept']}",
+                f"K={row['kept']}" + (f", F={row['width']}" if row.get("width") else ""),
                 format_bytes(row["file_bytes"]),
                 f"{row['nats']:.4g}",
                 f"{row['nats_drop']:.4g}",
@@ -137,10 +136,10 @@ def plan(chosen: Plan, run: Run) -> list[str]:
             )
             for row in read_json(path)
         ]
-        lines += table(rows, ("candidates", "file", "nats/token", "dropping", "types", "tokens/s"))
+        lines += table(rows, ("candidates", "file", "nats/token", "experts", "types", "tokens/s"))
     lines += [
         "",
-        f"chosen: {chosen.kept} of {chosen.experts} experts per layer ({chosen.method}), "
+        f"chosen: {experts_in_words(chosen.to_json())} per layer ({_chosen_by(chosen)}), "
         f"{format_bytes(predicted.file_bytes)}, {predicted.nats:.4g} nats per token predicted",
         f"encoding takes {predicted.encode_seconds:.0f} s here"
         + (", then the experts are healed" if chosen.heal else ""),
@@ -152,13 +151,17 @@ def plan(chosen: Plan, run: Run) -> list[str]:
     return lines
 
 
+def _chosen_by(plan: Plan) -> str:
+    return f"{plan.method}; channels by {plan.narrowing}" if plan.width else plan.method
+
+
 def comparison(found: Comparison, folder: Path) -> list[str]:
     """Methods by number of experts, best first."""
     lines = [f"{found.model}: KL divergence on {found.text['tokens']:,} held-out tokens, nats per token"]
     for kept in sorted({row.kept for row in found.rows}, reverse=True):
         rows = [
             (
-                row.method + (f" (mean of {row.seeds})" if row.seeds > 1 else ""),
+                row.label,
                 f"{row.quality['kl_mean']:.4f}",
                 f"{row.low:.4f}-{row.high:.4f}",
                 f"{row.quality['kl_99']:.3f}",

@@ -34,6 +34,8 @@ HEALED_SHARE = 0.15
 # What re-fitted down projections leave of the nats that coarser types inside the blocks cost: 0.56 to 0.70 on that
 # model between 3.3 and 1.9 bits per weight (tests/benchmarks/equal_bytes.py). They cannot mend what comes behind.
 COMPENSATED_SHARE = 0.6
+# The same of narrowing them, on the same model: 0.26 at three quarters of the width (tests/benchmarks/narrowing.py).
+NARROW_HEALED_SHARE = 0.25
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
 _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
@@ -59,6 +61,9 @@ class Problem:
         part_bytes: most bytes of one file if it is to be split, or 0.
         reduced: makes of a plan that drops experts the one that merges them.
         rates: measured speed of the device's products, or None where its bandwidth has to do.
+        width: channels that every expert keeps, or 0 for all; ``drop_nats`` is then of both.
+        narrowing: the score that chooses them, or "".
+        channels: digest of their order by it, or "".
         mtp: whether blocks that predict further tokens are kept.
     """
 
@@ -79,6 +84,13 @@ class Problem:
     rates: KernelRates | None = None
     mtp: bool = False
     reduced: Callable[[Plan], Plan] = _as_it_is
+    width: int = 0
+    narrowing: str = ""
+    channels: str = ""
+
+    def shape(self, tensor: Tensor, kept: int) -> tuple[int, ...]:
+        """Shape of ``tensor`` with ``kept`` experts."""
+        return tensor.kept_shape(kept, self.width)
 
     def quantised(self, tensor: Tensor, name: str, *, healed: bool) -> float:
         """Predicted nats per token that ``tensor`` costs as the type ``name``; of a tensor in a block, re-fitted down
@@ -92,8 +104,9 @@ class Problem:
         rate = self.sensitivity.rates.get(name, 0.0)
         if name == tensor.type or rate <= 0:
             return 0.0
-        twice = self.heal and tensor.is_expert and ggml.BY_NAME[name].feeds_back(tensor.shape[0])
-        return (1 + twice) * float(np.prod(tensor.kept_shape(kept), dtype=np.int64)) / (rate * cores())
+        shape = self.shape(tensor, kept)
+        twice = self.heal and tensor.is_expert and ggml.BY_NAME[name].feeds_back(shape[0])
+        return (1 + twice) * float(np.prod(shape, dtype=np.int64)) / (rate * cores())
 
 
 def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:
@@ -120,10 +133,12 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
 
     With forced types its own one only if it is among them, or if no other is.
     """
-    names = [name for name in problem.sensitivity.distortions[tensor.name] if name in problem.types]
-    if not forced or not names or tensor.type in problem.types:
+    shape = problem.shape(tensor, kept)
+    measured = [name for name in problem.sensitivity.distortions[tensor.name] if _divides(name, shape)]
+    names = [name for name in measured if name in problem.types]
+    if _divides(tensor.type, shape) and (not forced or not names or tensor.type in problem.types):
         names.append(tensor.type)
-    shape = tensor.kept_shape(kept)
+    names = names or measured  # narrower rows are none of the source's type, nor of a forced one
     return undominated(
         [
             Choice(
@@ -135,6 +150,10 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
             for name in names
         ]
     )
+
+
+def _divides(type_name: str, shape: tuple[int, ...]) -> bool:
+    return shape[0] % ggml.BY_NAME[type_name].block == 0
 
 
 def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str = SOLVER) -> tuple[Plan, Layout]:
@@ -153,12 +172,16 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
         mtp=problem.mtp,
         heal=problem.heal
         and any(
-            t.is_expert and (kept < problem.architecture.experts or t.name in types)
+            t.is_expert and (kept < problem.architecture.experts or problem.width or t.name in types)
             for t in problem.architecture.tensors
         ),
+        width=problem.width,
+        narrowing=problem.narrowing if problem.width else "",
+        channels=problem.channels if problem.width else "",
     )
-    plan = problem.reduced(plan)
-    return plan, layout(problem.file, problem.architecture, kept, types, plan.records(), problem.part_bytes)
+    plan, parts = problem.reduced(plan), problem.part_bytes
+    made = layout(problem.file, problem.architecture, kept, types, plan.records(), parts, width=problem.width)
+    return plan, made
 
 
 def _limits(problem: Problem, kept: int) -> tuple[int, int]:
@@ -228,7 +251,8 @@ def priced(
         if tensor.name in types
     )
     seconds = sum(problem.seconds(t, kept, types[t.name]) for t in problem.architecture.tensors if t.name in types)
-    drop = problem.drop_nats[kept] * (HEALED_SHARE if plan.heal else 1.0)
+    share = NARROW_HEALED_SHARE if plan.width and not plan.keep else HEALED_SHARE
+    drop = problem.drop_nats[kept] * (share if plan.heal else 1.0)
     promised = _promised(plan, made, where, drop, quant, solution.gap if solution else 0.0)
     promised = replace(promised, predicted=replace(promised.predicted, encode_seconds=seconds))
     return Candidate(_timed(promised, problem), made)
@@ -246,6 +270,7 @@ def _timed(plan: Plan, problem: Problem) -> Plan:
         prompt_tokens=prompt_tokens(plan.launch.context),
         threads=plan.launch.threads or problem.profile.threads,
         bandwidth=problem.profile.ram.bandwidth_bytes_per_s,
+        width=problem.width,
     )
     if found is None:
         return plan
@@ -271,9 +296,13 @@ def candidates(
     counts: Sequence[int],
     *,
     forced_types: bool = False,
+    narrower: Sequence[Problem] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Candidate]:
     """The best plan for each of ``counts``, least predicted nats first.
+
+    Args:
+        narrower: the same with narrower experts, of each of which the best plan with all experts is among the result.
 
     Raises:
         DoesNotFit: there is none; says by how much, and what the smallest plan is.
@@ -282,12 +311,14 @@ def candidates(
     if forced_types:
         _check_forced(problem)
     found = []
-    for number, kept in enumerate(counts):
-        best = candidate(problem, kept, forced_types=forced_types)
+    everyone = problem.architecture.experts
+    points = [*((problem, kept) for kept in counts), *((own, everyone) for own in narrower)]
+    for number, (own, kept) in enumerate(points):
+        best = candidate(own, kept, forced_types=forced_types)
         if best is not None:
             found.append(best)
         if progress is not None:
-            progress(number + 1, len(counts))
+            progress(number + 1, len(points))
     if not found and problem.limit_seconds < math.inf:
         raise _takes_too_long(problem, counts, forced_types)
     if not found:
@@ -344,7 +375,8 @@ def _does_not_fit(problem: Problem, counts: Sequence[int], forced_types: bool) -
     smallest, budget = smallest_bytes(items) + fixed, limit + fixed
     types = sorted({choices[0].type for choices in items}, key=lambda n: ggml.BY_NAME[n].bits_per_weight)
     by_file = problem.budget.file_limit_bytes is not None and budget < problem.budget.weights_bytes
-    rows = [("smallest plan", f"K={kept}, {types[0]}"), ("its weights", format_bytes(smallest))]
+    narrow = f", {problem.width} channels" if problem.width else ""
+    rows = [("smallest plan", f"K={kept}{narrow}, {types[0]}"), ("its weights", format_bytes(smallest))]
     cause = f"{problem.architecture.name} does not fit {_limit_name(problem, by_file)}"
     if problem.budget.weights_bytes <= 0:
         short = smallest - sum(pool.weights_bytes for pool in problem.budget.pools)

@@ -21,9 +21,9 @@ class Speed:
     decode_per_s: float
 
 
-def _work(architecture: Architecture, tensor: Tensor, kept: int) -> float:
+def _work(architecture: Architecture, tensor: Tensor, kept: int, width: int) -> float:
     """Weights of ``tensor`` that one token is multiplied with."""
-    weights = prod(tensor.kept_shape(kept))
+    weights = prod(tensor.kept_shape(kept, width))
     if tensor.is_expert:
         return weights * architecture.used / kept
     tied = not any(other.role == "output" for other in architecture.tensors)
@@ -49,6 +49,7 @@ def speed(
     prompt_tokens: int,
     threads: int,
     bandwidth: float,
+    width: int = 0,
 ) -> Speed | None:
     """Speed with ``kept`` experts in ``types``; None where a type was not measured.
 
@@ -57,13 +58,14 @@ def speed(
         prompt_tokens: length of the prompt, and depth at which decoding begins.
         threads: that share the products.
         bandwidth: of the memory, bytes per second, which they share, too.
+        width: channels of every expert, or 0 for all.
     """
-    nbytes = sum(_nbytes(tensor, kept, types) for tensor in architecture.tensors)
+    nbytes = sum(_nbytes(tensor, kept, types, width) for tensor in architecture.tensors)
     reading = _reading(rates, nbytes, threads, bandwidth)
     decode = _attention(architecture, prompt_tokens) * rates.dense[_CACHE_TYPE] / threads
     prefill = _attention(architecture, prompt_tokens / 2) * rates.dense_batch[_CACHE_TYPE] / threads
     for tensor in architecture.tensors:
-        work, kind = _work(architecture, tensor, kept), types.get(tensor.name, tensor.type)
+        work, kind = _work(architecture, tensor, kept, width), types.get(tensor.name, tensor.type)
         if not work:
             continue
         one, many = (rates.experts, rates.experts_batch) if tensor.is_expert else (rates.dense, rates.dense_batch)
@@ -85,8 +87,8 @@ def _reading(rates: KernelRates, nbytes: int, threads: int, bandwidth: float) ->
     return alone if threads == 1 or nbytes < rates.streams[-1][0] else max(alone, 1 / bandwidth)
 
 
-def _nbytes(tensor: Tensor, kept: int, types: Mapping[str, str]) -> int:
-    return ggml.tensor_bytes(types.get(tensor.name, tensor.type), tensor.kept_shape(kept))
+def _nbytes(tensor: Tensor, kept: int, types: Mapping[str, str], width: int) -> int:
+    return ggml.tensor_bytes(types.get(tensor.name, tensor.type), tensor.kept_shape(kept, width))
 
 
 def _besides(architecture: Architecture, seconds: tuple[float, float, float]) -> float:

@@ -95,6 +95,10 @@ class Plan:
         reduce: what becomes of the experts that do not stay, one of ``REDUCTIONS``.
         merge: by layer, the expert that each of them is averaged into; what is not named is dropped. Empty for
             ``drop``, and for ``dern``, which finds a place for every single neuron.
+        width: channels that every expert keeps (F'), or 0 for all.
+        narrowing: the score of neurons that chose them, or "".
+        channels: digest of the order of channels by that score, of which the first ``width`` are kept; "" where it
+            is to be made anew.
 
     Raises:
         BadFile: counts, ids or types that no GGUF can have.
@@ -114,9 +118,19 @@ class Plan:
     mtp: bool = False
     reduce: str = DROP
     merge: Merges = field(default_factory=dict)
+    width: int = 0
+    narrowing: str = ""
+    channels: str = ""
 
     def __post_init__(self) -> None:
         self._check_merges()
+        if self.width < 0 or bool(self.width) != bool(self.narrowing):
+            raise BadFile(f"the plan narrows experts to {self.width} channels by the score '{self.narrowing}'")
+        if self.width and self.reduce != DROP:
+            raise BadFile(
+                f"the plan merges experts by {self.reduce} and narrows them to {self.width} channels",
+                hint="merged experts have other channels than those that were ranked; do one of the two",
+            )
         if not 0 < self.kept <= self.experts:
             raise BadFile(f"the plan keeps {self.kept} of {self.experts} experts")
         if bool(self.keep) != (self.kept < self.experts):
@@ -170,6 +184,8 @@ class Plan:
         if self.keep and set(self.keep) != set(architecture.sliced_layers):
             raise BadFile("the plan must list the kept experts of every MoE layer")
         self._check_groups(architecture)
+        if self.width and (reason := architecture.width_rule.problem(self.width)):
+            raise BadFile(f"experts cannot be narrowed to {self.width} channels: {reason}")
         if self.reduce != DROP:
             for own in architecture.tensors:
                 if own.is_expert and not ggml.BY_NAME[own.type].encodable:
@@ -181,8 +197,11 @@ class Plan:
             tensor = tensors.get(name)
             if tensor is None or not (tensor.retypable or type_name == tensor.type):
                 raise BadFile(f"the plan changes {name}, which is not a quantisable tensor of the model")
-            if tensor.shape[0] % ggml.BY_NAME[type_name].block:
-                raise BadFile(f"the plan gives {name} {type_name}, whose blocks do not divide {tensor.shape[0]}")
+        for tensor in architecture.tensors:
+            type_name, row = self.types.get(tensor.name, tensor.type), tensor.kept_shape(self.kept, self.width)[0]
+            if row % ggml.BY_NAME[type_name].block:
+                gives = f"gives {tensor.name}" if tensor.name in self.types else f"leaves {tensor.name} in"
+                raise BadFile(f"the plan {gives} {type_name}, whose blocks do not divide {row}")
 
     def _check_groups(self, architecture: Architecture) -> None:
         if architecture.groups <= 1 or not self.keep:
@@ -207,6 +226,7 @@ class Plan:
             "statistics": self.made_from.get("statistics") if self.types else None,
             "healed": self.made_from.get("healing") if self.heal else None,
             **({"mtp": True} if self.mtp else {}),
+            **({"width": self.width, "channels": self.channels} if self.width else {}),
         }
         if self.reduce != DROP:
             merges = {str(layer): {str(a): b for a, b in own.items()} for layer, own in self.merge.items()}
@@ -224,6 +244,8 @@ class Plan:
         ]
         if self.heal:
             entries.append(make_entry("edgeprune.healed", "bool", True))
+        if self.width:
+            entries.append(make_entry("edgeprune.narrowing", "str", f"{self.narrowing}, {self.channels:64}"))
         if self.reduce != DROP:
             entries.append(make_entry("edgeprune.merged", "str", self.reduce))
         if self.keep:
@@ -249,7 +271,7 @@ class Plan:
             BadFile: missing or unknown keys, or an unloadable plan.
         """
         names = set(cls.__dataclass_fields__)
-        optional = {"predicted", "heal", "mtp", "reduce", "merge"}
+        optional = {"predicted", "heal", "mtp", "reduce", "merge", "width", "narrowing", "channels"}
         check_keys(where, value, names - optional, optional | {"digest", "signature"})
         try:
             return cls(
@@ -270,6 +292,9 @@ class Plan:
                     int(layer): {int(a): index(b) for a, b in own.items()}
                     for layer, own in value.get("merge", {}).items()
                 },
+                width=index(value.get("width", 0)),
+                narrowing=str(value.get("narrowing", "")),
+                channels=str(value.get("channels", "")),
             )
         except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise BadFile(f"{where} is not a plan: {error}") from error
@@ -284,6 +309,12 @@ class Plan:
         except BadFile as error:
             hint = error.hint or "mend it, or delete it to plan anew"
             raise BadFile(error.cause, rows=error.rows, hint=hint) from error
+
+
+def experts_in_words(plan: Mapping[str, Any]) -> str:
+    """How many experts a plan as JSON keeps per layer, and how wide, as ``32 of 32, 192 channels each``."""
+    narrow = f", {plan['width']} channels each" if plan.get("width") else ""
+    return f"{plan['kept']} of {plan['experts']}{narrow}"
 
 
 def _ranges(layers: Iterable[int]) -> str:

@@ -23,16 +23,21 @@ _CHUNK_BYTES = 16 << 20
 Floats = npt.NDArray[np.float32]
 
 
-def candidate_types(tensor: Tensor) -> list[str]:
+def candidate_types(tensor: Tensor, row: int = 0) -> list[str]:
     """Types worth trying: smaller than what the tensor has now, and dividing its rows.
 
     Where 256-blocks divide the rows, their types dominate the 32-block types of the same bits.
+
+    Args:
+        row: weights of a row that is to be shorter, or 0; any size is worth trying where the tensor's own type has no
+            such rows.
     """
-    own = ggml.BY_NAME[tensor.type].bits_per_weight
-    fitting = [ggml.BY_NAME[name] for name in ggml.CHOICES if tensor.shape[0] % ggml.BY_NAME[name].block == 0]
+    row, own = row or tensor.shape[0], ggml.BY_NAME[tensor.type]
+    most = own.bits_per_weight if row % own.block == 0 else float("inf")
+    fitting = [ggml.BY_NAME[name] for name in ggml.CHOICES if row % ggml.BY_NAME[name].block == 0]
     if any(kind.block == 256 for kind in fitting):
         fitting = [kind for kind in fitting if kind.block == 256 or kind.name == "Q8_0"]
-    return [kind.name for kind in fitting if kind.bits_per_weight < own]
+    return [kind.name for kind in fitting if kind.bits_per_weight < most]
 
 
 def _sample(file: GgufFile, tensor: Tensor, random: np.random.Generator) -> list[tuple[int, Floats]]:
@@ -124,8 +129,10 @@ def _distortions(
             continue
         weighted, plain = np.zeros(2), np.zeros(2)
         for matrix, rows in samples:
+            whole = rows.shape[1] // kind.block * kind.block  # a type for shorter rows may not divide these
+            rows = rows[:, :whole]
             flat = np.ones(rows.shape[1], np.float32)
-            importance = flat if means is None else means[matrix if len(means) > 1 else 0]
+            importance = flat if means is None else means[matrix if len(means) > 1 else 0][:whole]
             started = time.perf_counter()
             encoded = ggml.encode(kind, rows, importance, tensor.name)
             rates[name] = max(rates.get(name, 0.0), rows.size / (time.perf_counter() - started))

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeprune.errors import EdgepruneError
+from edgeprune.measure.channels import Channels
 from edgeprune.measure.llama import Node
 
 # Where the softmax is over the chosen experts, "probs" is what the logits are called in the end.
 _LOGITS = re.compile(r"ffn_moe_(?:logits|logits_biased|probs|probs_biased)-(\d+)")
+# What the experts' activations are called (``build_moe_ffn`` in src/llama-graph.cpp).
+_ACTIVATION = re.compile(
+    r"ffn_moe_(?:swiglu|geglu|reglu|silu|gelu|relu|relu_sqr|swiglu_oai|swiglu_limited|situ)-(\d+)"
+)
+# From an activation back to its product: bias, scale, clamp, halves of one product, and what SiTU is made of.
+_MOST_STEPS = 10
 MASKED_LOGIT = -1.0e9  # finite: llama.cpp's kernels handle -inf, its checks do not
 
 
@@ -67,6 +74,77 @@ class RouterMask:
             node.write(scores)
             self.touched.add(int(match[1]))
         return True
+
+
+class ChannelMask:
+    """Zeroes channels between an expert's activation and its down projection, which equals cutting them out of the
+    file.
+
+    Args:
+        channels: of every expert, best first.
+        width: how many are kept.
+    """
+
+    def __init__(self, channels: Channels, width: int) -> None:
+        self.touched: set[int] = set()
+        self._kept: dict[int, npt.NDArray[np.float32]] = {}
+        for layer, order in channels.orders.items():
+            kept = np.zeros(order.shape, np.float32)
+            np.put_along_axis(kept, channels.best(layer, width), 1.0, axis=1)
+            self._kept[layer] = kept
+
+    def check(self) -> None:
+        """To be called after a pass.
+
+        Raises:
+            EdgepruneError: a layer's activation was never seen, so that nothing was taken out there.
+        """
+        if missing := sorted(self._kept.keys() - self.touched):
+            raise EdgepruneError(
+                f"llama.cpp's graph shows no activation of the experts in layer {missing[0]}; it cannot be masked"
+            )
+
+    def __call__(self, node: Node, ask: bool) -> bool:
+        match = _ACTIVATION.fullmatch(node.name)
+        if match is None or (kept := self._kept.get(int(match[1]))) is None:
+            return False
+        if not ask and (ids := _expert_ids(node)) is not None:
+            values = np.array(node.read()[0])
+            node.write(values * kept[ids])
+            self.touched.add(int(match[1]))
+        return True
+
+
+def _expert_ids(node: Node) -> npt.NDArray[np.int32] | None:
+    """The experts [T, k] whose activation ``node`` is, from the product with their weights that it was made from."""
+    found: Node | None = node
+    for _ in range(_MOST_STEPS):
+        if found is None:
+            return None
+        if found.op == "MUL_MAT_ID":
+            ids = found.source(2)
+            return None if ids is None else np.ascontiguousarray(ids.read()[0, 0])
+        found = found.source(0)
+    return None
+
+
+class Masks:
+    """Several masks at once, or none."""
+
+    def __init__(self, masks: Sequence[RouterMask | ChannelMask]) -> None:
+        self._masks = masks
+
+    def check(self) -> None:
+        """To be called after a pass.
+
+        Raises:
+            EdgepruneError: a mask did not take hold.
+        """
+        for mask in self._masks:
+            mask.check()
+
+    def __call__(self, node: Node, ask: bool) -> bool:
+        return any([mask(node, ask) for mask in self._masks])
 
 
 class Disturbance:

@@ -50,6 +50,16 @@ class Expert:
         gate = None if self.gate is None else x @ self.gate.T + self.gate_bias
         return activation(gate, x @ self.up.T + self.up_bias)
 
+    def of_channels(self, channels: npt.NDArray[np.intp] | None) -> Expert:
+        """The expert with these channels alone, int [F'], or with all."""
+        if channels is None:
+            return self
+        gate = None if self.gate is None else self.gate[channels]
+        gate_bias, up_bias = (
+            bias[channels] if isinstance(bias, np.ndarray) else bias for bias in (self.gate_bias, self.up_bias)
+        )
+        return Expert(gate, self.up[channels], self.down[:, channels], gate_bias, up_bias, self.down_bias)
+
 
 class LayerExperts:
     """The experts of one layer of a GGUF, decoded one at a time."""

@@ -19,12 +19,13 @@ import numpy.typing as npt
 
 from edgeprune.errors import BadFile
 from edgeprune.files import digest, require_space, room_for
+from edgeprune.measure.channels import Channels
 from edgeprune.measure.child import peak_memory_bytes
 from edgeprune.measure.divergence import Quality, Reference, TokenScores, summarise
 from edgeprune.measure.documents import Document
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, build_of_llama, session
-from edgeprune.measure.observers import Disturbance, RouterMask
+from edgeprune.measure.observers import ChannelMask, Disturbance, Masks, RouterMask
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import LeftOut, TextFile, Window, windows
 from edgeprune.model.gguf import GgufFile
@@ -291,6 +292,7 @@ def divergence(
     most_tokens: int,
     masks: list[dict[str, list[int]] | None],
     experts: int = 0,
+    narrowed: list[dict[str, Any] | None] | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -298,6 +300,8 @@ def divergence(
 
     Args:
         masks: each None, or kept expert ids by layer (as text, JSON has no integer keys).
+        narrowed: beside each mask None, or ``{"width": kept channels of every expert, "channels": file with their
+            order}``.
 
     Returns:
         for each mask ``{"all": Quality, "domains": {name: Quality}, "windows": [[tokens, nats], ...], "undivided":
@@ -309,15 +313,23 @@ def divergence(
         chosen = chosen_windows(opened, texts, split, window, most_tokens)
         kept = Reference(Path(reference), opened.vocabulary_size)
         for number, mask in enumerate(masks):
-            keep = {int(layer): ids for layer, ids in (mask or {}).items()}
-            router = RouterMask(keep, experts) if keep else None
-            observer.current = router
+            current = _masks(mask, experts, narrowed[number] if narrowed else None)
+            observer.current = current
             report = _scaled(progress, number, len(masks))
             scores = list(compared(opened, chosen, kept, report))
-            if router is not None:
-                router.check()
+            current.check()
             results.append(_by_domain(scores, chosen))
     return results
+
+
+def _masks(mask: dict[str, list[int]] | None, experts: int, narrowed: dict[str, Any] | None) -> Masks:
+    """Observers that take out what is not in ``mask`` and ``narrowed``, as for ``divergence``."""
+    found: list[RouterMask | ChannelMask] = []
+    if mask:
+        found.append(RouterMask({int(layer): ids for layer, ids in mask.items()}, experts))
+    if narrowed:
+        found.append(ChannelMask(Channels.load(Path(narrowed["channels"])), narrowed["width"]))
+    return Masks(found)
 
 
 def _by_domain(scores: list[TokenScores], chosen: list[Window]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.model.headers import Header, TensorInfo
 from edgeprune.model.parts import stem
+from edgeprune.model.widths import UNKNOWN, WidthRule, width_rule
 
 # Weights that every llama.cpp backend multiplies with in any type. Everything else (norms, routers,
 # convolutions, state-space vectors, lookup tables) keeps the type it has.
@@ -26,6 +27,7 @@ _QUANTISABLE = re.compile(
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _EXPERT_WEIGHT = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight")
 _EXPERT_VECTOR = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(bias|scale|input_scale)")
+_CHANNEL_BIAS = re.compile(r"ffn_(gate|up|gate_up)_exps\.bias")
 # gemma4's ffn_gate_inp.scale is a vector over the model width, not over experts.
 _ROUTER = re.compile(r"ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?|exp_probs_b_vl\.bias")
 # Architectures with experts whose outputs are no next tokens that could be compared.
@@ -75,9 +77,24 @@ class Tensor:
         """Independent matrices in the tensor: experts for expert tensors, else 1 or the outer extent."""
         return self.shape[2] if len(self.shape) > 2 else 1
 
-    def kept_shape(self, kept: int) -> tuple[int, ...]:
-        """Shape after dropping all but ``kept`` experts."""
-        return (*self.shape[:-1], kept) if self.sliced else self.shape
+    @property
+    def channels(self) -> tuple[int, int] | None:
+        """The axis that counts an expert's channels, and how often over (2 where gate and up are one tensor); None
+        where no axis does."""
+        if self.role == "expert_down":
+            return 0, 1
+        if self.is_expert:
+            return 1, 2 if self.role == "expert_gate_up" else 1
+        biased = _CHANNEL_BIAS.search(self.name) if self.role == "expert_vector" else None
+        return (0, 2 if biased[1] == "gate_up" else 1) if biased else None
+
+    def kept_shape(self, kept: int, width: int = 0) -> tuple[int, ...]:
+        """Shape after dropping all but ``kept`` experts, and all but ``width`` channels of each unless that is 0."""
+        shape = [*self.shape[:-1], kept] if self.sliced else list(self.shape)
+        if width and self.channels is not None:
+            axis, times = self.channels
+            shape[axis] = times * width
+        return tuple(shape)
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,7 @@ class Architecture:
         obstacle: why experts of this model cannot be dropped, or "".
         tensors: in file order; those of blocks that predict further tokens only where these are kept.
         left_out: tensors of such blocks where they are not kept.
+        width_rule: whether and how experts can be made narrower.
     """
 
     name: str
@@ -117,6 +135,7 @@ class Architecture:
     obstacle: str
     tensors: tuple[Tensor, ...]
     left_out: tuple[Tensor, ...] = ()
+    width_rule: WidthRule = UNKNOWN
 
     @property
     def further_moe_layers(self) -> tuple[int, ...]:
@@ -247,6 +266,19 @@ def _obstacle(file: Header, arch: str, tensors: tuple[Tensor, ...]) -> str:
     return ""
 
 
+def _width_rule(file: Header, arch: str, tensors: tuple[Tensor, ...], obstacle: str, layers: int) -> WidthRule:
+    """How the experts can be made narrower; what stands in the way of dropping them leaves too little known of them
+    for this, too."""
+    expert_widths = frozenset(t.shape[0] for t in tensors if t.role == "expert_down")
+    shared_widths = frozenset(t.shape[0] for t in tensors if t.name.endswith("ffn_down_shexp.weight"))
+    if any(t.is_expert and t.layer >= layers for t in tensors):
+        obstacle = obstacle or "its kept blocks that predict further tokens have experts that no text goes through"
+    if obstacle:
+        return WidthRule(obstacle, max(expert_widths, default=0))
+    dense = any(t.role == "dense" for t in tensors)
+    return width_rule(file, arch, expert_widths, shared_widths, dense=dense)
+
+
 def read_architecture(file: Header, *, mtp: bool = False) -> Architecture:
     """The architecture that the header of ``file`` describes.
 
@@ -303,7 +335,8 @@ def read_architecture(file: Header, *, mtp: bool = False) -> Architecture:
         moe_layers=tuple(sorted({tensor.layer for tensor in expert_tensors})),
         context_length=_scalar(file, f"{arch}.context_length", 0),
         vocabulary=embedding.shape[1] if embedding else 0,
-        obstacle=_obstacle(file, arch, tensors),
+        obstacle=(obstacle := _obstacle(file, arch, tensors)),
         tensors=tensors,
         left_out=left_out,
+        width_rule=_width_rule(file, arch, tensors, obstacle, layers),
     )

@@ -64,10 +64,13 @@ class Layout:
     parts: tuple[Part, ...]
 
 
-def shapes(architecture: Architecture, kept: int, types: Mapping[str, str]) -> tuple[TensorShape, ...]:
-    """All tensors in file order with ``kept`` experts and the types in ``types``; others keep theirs."""
+def shapes(
+    architecture: Architecture, kept: int, types: Mapping[str, str], width: int = 0
+) -> tuple[TensorShape, ...]:
+    """All tensors in file order with ``kept`` experts of ``width`` channels, 0 for all, and the types in ``types``;
+    others keep theirs."""
     return tuple(
-        TensorShape(tensor.name, tensor.kept_shape(kept), types.get(tensor.name, tensor.type))
+        TensorShape(tensor.name, tensor.kept_shape(kept, width), types.get(tensor.name, tensor.type))
         for tensor in architecture.tensors
     )
 
@@ -86,15 +89,18 @@ def layout(
     types: Mapping[str, str],
     records: Iterable[Entry],
     part_bytes: int = 0,
+    *,
+    width: int = 0,
 ) -> Layout:
     """The file with ``kept`` experts per layer and ``types`` by tensor.
 
     Metadata are those of ``file``, copied raw, except the keys that must change; ``records`` are added.
 
     Args:
+        width: channels of every expert, or 0 for all.
         part_bytes: most bytes of one file, as far as a single tensor and the metadata are not larger; 0 for one file.
     """
-    tensors = shapes(architecture, kept, types)
+    tensors = shapes(architecture, kept, types, width)
     changes = [
         make_entry("general.file_type", "u32", _file_type(tensors)),
         make_entry("general.quantization_version", "u32", 2),
@@ -103,6 +109,10 @@ def layout(
     entries = {key: entry for key, entry in file.entries.items() if not key.startswith(PREFIX)}
     if kept != architecture.experts:
         changes.append(make_entry(f"{architecture.arch}.expert_count", "u32", kept))
+    if width:
+        own = architecture.width_rule.metadata(width)
+        changes += [make_entry(f"{architecture.arch}.{key}", "u32", value) for key, value in own.items()]
+    if kept != architecture.experts or width:
         # "30B-A3B" and the like would no longer be true.
         entries.pop("general.size_label", None)
     if architecture.left_out:

@@ -27,6 +27,8 @@ class Row:
         low, high: 95 % confidence interval of the mean KL divergence, nats per token; of the mean over all possible
             draws where the method draws at random.
         seeds: how many draws it is the mean of.
+        width: channels that every expert was narrowed to instead, all experts kept: as near to the same bytes as is
+            possible; 0 where experts were dropped.
     """
 
     method: str
@@ -36,6 +38,13 @@ class Row:
     low: float
     high: float
     seeds: int
+    width: int = 0
+
+    @property
+    def label(self) -> str:
+        """The method, and what is special about the row."""
+        narrow = f", {self.width} channels" if self.width else ""
+        return self.method + narrow + (f" (mean of {self.seeds})" if self.seeds > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -83,12 +92,12 @@ class Comparison:
 
 
 def _row(entry: Mapping[str, Any]) -> Row:
-    check_keys("a row of the comparison", entry, set(Row.__dataclass_fields__), set())
+    check_keys("a row of the comparison", entry, set(Row.__dataclass_fields__) - {"width"}, {"width"})
     checked_number("a divergence of the comparison", entry["quality"]["kl_mean"])
     return Row(**{**entry, "kept": index(entry["kept"]), "method": str(entry["method"])})
 
 
-def row(method: str, kept: int, measured: Sequence[Mapping[str, Any]]) -> Row:
+def row(method: str, kept: int, measured: Sequence[Mapping[str, Any]], width: int = 0) -> Row:
     """The row of one method from its measurements, one for each seed.
 
     Args:
@@ -96,7 +105,7 @@ def row(method: str, kept: int, measured: Sequence[Mapping[str, Any]]) -> Row:
     """
     low, high = interval([result["windows"] for result in measured])
     domains = {name: _mean([result["domains"][name] for result in measured]) for name in measured[0]["domains"]}
-    return Row(method, kept, _mean([result["all"] for result in measured]), domains, low, high, len(measured))
+    return Row(method, kept, _mean([result["all"] for result in measured]), domains, low, high, len(measured), width)
 
 
 def _mean(qualities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

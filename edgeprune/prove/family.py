@@ -42,6 +42,7 @@ class Member:
             "nbytes": report.build["nbytes"],
             "experts": plan["experts"],
             "kept": plan["kept"],
+            "width": plan.get("width", 0),
             "shipped": report.shipped,
             "needed_bytes": report.needed_bytes,
             "context": report.launch.context,

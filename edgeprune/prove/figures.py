@@ -90,7 +90,9 @@ def curve(
     Args:
         shipped: bytes and nats per token by label.
     """
-    marks = [(p["file_bytes"], p["nats"], f"K={p['kept']}", "c1") for p in points]
+    marks = [
+        (p["file_bytes"], p["nats"], f"F={p['width']}" if p.get("width") else f"K={p['kept']}", "c1") for p in points
+    ]
     marks += [(p["nbytes"], p["quality"]["kl_mean"], p["preset"], "c3") for p in presets]
     marks += [(nbytes, nats, label, "c4") for label, (nbytes, nats) in shipped.items()]
     marks = [mark for mark in marks if math.isfinite(mark[1])]

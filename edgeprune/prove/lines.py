@@ -74,7 +74,8 @@ def method_lines(rows: Sequence[Row], experts: int, width: int = WIDTH) -> str:
         points = [frame.place(row.kept, row.quality["kl_mean"]) for row in own]
         body.append(_line(points, number))
         for (x, y), row in zip(points, own, strict=True):
-            tip = f"{method}, {row.kept} of {experts} kept: {row.quality['kl_mean']:.4g} nats per token"
+            what = f"{row.width} channels each" if row.width else f"{row.kept} of {experts} kept"
+            tip = f"{method}, {what}: {row.quality['kl_mean']:.4g} nats per token"
             circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="c{number % _COLOURS}">'
             body.append(f"{circle}<title>{escape(tip)}</title></circle>")
         left, y = (frame.right + 16, _TOP + (number + 0.5) * step) if beside else _below(number, below, width)

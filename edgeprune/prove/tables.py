@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from edgeprune.decide.plan import experts_in_words
 from edgeprune.prove.comparison import Comparison, Row
 from edgeprune.prove.family import Family
 from edgeprune.prove.lines import methods_in_order
@@ -68,7 +69,11 @@ def tables(report: Report) -> dict[str, Table]:
         "candidates": Table(
             ("Experts kept", "Size", "KL predicted"),
             [
-                (f"{row['kept']} of {report.plan['experts']}", format_bytes(row["file_bytes"]), f"{row['nats']:.4g}")
+                (
+                    experts_in_words({**row, "experts": report.plan["experts"]}),
+                    format_bytes(row["file_bytes"]),
+                    f"{row['nats']:.4g}",
+                )
                 for row in report.curve
             ],
         ),
@@ -90,7 +95,7 @@ def family_tables(family: Family) -> tuple[Table, Table]:
     files = []
     for member in family.members:
         report, needs = member.report, member.report.needed_bytes
-        kept = f"{report.plan['kept']} of {report.plan['experts']}"
+        kept = experts_in_words(report.plan)
         memory = " + ".join(f"{format_bytes(nbytes)} {pool.upper()}" for pool, nbytes in sorted(needs.items()))
         size = format_bytes(report.build["nbytes"])
         files.append((member.folder, size, kept, memory, *_brief(report.quality)))
@@ -254,7 +259,7 @@ def comparison_tables(comparison: Comparison) -> list[tuple[int, list[Table]]]:
 
 def _compared(row: Row) -> tuple[str, ...]:
     return (
-        row.method + (f" (mean of {row.seeds})" if row.seeds > 1 else ""),
+        row.label,
         f"{row.quality['kl_mean']:.4f}",
         f"{row.low:.4f} to {row.high:.4f}",
         f"{row.quality['kl_99']:.3f}",

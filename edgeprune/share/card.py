@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgeprune.decide.plan import experts_in_words
 from edgeprune.prove.provenance import UNKNOWN
 from edgeprune.prove.report import Report
 from edgeprune.prove.tables import tables
@@ -96,14 +97,14 @@ def _files(sheets: Sequence[Sheet], others: Sequence[Entry]) -> list[str]:
         plan = sheet.report.plan
         needs = " + ".join(f"{format_bytes(n)} {pool.upper()}" for pool, n in sheet.report.needed_bytes.items())
         memory = f"{needs} at {sheet.report.launch.context:,}"
-        kept = f"{plan['kept']} of {plan['experts']}"
+        kept = experts_in_words(plan)
         nbytes, quality = sheet.report.build["nbytes"], sheet.report.quality
         rows.append(
             (nbytes, [_linked(sheet.file, sheet.folder), kept, format_bytes(nbytes), memory, *_figures(quality)])
         )
     for entry in others:
         memory = f"{format_bytes(entry.memory.all_bytes)} at {entry.launch.context:,}"
-        kept = f"{entry.kept} of {entry.experts}"
+        kept = experts_in_words({"kept": entry.kept, "experts": entry.experts, "width": entry.width})
         row = [
             _linked(entry.parts[0].path, entry.name),
             kept,
@@ -158,6 +159,8 @@ def _about(sheet: Sheet, alone: bool) -> list[str]:
         if plan["keep"]
         else f"all {plan['experts']} experts per layer"
     )
+    if plan.get("width"):
+        kept += f", each narrowed to {plan['width']} channels, chosen by {plain(plan['narrowing'])}"
     lines = [f"## {'Measured' if alone else f'`{sheet.file}`'}", ""]
     lines += [] if alone else [plain(report.verdict), ""]
     lines.append(f"- Kept: {kept}")

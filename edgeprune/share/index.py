@@ -71,6 +71,7 @@ class Entry:
         types: GGML types of its matrices, those with most bytes first.
         memory, launch: what it needs when started so.
         quality: ``QUALITIES`` against the source on held-out text.
+        width: channels that every expert was narrowed to, or 0 where none was.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Entry:
     memory: Memory
     launch: Launch
     quality: dict[str, float]
+    width: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +118,7 @@ def entry_of(
         memory=memory,
         launch=replace(report.launch, threads=0),
         quality={key: float(report.quality[key]) for key in QUALITIES},
+        width=plan.get("width", 0),
     )
 
 
@@ -145,7 +148,7 @@ def read_index(path: Path, where: str) -> tuple[list[Entry], str]:
 
 
 def _entry(value: Mapping[str, Any], where: str) -> Entry:
-    check_keys(where, value, set(Entry.__dataclass_fields__), set())
+    check_keys(where, value, set(Entry.__dataclass_fields__) - {"width"}, {"width"})
     parts, types = value["parts"], value["types"]
     if not isinstance(parts, list) or not parts or not isinstance(types, list):
         raise BadFile(f"{where} has no parts, or types that are no list")
@@ -159,6 +162,7 @@ def _entry(value: Mapping[str, Any], where: str) -> Entry:
         made_for=_word(value["made_for"]),
         experts=experts,
         kept=checked_int(f"{where}: kept", value["kept"], 1, experts),
+        width=checked_int(f"{where}: width", value.get("width", 0), 0, 1 << 32),
         context_length=checked_int(f"{where}: context_length", value["context_length"], 0, 1 << 32),
         types=tuple(_word(name) for name in types[:64]),
         memory=Memory(**memory),

@@ -135,6 +135,8 @@ def release_name(file: GgufFile, plan: Plan, model: str) -> str:
     architecture = read_architecture(file)
     if plan.keep:
         words.append(f"K{plan.kept}")
+    if plan.width:
+        words.append(f"F{plan.width}")
     if plan.types:
         weights = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in architecture.tensors)
         words.append(f"{8 * file.size / weights:.2f}bpw")

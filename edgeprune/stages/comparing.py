@@ -1,4 +1,4 @@
-"""Comparing methods of choosing experts on held-out text, by masking the router: no file is written.
+"""Comparing methods of choosing experts, or of narrowing them, on held-out text by masking: no file is written.
 
 Merged experts are other weights, so each number of them is a file of the source's types, measured and deleted.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 from edgeprune.decide.candidates import priced
 from edgeprune.decide.keep import check_method, check_room, keep_set
+from edgeprune.decide.narrowing import asked_width, check_narrowing
 from edgeprune.decide.plan import DROP, REDUCTIONS, Plan
 from edgeprune.decide.scores import SCORES
 from edgeprune.errors import BadFile, UsageError
@@ -23,6 +24,7 @@ from edgeprune.prove.comparison import Comparison, Row, ordered, row
 from edgeprune.prove.page import render_comparison
 from edgeprune.stages.deciding import DecideStages
 from edgeprune.stages.measuring import MeasureStages, tools
+from edgeprune.stages.narrowing import NARROW, NarrowStages
 
 COMPARISON = "compare.json"
 MERGE = "merge:"  # before the name of a way to merge, of which some are names of scores, too
@@ -68,17 +70,17 @@ def compare(run: DecideStages, fractions: Sequence[float], methods: Sequence[str
     What an earlier comparison measured is taken from it; its other rows stay, if they are of the same model and text.
 
     Args:
-        methods: all that can be used on the model when None; ``merge:NAME`` merges experts by one of
-            ``plan.REDUCTIONS``.
+        methods: all that can be used on the model when None; ``narrow:SCORE`` keeps all experts and narrows them,
+            ``merge:NAME`` merges them by one of ``plan.REDUCTIONS``.
         seeds: draws of the methods that draw at random.
     """
     for method in methods or ():
-        _check(method)
+        _check(method, run.architecture)
     counts = counts_of(fractions, run.architecture)
     for remark in rounded(fractions, run.architecture):
         run.listener.say(remark)
     check_room(run.protected, run.architecture, min(counts))
-    methods = run.comparable() if methods is None else methods
+    methods = (*run.comparable(), *run.narrowable()) if methods is None else methods
     tokens = run.settings.evaluation_tokens
     made_from = {
         "source": run.fingerprint,
@@ -100,6 +102,9 @@ def compare(run: DecideStages, fractions: Sequence[float], methods: Sequence[str
                     cache["measured"][key] = _merged(run, method.removeprefix(MERGE), kept)
                     write_text(path, to_json(cache))
                 rows.append(row(method, kept, [cache["measured"][key]]))
+            continue
+        if method.startswith(NARROW):
+            rows += _narrowed(run, method, counts, cache, path)
             continue
         draws = range(seeds if method in SCORES and SCORES[method].draws else 1)
         results: dict[int, list[dict[str, Any]]] = {kept: [] for kept in counts}
@@ -126,12 +131,16 @@ def compare(run: DecideStages, fractions: Sequence[float], methods: Sequence[str
     return found
 
 
-def _check(method: str) -> None:
-    """Refuse the name of a method that does not exist.
+def _check(method: str, architecture: Architecture) -> None:
+    """Refuse a method that does not exist, or that the model's experts cannot bear.
 
     Raises:
         UsageError: names those that do.
     """
+    if method.startswith(NARROW):
+        check_narrowing(method.removeprefix(NARROW))
+        asked_width(0.5, architecture)
+        return
     merging = [MERGE + name for name in REDUCTIONS if name != DROP]
     if not method.startswith(MERGE):
         check_method(method)
@@ -167,6 +176,22 @@ def _merging_plan(run: DecideStages, reduce: str, kept: int) -> Plan:
     found = priced(problem, kept, {})
     assert found is not None, "a file of any size has room"
     return run.merging(found.plan, reduce)
+
+
+def _narrowed(run: NarrowStages, method: str, counts: Sequence[int], cache: dict[str, Any], path: Path) -> list[Row]:
+    """Rows of narrowing all experts to the bytes of each of ``counts``, by the score that ``method`` names."""
+    score, experts = method.removeprefix(NARROW), run.architecture.experts
+    widths = {kept: asked_width(kept / experts, run.architecture) for kept in counts}
+    about = run.channels_digest(score)
+    keys = {width: digest({"channels": about, "width": width}) for width in widths.values()}
+    missing = [width for width, key in keys.items() if key not in cache["measured"]]
+    if missing:
+        masks = [run.narrowed(width, score) for width in missing]
+        title = f"{method} on held-out text"
+        measured = run.divergence(run.source, "held_out", [None] * len(masks), title, masks)
+        cache["measured"].update(zip((keys[width] for width in missing), measured, strict=True))
+        write_text(path, to_json(cache))
+    return [row(method, kept, [cache["measured"][keys[width]]], width) for kept, width in widths.items()]
 
 
 def _others(run: MeasureStages, made_from: dict[str, Any], rows: Sequence[Row]) -> list[Row]:

@@ -15,10 +15,11 @@ import numpy as np
 
 from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
-from edgeprune.decide.keep import check_method, check_room, fewest_kept
+from edgeprune.decide.keep import check_method, check_room, fewest_kept, keep_set
+from edgeprune.decide.narrowing import check_narrowing
 from edgeprune.decide.plan import DROP, USER, Plan
 from edgeprune.device.profile import Profile
-from edgeprune.errors import BadFile, DoesNotFit, UsageError
+from edgeprune.errors import BadFile, DoesNotFit, Unsupported, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.distortion import candidate_types
@@ -51,7 +52,8 @@ class DecideStages(MergeStages):
     def _counts(self) -> list[int]:
         keep = self.settings.keep
         if keep is None:
-            return list(self.architecture.allowed_counts())
+            # Narrower experts are asked for instead of fewer.
+            return [self.architecture.experts] if self.width else list(self.architecture.allowed_counts())
         if not self.architecture.count_allowed(keep):
             reason = self.architecture.obstacle or (
                 f"the router uses {self.architecture.used} of {self.architecture.experts} experts"
@@ -85,18 +87,23 @@ class DecideStages(MergeStages):
             **({"mtp": self.settings.mtp} if self.settings.mtp == KEEP else {}),
             **({"reduce": self.settings.reduce} if self.settings.reduce != DROP else {}),
             **({"split": self.settings.part_bytes} if self.settings.part_bytes else {}),
+            **({"width": self.width} if self.width else {}),
+            **({"narrowing": self.settings.narrowing} if self.width or self._widths() else {}),
         }
 
     def problem(self, counts: Sequence[int]) -> Problem:
         """Everything that candidates are chosen from."""
-        return Problem(
+        ranked = (
+            self.ranked(self.settings.method, counts)
+            if len(counts) > 1 or counts[0] != self.architecture.experts
+            else {}
+        )
+        whole = Problem(
             file=self.file,
             architecture=self.architecture,
             sensitivity=self.sensitivity,
-            ranked=self.ranked(self.settings.method, counts)
-            if len(counts) > 1 or counts[0] != self.architecture.experts
-            else {},
-            drop_nats=self.drop_nats(counts),
+            ranked=ranked,
+            drop_nats={} if self.width else self.drop_nats(counts),
             types=allowed_types(self.profile, self.settings.types),
             budget=self.budget,
             profile=self.profile,
@@ -110,6 +117,19 @@ class DecideStages(MergeStages):
             rates=self.rates,
             reduced=partial(self.merging, reduce=self.settings.reduce),
         )
+        return self.narrower(whole, self.width, self.settings.narrowing, counts) if self.width else whole
+
+    def narrower(self, problem: Problem, width: int, narrowing: str, counts: Sequence[int]) -> Problem:
+        """``problem`` with experts of ``width`` channels, chosen by the score ``narrowing``."""
+        self.measure_narrow_types(width)
+        sets = {kept: keep_set(problem.ranked, self.architecture, kept) for kept in counts}
+        return replace(
+            problem,
+            drop_nats={kept: self.narrow_nats(width, narrowing, keep) for kept, keep in sets.items()},
+            width=width,
+            narrowing=narrowing,
+            channels=self.channels_digest(narrowing),
+        )
 
     def candidates(self) -> list[Candidate]:
         """The best plan for each allowed number of experts, best first.
@@ -120,8 +140,25 @@ class DecideStages(MergeStages):
         self._fail_early()
         counts = self._roomy(self._counts())
         problem = self.problem(counts)
+        narrower = self._narrower(problem)
+        forced = bool(self.settings.types)
         with self.listener.progress("solve") as progress:
-            return candidates(problem, counts, forced_types=bool(self.settings.types), progress=progress)
+            return candidates(problem, counts, forced_types=forced, narrower=narrower, progress=progress)
+
+    def _widths(self) -> tuple[int, ...]:
+        """Widths of experts that are tried beside their own and beside fewer experts, if nothing is forced."""
+        settings = self.settings
+        free = settings.keep is None and not settings.types and not settings.width
+        return self.architecture.width_rule.worth_trying() if free else ()
+
+    def _narrower(self, problem: Problem) -> list[Problem]:
+        """``problem`` with each of those widths; none where the channels cannot be ranked, which is said."""
+        narrowing, everyone = self.settings.narrowing, [self.architecture.experts]
+        try:
+            return [self.narrower(problem, width, narrowing, everyone) for width in self._widths()]
+        except (BadFile, Unsupported) as error:
+            self.listener.say(f"narrower experts are not considered: {error.cause}")
+            return []
 
     def _roomy(self, counts: list[int]) -> list[int]:
         """Those of ``counts`` that have room for all super experts.
@@ -145,11 +182,17 @@ class DecideStages(MergeStages):
             UsageError: an impossible number of experts, type or score.
         """
         _ = self.given_texts  # a missing or broken text is found now, before a checkpoint is converted
+        check_narrowing(self.settings.narrowing)
         counts, architecture = self._counts(), self.architecture
         check_method(self.settings.method)
         types = allowed_types(self.profile, self.settings.types)
         # When every type costs nothing, the best plan is the smallest.
-        free = {t.name: {k: [0.0, 0.0] for k in candidate_types(t)} for t in architecture.tensors if t.quantisable}
+        rows = {t.name: t.kept_shape(1, self.width)[0] for t in architecture.tensors if t.quantisable}
+        free = {
+            t.name: {kind: [0.0, 0.0] for kind in candidate_types(t, rows[t.name])}
+            for t in architecture.tensors
+            if t.quantisable
+        }
         candidates(self.unmeasured(free, types), [min(counts)], forced_types=bool(self.settings.types))
 
     def unmeasured(self, distortions: dict[str, dict[str, list[float]]], types: frozenset[str]) -> Problem:
@@ -167,12 +210,14 @@ class DecideStages(MergeStages):
             launch=self.launch,
             method=self.settings.method,
             made_from=self._made_from(measured=False),
+            width=self.width,
+            narrowing=self.settings.narrowing,
             mtp=self.settings.mtp == KEEP,
         )
 
     def _untouched(self) -> Candidate | None:
         """The source as it is, if that fits: no other plan can be closer to it, so nothing need be measured."""
-        if self.settings.types or self.architecture.experts not in self._counts():
+        if self.settings.types or self.width or self.architecture.experts not in self._counts():
             return None
         problem = replace(self.unmeasured({}, frozenset()), rates=self.rates)
         return priced(problem, self.architecture.experts, {})
@@ -214,6 +259,7 @@ class DecideStages(MergeStages):
         rows = [
             {
                 "kept": c.plan.kept,
+                **({"width": c.plan.width} if c.plan.width else {}),
                 "file_bytes": c.plan.predicted.file_bytes,
                 "nats": c.plan.predicted.nats,
                 "nats_drop": c.plan.predicted.nats_drop,
@@ -252,20 +298,28 @@ class DecideStages(MergeStages):
             DoesNotFit: it exceeds the budget.
         """
         drop = self.keep_nats([plan.keep])[0] if plan.keep else 0.0
+        digest_of_channels = ""
+        if plan.width:
+            check_narrowing(plan.narrowing)
+            self.measure_narrow_types(plan.width)
+            drop = self.narrow_nats(plan.width, plan.narrowing, plan.keep)
+            digest_of_channels = self.channels_digest(plan.narrowing)
         budget = self.budget_of(plan.launch)
         problem = replace(
             self.problem([plan.experts]),
             drop_nats={plan.kept: drop},
             launch=plan.launch,
             budget=budget,
+            width=plan.width,
+            narrowing=plan.narrowing,
+            channels=digest_of_channels,
             reduced=lambda own: replace(own, keep=plan.keep, reduce=plan.reduce, merge=plan.merge),
         )
         changed = {name: kind for name, kind in plan.types.items() if kind != self.architecture.tensor(name).type}
         self.measure_types(changed)
-        edited = replace(plan, types=changed)
-        made = layout(
-            self.file, self.architecture, plan.kept, changed, edited.records(), self.settings.part_bytes or 0
-        )
+        edited = replace(plan, types=changed, channels=digest_of_channels)
+        records, parts = edited.records(), self.settings.part_bytes or 0
+        made = layout(self.file, self.architecture, plan.kept, changed, records, parts, width=plan.width)
         whole = priced(
             replace(problem, ranked=self._ranked_like(plan)), plan.kept, changed, placed=placed, origin=plan.origin
         )
@@ -332,6 +386,7 @@ class DecideStages(MergeStages):
                     "statistics": self.statistics_file if plan.types else "",
                     "store": store,
                     "part_bytes": self.settings.part_bytes or 0,
+                    "channels": self.channels_of(plan),
                     "merged": merged,
                 },
                 progress,

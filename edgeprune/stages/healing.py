@@ -19,7 +19,8 @@ from edgeprune.measure.merging import merge
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import shipped_texts, texts_digest
 from edgeprune.model.architecture import Architecture
-from edgeprune.stages.measuring import MeasureStages, tools
+from edgeprune.stages.measuring import tools
+from edgeprune.stages.narrowing import NarrowStages
 
 # Groups of layers by default: more cost a pass over the text each, fewer leave the fits with inputs that are further
 # from those of the finished model.
@@ -31,7 +32,7 @@ MOST_BYTES = 8 << 30
 def changed_layers(plan: Plan, architecture: Architecture) -> list[int]:
     """Layers whose experts are not as in the source."""
     retyped = {t.layer for t in architecture.tensors if t.is_expert and plan.types.get(t.name, t.type) != t.type}
-    return [layer for layer in architecture.moe_layers if plan.keep or layer in retyped]
+    return [layer for layer in architecture.moe_layers if plan.keep or plan.width or layer in retyped]
 
 
 def groups(layers: Sequence[int], count: int) -> list[tuple[int, int]]:
@@ -42,7 +43,7 @@ def groups(layers: Sequence[int], count: int) -> list[tuple[int, int]]:
 
 
 @dataclass
-class HealStages(MeasureStages):
+class HealStages(NarrowStages):
     """What the original answers, and the down projections that answer the same in the smaller model."""
 
     def _parts(self, most: int) -> list[tuple[list[dict[str, str]], int]]:
@@ -170,13 +171,14 @@ class HealStages(MeasureStages):
             "plan": plan.to_json(),
             "store": str(store.folder),
             "layers": list(stage),
+            "channels": self.channels_of(plan),
             "merged": merged,
         }
         name = f"layers {stage[0]} to {stage[1] - 1}" if stage[1] - stage[0] > 1 else f"layer {stage[0]}"
         self.folder.scratch.mkdir(parents=True, exist_ok=True)
         prefix = self.folder.scratch / "prefix.gguf"
         student = self.folder.scratch / "student.safetensors"
-        tokens = self.healing_tokens(dropping=bool(plan.keep))
+        tokens = self.healing_tokens(dropping=bool(plan.keep or plan.width))
         teacher = self.teacher(tokens)
         statistics = self.statistics_file if plan.types else ""
         with self.listener.progress(f"{name}: build what comes before") as progress:

@@ -492,8 +492,10 @@ class MeasureStages(TextStages):
         part: str,
         masks: Sequence[Mapping[str, Sequence[int]] | None] = (None,),
         title: str = "quality",
+        narrowed: Sequence[Mapping[str, Any] | None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Quality of ``model`` against the source over a ``part`` of the text, once for each router mask."""
+        """Quality of ``model`` against the source over a ``part`` of the text, once for each router mask, and with
+        what ``narrowed`` says of channels beside each."""
         reference = self._reference(part)
         with self.listener.progress(title) as progress:
             result: list[dict[str, Any]] = child.call(
@@ -502,6 +504,7 @@ class MeasureStages(TextStages):
                     "model": str(model),
                     "reference": str(reference),
                     "masks": list(masks),
+                    "narrowed": list(narrowed) if narrowed else None,
                     "experts": self.architecture.experts,
                     **self._text_arguments(part),
                 },

@@ -101,7 +101,7 @@ class Run(TryStages):
 
         One half of the held-out text says which is the better, the other what the report says of it.
         """
-        free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types
+        free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types and not self.width
         rivals = self.baselines(plan, choosing=free) if self.settings.baselines else []
         if free and rivals:
             winner = min(rivals, key=lambda pair: _nats(pair[0]))
@@ -135,6 +135,9 @@ class Run(TryStages):
             heal=False,
             reduce=DROP,
             merge={},
+            width=0,
+            narrowing="",
+            channels="",
         )
         with contextlib.suppress(DoesNotFit, BadFile):
             flat.check(self.architecture)
@@ -310,15 +313,12 @@ def verdict_of(report: Report) -> str:
     if report.broken:
         return "A promise was broken: " + ", ".join(promise.name for promise in report.broken)
     kl = report.quality["kl_mean"]
-    moved = (
-        "bit for bit the source's weights"
-        if not report.plan["types"] and not report.plan["keep"]
-        else (f"{kl:.4g} nats per token from the source")
-    )
+    unchanged = not (report.plan["types"] or report.plan["keep"] or report.plan.get("width"))
+    moved = "bit for bit the source's weights" if unchanged else (f"{kl:.4g} nats per token from the source")
     kept = "All promises kept" if any(line.verdict == KEPT for line in report.promises) else "Measured"
     if not report.baselines:
         return f"{kept}; {moved}; no stock preset of at most this size was measured."
-    if not report.plan["types"] and not report.plan["keep"]:
+    if unchanged:
         rounding = f"{kl:.1g} nats are the rounding of the measurement"
         return f"{kept}; {moved}: nothing had to be dropped or quantised; {rounding}."
     best = min(report.baselines, key=lambda rival: float(rival.quality["kl_mean"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from edgeprune.stages.deciding import DecideStages
 
 # Files that are built before one is taken.
 MOST_TRIED = 4
-# A plan that drops experts is tried beside one that keeps all only if its prediction is within this factor: nats of
-# dropping are less certain than nats of types.
+# Plans that drop or narrow experts are tried beside one that keeps all only if a prediction is within this factor:
+# nats of dropping and narrowing are less certain than nats of types.
 _NEAR = 2.0
 
 
@@ -26,13 +26,14 @@ class TryStages(DecideStages):
     """The plan whose file is best."""
 
     def best_plan(self) -> Plan:
-        """The plan in the folder, or a neighbour of it with more or fewer experts that measures better.
+        """The plan in the folder, or a neighbour of it with more or fewer experts, or channels, that measures better.
 
-        How much healing takes back of what dropping experts costs is known roughly before, so where experts are
-        dropped the number of them is found by building and measuring, from the predicted one up and down.
+        How much healing takes back of what dropping or narrowing experts costs is known roughly before, so where
+        either is worth it their number, or their width, is found by building and measuring, from the predicted one up
+        and down.
         """
         plan = self.plan()
-        free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types
+        free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types and not self.width
         if not free or not plan.heal:
             return plan
         path = self.folder.path / "tried.json"
@@ -40,32 +41,43 @@ class TryStages(DecideStages):
         with contextlib.suppress(BadFile, KeyError):
             if read_json(path)["made_from"] == about:
                 return plan
-        found = {candidate.plan.kept: candidate.plan for candidate in self.candidates()}
-        rivals = [own.predicted.nats for kept, own in found.items() if kept < own.experts]
-        if len(found) > 1 and min(rivals) <= _NEAR * plan.predicted.nats:
-            nats = self._walk(found, plan.kept)
-            best = min(nats, key=lambda kept: nats[kept])
-            if best != plan.kept:
-                plan = found[best]
+        line = sorted((candidate.plan for candidate in self.candidates()), key=_place)
+        rivals = [own.predicted.nats for own in line if own.keep or own.width]
+        if len(line) > 1 and rivals and min(rivals) <= _NEAR * plan.predicted.nats:
+            start = next(index for index, own in enumerate(line) if _place(own) == _place(plan))
+            nats = self._walk(line, start)
+            best = line[min(nats, key=lambda index: nats[index])]
+            if _place(best) != _place(plan):
+                plan = best
                 plan.save(self.folder.plan)
-            tried = {str(kept): value for kept, value in nats.items()}
-            write_text(path, to_json({"made_from": about, "nats": tried}))
+            tried = [
+                {"kept": line[index].kept, "width": line[index].width, "nats": value} for index, value in nats.items()
+            ]
+            write_text(path, to_json({"made_from": about, "tried": tried}))
         return plan
 
-    def _walk(self, found: Mapping[int, Plan], start: int) -> dict[int, float]:
-        """Measured nats per token by number of experts: of ``start``, and on from there while it gets better."""
-        counts = sorted(found, reverse=True)
-        nats = {start: self._tried(found[start])}
-        for step in (1, -1):
-            here = counts.index(start)
-            while len(nats) < MOST_TRIED and 0 <= here + step < len(counts):
-                there = counts[here + step]
-                nats[there] = self._tried(found[there])
-                if nats[there] >= nats[counts[here]]:
+    def _walk(self, line: Sequence[Plan], start: int) -> dict[int, float]:
+        """Measured nats per token by index: of ``start``, on from there while it gets better, and of the best on the
+        other side of the plan that keeps everything.
+
+        Args:
+            line: from the fewest experts over all of them to the narrowest.
+        """
+        nats = {start: self._tried(line[start])}
+        for step in (1, -1) if line[start].width or not line[start].keep else (-1, 1):
+            here = start
+            while len(nats) < MOST_TRIED and 0 <= here + step < len(line):
+                nats[here + step] = self._tried(line[here + step])
+                if nats[here + step] >= nats[here]:
                     break
                 here += step
             if len(nats) > 2:  # it got better that way, so not the other way
                 break
+        across = [index for index, own in enumerate(line) if index not in nats and _across(own, line[start])]
+        if across and len(nats) < MOST_TRIED:
+            best = min(across, key=lambda index: line[index].predicted.nats)
+            if line[best].predicted.nats <= _NEAR * line[start].predicted.nats:
+                nats[best] = self._tried(line[best])
         return nats
 
     @property
@@ -88,9 +100,21 @@ class TryStages(DecideStages):
             if path.is_file() and known["judge"] == self._judge:
                 return float(known["nats"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.listener.say(f"trying {plan.kept} of {plan.experts} experts per layer")
+        narrow = f", {plan.width} channels each" if plan.width else ""
+        self.listener.say(f"trying {plan.kept} of {plan.experts} experts per layer{narrow}")
         made = self.construct(plan, path)
-        nats = self.nats_to_choose(Path(made.path), f"quality with K={plan.kept}")
+        title = f"quality with F={plan.width}" if plan.width else f"quality with K={plan.kept}"
+        nats = self.nats_to_choose(Path(made.path), title)
         write_text(record, to_json({"nats": nats, "judge": self._judge, "build": made.to_json()}))
         self.listener.say(f"  {nats:.4g} nats per token, predicted {plan.predicted.nats:.4g}")
         return nats
+
+
+def _place(plan: Plan) -> tuple[int, int]:
+    """Where ``plan`` is in the line from the fewest experts over all of them to the narrowest."""
+    return (0, plan.kept) if plan.keep else (1, -plan.width if plan.width else -(1 << 31))
+
+
+def _across(plan: Plan, other: Plan) -> bool:
+    """Whether one of the two drops experts and the other narrows them, or keeps everything."""
+    return bool(plan.keep) != bool(other.keep)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from edgeprune.decide.evidence import Doubles, Evidence, ratio
+from edgeprune.measure.statistics import LayerStatistics
 
 
 def score(evidence: Evidence) -> Doubles:
@@ -13,6 +16,11 @@ def score(evidence: Evidence) -> Doubles:
     no matrix [D, D] is needed. The authors' code leaves n out, so that an expert's frequency has no say; the loss
     that they approximate is a sum over tokens.
     """
-    sums = evidence.sums
-    neurons = (sums.total("hidden_square") * sums.total("hidden_gradient_square")).sum(axis=1)
-    return ratio(neurons, sums.total("routed"))
+    scored: Doubles = importances(evidence.sums).sum(axis=1)
+    return scored
+
+
+def importances(sums: LayerStatistics) -> Doubles:
+    """The terms of that sum, float64 [E, F]."""
+    product = sums.total("hidden_square") * sums.total("hidden_gradient_square")
+    return ratio(product, np.broadcast_to(sums.total("routed")[:, None], product.shape))
