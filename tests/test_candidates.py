@@ -360,6 +360,18 @@ def test_profile_that_avoids_an_unknown_type_is_refused() -> None:
         allowed_types(replace(find_profile("cpu-16gb"), avoid=("IQ3_SS",)))
 
 
+def test_healed_experts_are_encoded_twice(pose: Pose) -> None:
+    """Without error feedback and with it, where a row has more than one block; nothing else is."""
+    problem = pose(memory=64 * MIB)
+    problem = replace(problem, sensitivity=replace(problem.sensitivity, rates={"Q8_0": 3e5, "Q4_K": 1e4}))
+    healed = replace(problem, heal=True)
+    for tensor in problem.architecture.tensors:
+        if tensor.quantisable:
+            for name, block in (("Q8_0", 32), ("Q4_K", 256)):
+                times = 2 if tensor.is_expert and tensor.shape[0] > block else 1
+                assert healed.seconds(tensor, 4, name) == times * problem.seconds(tensor, 4, name) > 0
+
+
 def test_a_plan_keeps_to_the_time_it_may_take(pose: Pose) -> None:
     problem = pose(memory=64 * MIB)
     rates = {"IQ1_S": 7e3, "IQ2_XXS": 1e3, "IQ3_XXS": 2e3, "Q4_K": 1e4, "Q6_K": 3e4, "Q8_0": 3e5}

@@ -58,9 +58,7 @@ def test_the_factor_is_of_the_second_moments() -> None:
     assert np.abs(root @ root.T - exact).max() < 0.03 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize(
-    "name", ["Q4_0", "IQ4_NL", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ3_S", "IQ2_XXS", "IQ1_S"]
-)
+@pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ3_S", "IQ2_XXS"])
 def test_errors_of_correlated_inputs_are_put_right(name: str) -> None:
     """Against ggml's own encoding, on inputs that were not fitted, in exactly as many bytes."""
     kind = ggml.BY_NAME[name]

@@ -316,6 +316,35 @@ def test_low_bits_are_answered_by_the_down_projection(toy_gguf: Toy, tmp_path: P
         )
 
 
+def test_experts_are_encoded_with_error_feedback(toy_gguf: Toy, tmp_path: Path) -> None:
+    """Eight blocks in a row: on tokens that were not fitted, products are nearer to the source's than those of ggml's
+    own encoding, which is what a build without healing writes, and by as much as is recorded."""
+    model, kind = toy_gguf("qwen3_moe"), ggml.BY_NAME["Q4_0"]
+    names = [f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+    found, store, plan = healed_toy(model, tmp_path, 6, dict.fromkeys(names, kind.name))
+    assert set(found["0"]["feedback"]) == set(names)
+    assert found["1"]["feedback"] == {}  # as in the source
+    assert all(own["after"] < own["before"] for own in found["0"]["feedback"].values())
+    plain = build(str(model), plan.to_json(), str(tmp_path / "plain.gguf"), str(tmp_path / "teacher"))
+    healed = build(str(model), plan.to_json(), str(tmp_path / "h.gguf"), str(tmp_path / "teacher"), str(store))
+    assert plain["nbytes"] == healed["nbytes"]
+    tokens = Statistics.load(tmp_path / "student").reservoirs[0]
+    judged = np.arange(len(tokens)) // 256 % 8 == 7
+    source, width = GgufFile(model), tokens.x.shape[1]
+    exact = ggml.decode(ggml.BY_NAME[source.tensors[names[0]].type], source.raw(names[0]), width)
+    matrices = exact.reshape(toys.EXPERTS, -1, width)[2:]
+    errors = []
+    for path in (plain["path"], healed["path"]):
+        rows = ggml.decode(kind, GgufFile(Path(path)).raw(names[0]), width).reshape(matrices.shape)
+        errors.append(0.0)
+        for expert, lost in enumerate(rows - matrices):
+            own = tokens.x[judged & (tokens.ids == expert).any(axis=1)]
+            errors[-1] += float(np.square(own @ lost.T).sum())
+    recorded = found["0"]["feedback"][names[0]]
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[1] / errors[0] == pytest.approx(recorded["after"] / recorded["before"], rel=0.05)
+
+
 def test_layers_lean_towards_the_originals_residual_stream(toy_gguf: Toy, tmp_path: Path) -> None:
     """Passes that look at tokens alone keep the stream; half of what it lost is asked of the next layer."""
     model = toy_gguf("qwen3_moe")

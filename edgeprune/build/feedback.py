@@ -23,7 +23,6 @@ from edgeprune.model import ggml
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 # The prior counts as a quarter as many tokens as there are columns; the diagonal is raised by so much of its mean.
 # Both lie in a wide valley: half or twice the prior, a third or three times the damping change the error by about 1 %
 _PRIOR, _DAMPING = 0.25, 0.01
@@ -122,11 +121,6 @@ def spread(kind: ggml.GgmlType, weights: Floats, importance: Floats, root: Float
     return raw.reshape(-1), decoded
 
 
-def possible(kind: ggml.GgmlType, width: int) -> bool:
-    """Whether rows of ``width`` weights have more than one block in a type that has any."""
-    return not kind.is_float and width > kind.block
-
-
 def _energy(inputs: Floats, weights: Floats) -> float:
     return float(np.square(inputs @ weights.T, dtype=np.float64).sum())
 
@@ -139,7 +133,7 @@ def encode(kind: ggml.GgmlType, weights: Floats, importance: Floats, inputs: Inp
     """
     raw = ggml.encode(kind, weights, importance, name).reshape(-1)
     decoded = ggml.decode(kind, raw, weights.shape[1])
-    if not possible(kind, weights.shape[1]) or not len(inputs.fitted) or not len(inputs.judged):
+    if not kind.feeds_back(weights.shape[1]) or not len(inputs.fitted) or not len(inputs.judged):
         return Encoded(raw, decoded)
     before, energy = _energy(inputs.judged, weights - decoded), _energy(inputs.judged, weights)
     other, instead = spread(kind, weights, importance, inputs.root, name)

@@ -257,7 +257,7 @@ class _Healer:
     def _prior(self, tensors: Sequence[Tensor]) -> Floats | None:
         """Second moments [D, D] of what goes into the layer's experts, whichever of them it goes to; None where they
         are not needed for the encoding of ``tensors``."""
-        if not any(feedback.possible(self._target(tensor), tensor.shape[0]) for tensor in tensors):
+        if not any(self._target(tensor).feeds_back(tensor.shape[0]) for tensor in tensors):
             return None
         x = self.student.x[~self.held_out]
         x = x[:: max(1, len(x) // (_PRIOR_TOKENS * x.shape[1]))]

@@ -100,11 +100,13 @@ class Problem:
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
-        that was not measured."""
+        that was not measured. Healed experts are encoded twice, without error feedback and with it."""
         rate = self.sensitivity.rates.get(name, 0.0)
         if name == tensor.type or rate <= 0:
             return 0.0
-        return float(np.prod(self.shape(tensor, kept), dtype=np.int64)) / (rate * cores())
+        shape = self.shape(tensor, kept)
+        twice = self.heal and tensor.is_expert and ggml.BY_NAME[name].feeds_back(shape[0])
+        return (1 + twice) * float(np.prod(shape, dtype=np.int64)) / (rate * cores())
 
 
 def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:

@@ -60,6 +60,10 @@ class GgmlType:
         """Bytes of a row of ``width`` weights; ``width`` must be a multiple of ``block``."""
         return width // self.block * self.block_bytes
 
+    def feeds_back(self, width: int) -> bool:
+        """Whether a row of ``width`` weights has blocks that can make good the errors of those before them."""
+        return not self.is_float and width > self.block
+
 
 _TABLE = (
     GgmlType("F32", 0, 1, 4, largest=3.4e38),
