@@ -108,13 +108,13 @@ class Case:
 
 @pytest.fixture(scope="module", params=["narrowed", "pruned", "beside presets", "unchanged"])
 def case(request: pytest.FixtureRequest, tiny_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A finished fit: to 500 kB experts are narrowed, or dropped on request, to 700 kB there are presets, and 20 MB
+    """A finished fit: to 500 kB experts are dropped, or narrowed on request, to 700 kB there are presets, and 20 MB
     hold all of it."""
-    if request.param == "narrowed":
+    if request.param == "pruned":
         return Case(tiny_fit.folder, tiny_fit.report)
     folder = tiny_fit.copy(tmp_path_factory.mktemp("report") / "run")
     changes: dict[str, Any] = {
-        "pruned": {"keep": 6, "method": "reap"},
+        "narrowed": {"width": 64.0},
         "beside presets": {"file_bytes": 700_000},
         "unchanged": {"file_bytes": 20_000_000},
     }
