@@ -190,23 +190,17 @@ def test_sensitivity_survives_json(deep: Architecture) -> None:
 
 
 def test_rounding_adds_to_the_error_and_sums_to_the_measured_floor(deep: Architecture) -> None:
-    known = whole(deep)
-    names = [tensor.name for tensor in deep.tensors if tensor.quantisable]
-    floor = {32: 1e-4, 256: 4e-4}
-    scaled = known.to_floor({name: {32: 1e-5, 256: 2e-5} for name in names}, floor)
+    known, floor = whole(deep), {"32": 1e-4, "256": 4e-4}
+    tensors = [tensor for tensor in deep.tensors if Site(tensor.name, False).key in known.responses]
+    scaled = known.to_floor({tensor.name: {"32": 1e-5, "256": 2e-5} for tensor in tensors}, floor)
     rounding = replace(known, rounding=scaled)
-    added = {
-        name: sum(
-            rounding.nats(deep.tensor(n), name) - known.nats(deep.tensor(n), name)
-            for n in names
-            if Site(n, False).key in known.responses
-        )
-        for name in ("Q8_0",)
-    }
-    assert added["Q8_0"] == pytest.approx(floor[32], rel=1e-6)
-    tensor = deep.tensor(names[0])
-    assert rounding.nats(tensor, tensor.type) == 0.0
-    assert known.to_floor({names[1]: {32: 0.0}}, floor) == {names[1]: {32: 0.0}}
+    for name, block in (("Q8_0", "32"), ("Q4_K", "256")):
+        # One exponent for all tensors, so that costs of sums are sums of costs only near zero.
+        linear = replace(known, distortions={t.name: {name: [0.0, 0.0]} for t in tensors}, rounding=scaled)
+        assert sum(linear.nats(tensor, name) for tensor in tensors) == pytest.approx(floor[block], rel=1e-6)
+        assert all(rounding.nats(tensor, name) > known.nats(tensor, name) for tensor in tensors)
+    assert rounding.nats(tensors[0], tensors[0].type) == 0.0
+    assert known.to_floor({tensors[1].name: {"32": 0.0}}, floor) == {tensors[1].name: {32: 0.0}}
 
 
 Edit = Callable[[dict[str, Any]], object]

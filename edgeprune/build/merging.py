@@ -30,6 +30,7 @@ from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor, read_architecture
 from edgeprune.model.gguf import GgufFile
 
+# Fields of ``Expert`` by what stands behind the block in a tensor's name.
 _BIAS = {"ffn_gate_exps.bias": "gate_bias", "ffn_up_exps.bias": "up_bias", "ffn_down_exps.bias": "down_bias"}
 
 
@@ -63,6 +64,11 @@ def merge_layers(
     return found
 
 
+def _bias_of(tensor: Tensor) -> str:
+    """The field of ``Expert`` with what ``tensor`` holds, or "" if it is no bias."""
+    return _BIAS.get(tensor.name.removeprefix(f"blk.{tensor.layer}."), "")
+
+
 class _Merger:
     """One layer."""
 
@@ -71,11 +77,7 @@ class _Merger:
     ) -> None:
         self.file, self.layer, self.plan, self.measured = file, layer, plan, measured
         self.kept = plan.kept_of(layer)
-        self.tensors = [
-            t
-            for t in architecture.tensors
-            if t.layer == layer and (t.is_expert or t.name.partition(".")[2].partition(".")[2] in _BIAS)
-        ]
+        self.tensors = [t for t in architecture.tensors if t.layer == layer and (t.is_expert or _bias_of(t))]
         self.experts = LayerExperts(file, architecture, layer)
         self.alone = super_experts(measured.layers, architecture.layers).get(layer, ())
         self.evidence = Evidence(layer, measured.layers[layer])
@@ -102,8 +104,8 @@ class _Merger:
         x, activation = self._inputs()
         for centre, group in sorted(members.items()):
             experts = [self.read(expert) for expert in group]
-            orders = [self._order(experts[0], other, x, activation) for other in experts]
-            orders[0] = np.arange(len(orders[0]))
+            orders = [self._order(experts[0], other, x, activation) for other in experts[1:]]
+            orders.insert(0, np.arange(len(experts[0].up)))
             yield centre, average(experts, weights(self.plan.reduce, self.evidence, group), orders)
 
     def _inputs(self) -> tuple[npt.NDArray[np.float32], Activation | None]:
@@ -139,8 +141,7 @@ class _Merger:
     def _bytes(self, tensor: Tensor, expert: int, made: Expert) -> Bytes:
         """The part of ``made`` that ``tensor`` holds, in the tensor's type."""
         scales = {kind: self.experts.scale(kind, expert) or np.float32(1) for kind in ("gate", "up", "down")}
-        bias = _BIAS.get(tensor.name.partition(".")[2].partition(".")[2])
-        if bias is not None:
+        if bias := _bias_of(tensor):
             values = np.asarray(getattr(made, bias), np.float32)[None]
         elif tensor.role == "expert_gate_up":
             assert made.gate is not None

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeprune.build.averages import Floats, Ids, Neurons, unit
 
 # Cosine below which a neuron is given up; the paper recommends 0.4 to 0.6.
 ALPHA = 0.6
 _MOST_ROUNDS = 10
-Doubles = npt.NDArray[np.float64]
 
 
 def receivers(
@@ -25,19 +23,17 @@ def receivers(
     """
     found: dict[int, dict[int, Ids]] = {expert: {} for expert in kept}
     directions = {expert: _direction(neurons(expert)) for expert in dropped}
-    nearest = {expert: np.full((2, len(own)), ALPHA, np.float32) for expert, own in directions.items()}
-    for place, into in enumerate(kept):
+    nearest = {expert: np.full(len(own), ALPHA, np.float32) for expert, own in directions.items()}
+    taker = {expert: np.full(len(own), -1) for expert, own in directions.items()}  # none yet
+    for into in kept:
         own = _direction(neurons(into))
         for expert, rows in directions.items():
             cosine = (rows @ own.T).max(axis=1)
-            better = cosine > nearest[expert][0]
-            nearest[expert][0][better] = cosine[better]
-            nearest[expert][1][better] = place + 1
-    for expert, (cosine, number_of) in nearest.items():
-        for number, taker in enumerate(kept):
-            which = np.flatnonzero((cosine > ALPHA) & (number_of == number + 1))
-            if len(which):
-                found[taker][expert] = which
+            better = cosine > nearest[expert]
+            nearest[expert][better], taker[expert][better] = cosine[better], into
+    for expert, takers in taker.items():
+        for into in np.unique(takers[takers >= 0]).tolist():
+            found[into][expert] = np.flatnonzero(takers == into)
     return found
 
 

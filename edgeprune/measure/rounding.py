@@ -75,35 +75,6 @@ class InputRounding:
         self.rows[weight] = self.rows.get(weight, 0) + len(rows)
 
 
-def observe(
-    model: str,
-    texts: list[dict[str, str]],
-    split: str,
-    window: int,
-    most_tokens: int,
-    weights: list[str],
-    threads: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, dict[str, list[float]]]:
-    """Rounding of the inputs of ``weights``, on at most 2,048 tokens. A task for a child process.
-
-    Returns:
-        by weight and block size: mean squared error of one input channel in each block of channels. Weights that are
-        in no product of the graph are left out.
-    """
-    watcher = InputRounding(frozenset(weights))
-    with session(Path(model), Launch(context=window, batch=window, threads=threads), watcher) as opened:
-        chosen = chosen_windows(opened, texts, split, window, min(most_tokens, _MOST_TOKENS))
-        for number, part in enumerate(chosen):
-            opened.run(part.tokens)
-            if progress is not None:
-                progress(number + 1, len(chosen))
-    return {
-        weight: {str(block): (sums / (block * watcher.rows[weight])).tolist() for block, sums in own.items()}
-        for weight, own in watcher.sums.items()
-    }
-
-
 class RoundedInputs:
     """Rounds the inputs of products with ``weights`` as a kernel for quantised weights would, for all who read them
     from there on.
@@ -124,7 +95,7 @@ class RoundedInputs:
         return True
 
 
-def floor(
+def measure(
     model: str,
     reference: str,
     texts: list[dict[str, str]],
@@ -134,16 +105,30 @@ def floor(
     weights: list[str],
     threads: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """What rounding the inputs of all ``weights`` at once costs, by block size, nats per token. A task for a child
-    process; the arguments are those of ``tasks.disturb``."""
-    switch, found = Switch(), {}
+) -> dict[str, dict[str, Any]]:
+    """What rounding the inputs of ``weights`` does. A task for a child process; the arguments are those of
+    ``tasks.disturb``.
+
+    Returns:
+        ``inputs``: by weight and block size, mean squared error of one input channel in each block of channels, on at
+        most 2,048 tokens; without weights that are in no product of the graph. ``floor``: by block size, what
+        rounding the inputs of all of them at once costs, nats per token.
+    """
+    switch, watched = Switch(), frozenset(weights)
+    watcher, floor = InputRounding(watched), {}
     with session(Path(model), Launch(context=window, batch=window, threads=threads), switch) as opened:
         chosen = chosen_windows(opened, texts, split, window, most_tokens)
+        switch.current = watcher
+        for part in chosen[: max(1, _MOST_TOKENS // window)]:
+            opened.run(part.tokens)
         kept = Reference(Path(reference), opened.vocabulary_size)
         for number, block in enumerate(BLOCKS):
-            switch.current = RoundedInputs(frozenset(weights), block)
-            found[str(block)] = summarise(list(compared(opened, chosen, kept, None))).kl_mean
+            switch.current = RoundedInputs(watched, block)
+            floor[str(block)] = summarise(list(compared(opened, chosen, kept, None))).kl_mean
             if progress is not None:
                 progress(number + 1, len(BLOCKS))
-    return found
+    inputs = {
+        weight: {str(block): (sums / (block * watcher.rows[weight])).tolist() for block, sums in own.items()}
+        for weight, own in watcher.sums.items()
+    }
+    return {"inputs": inputs, "floor": floor}

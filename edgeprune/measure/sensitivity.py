@@ -119,9 +119,10 @@ class Sensitivity:
         return by_block.get(ggml.BY_NAME[type_name].input_block, 0.0)
 
     def to_floor(
-        self, rounding: Mapping[str, Mapping[int, float]], floor: Mapping[int, float]
+        self, rounding: Mapping[str, Mapping[str, float]], floor: Mapping[str, float]
     ) -> dict[str, dict[int, float]]:
-        """``rounding`` in such units that rounding the inputs of all products costs ``floor`` nats, by block size.
+        """``rounding``, relative squared errors by tensor and block size (as text, JSON has no integer keys), in such
+        units that rounding the inputs of all products costs ``floor`` nats per token, by block size.
 
         Rounded inputs move a product in the directions that its signal has, which costs more than the same error in
         directions at random, as it was injected for ``responses``: two or three times.
@@ -134,7 +135,10 @@ class Sensitivity:
                 if block in own and (key := Site(name, False).key) in self.responses
             ]
             factors[block] = max(nats, 0.0) / sum(costs) if sum(costs) > 0 else 1.0
-        return {name: {b: error * factors.get(b, 1.0) for b, error in own.items()} for name, own in rounding.items()}
+        return {
+            name: {int(block): error * factors.get(block, 1.0) for block, error in own.items()}
+            for name, own in rounding.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -295,8 +299,3 @@ def _between(known: list[tuple[int, Response]], layer: int) -> Response:
         return math.exp((1 - share) * math.log(a) + share * math.log(b))
 
     return Response(mix(first.small, second.small), mix(first.large, second.large), interpolated=True)
-
-
-def rounding_of(measured: Mapping[str, Any]) -> dict[str, dict[int, float]]:
-    """``Sensitivity.rounding`` from what ``distortion.measure`` returns."""
-    return {name: _rounding(name, own) for name, own in measured["rounding"].items()}

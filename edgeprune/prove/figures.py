@@ -105,7 +105,9 @@ def curve(
     bottom = math.log10(floor)
     top = math.log10(max(max(nats for _, nats, _, _ in marks), floor * 10)) + 0.15
     wide = width >= WIDTH
-    left, right, upper, lower = (64 if wide else 48), width - (70 if wide else 24), 16, 270
+    ticks = {nats: f"{nats:g}" for nats in _decades(bottom, top)}
+    left = max(64 if wide else 48, max(map(len, ticks.values()), default=0) * 7.4 + 8)
+    right, upper, lower = width - (70 if wide else 24), 16, 270
 
     def place(size: float, nats: float) -> tuple[float, float]:
         x = left + (right - left) * (size - low) / (high - low)
@@ -113,10 +115,10 @@ def curve(
         return x, y
 
     body = [f'<line x1="{left}" y1="{lower}" x2="{right}" y2="{lower}" class="axis"/>']
-    for nats in _decades(bottom, top):
+    for nats, label in ticks.items():
         y = place(low, nats)[1]
         body.append(f'<line x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" class="grid"/>')
-        body.append(text(left - 6, y + 4, f"{nats:g}", "end"))
+        body.append(text(left - 6, y + 4, label, "end"))
     for share in (0.0, 0.5, 1.0):
         x = left + (right - left) * share
         anchor = ("start", "middle", "end")[int(share * 2)]

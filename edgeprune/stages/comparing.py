@@ -7,28 +7,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.decide.candidates import priced
 from edgeprune.decide.keep import check_method, check_room, keep_set
 from edgeprune.decide.narrowing import asked_width, check_narrowing
-from edgeprune.decide.plan import DROP, REDUCTIONS, Plan
+from edgeprune.decide.plan import DROP, REDUCTIONS, USER, Plan, Prediction
 from edgeprune.decide.scores import SCORES
 from edgeprune.errors import BadFile, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
+from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import Architecture
 from edgeprune.prove.comparison import Comparison, Row, ordered, row
 from edgeprune.prove.page import render_comparison
-from edgeprune.stages.deciding import DecideStages
+from edgeprune.settings import KEEP
 from edgeprune.stages.measuring import MeasureStages, tools
+from edgeprune.stages.merging import MergeStages
 from edgeprune.stages.narrowing import NARROW, NarrowStages
 
 COMPARISON = "compare.json"
 MERGE = "merge:"  # before the name of a way to merge, of which some are names of scores, too
-_ANY_SIZE = 1 << 60
 
 
 def counts_of(fractions: Sequence[float], architecture: Architecture) -> list[int]:
@@ -64,7 +63,7 @@ def rounded(fractions: Sequence[float], architecture: Architecture) -> list[str]
     return remarks
 
 
-def compare(run: DecideStages, fractions: Sequence[float], methods: Sequence[str] | None, seeds: int) -> Comparison:
+def compare(run: MergeStages, fractions: Sequence[float], methods: Sequence[str] | None, seeds: int) -> Comparison:
     """Measure every method at every fraction; saved as ``compare.json`` and ``compare.html`` in the run directory.
 
     What an earlier comparison measured is taken from it; its other rows stay, if they are of the same model and text.
@@ -148,7 +147,7 @@ def _check(method: str, architecture: Architecture) -> None:
         raise UsageError(f"unknown method '{method}'", hint=f"known: {', '.join(merging)}")
 
 
-def _merged(run: DecideStages, reduce: str, kept: int) -> dict[str, Any]:
+def _merged(run: MergeStages, reduce: str, kept: int) -> dict[str, Any]:
     """Quality on held-out text of the file in which ``kept`` experts have taken in the others."""
     plan = _merging_plan(run, reduce, kept)
     path = run.folder.scratch / "merged.gguf"
@@ -163,19 +162,22 @@ def _merged(run: DecideStages, reduce: str, kept: int) -> dict[str, Any]:
         run.remove_merged(merged)
 
 
-def _merging_plan(run: DecideStages, reduce: str, kept: int) -> Plan:
-    """All types as they are, whatever the size."""
-    anywhere = type(run)(replace(run.settings, device=None, memory_bytes=None, file_bytes=_ANY_SIZE), run.listener)
-    anywhere.__dict__.update({k: v for k, v in run.__dict__.items() if k in ("source", "file", "architecture")})
-    problem = replace(
-        anywhere.unmeasured({}, frozenset()),
-        ranked=run.ranked("reap", [kept]),
-        drop_nats={kept: 0.0},
-        made_from={"statistics": digest(run.statistics.made_from)},
+def _merging_plan(run: MergeStages, reduce: str, kept: int) -> Plan:
+    """All types as they are; nothing is predicted."""
+    plan = Plan(
+        arch=run.architecture.arch,
+        experts=run.architecture.experts,
+        kept=kept,
+        keep=keep_set(run.ranked("reap", [kept]), run.architecture, kept),
+        types={},
+        launch=Launch(),
+        method="reap",
+        origin=USER,
+        predicted=Prediction(),
+        made_from={"source": run.fingerprint, "statistics": digest(run.statistics.made_from)},
+        mtp=run.settings.mtp == KEEP,
     )
-    found = priced(problem, kept, {})
-    assert found is not None, "a file of any size has room"
-    return run.merging(found.plan, reduce)
+    return run.merging(plan, reduce)
 
 
 def _narrowed(run: NarrowStages, method: str, counts: Sequence[int], cache: dict[str, Any], path: Path) -> list[Row]:

@@ -316,7 +316,7 @@ class DecideStages(MergeStages):
             reduced=lambda own: replace(own, keep=plan.keep, reduce=plan.reduce, merge=plan.merge),
         )
         changed = {name: kind for name, kind in plan.types.items() if kind != self.architecture.tensor(name).type}
-        self.measure_types(changed)
+        self.measure_types({name: [kind] for name, kind in changed.items()})
         edited = replace(plan, types=changed, channels=digest_of_channels)
         records, parts = edited.records(), self.settings.part_bytes or 0
         made = layout(self.file, self.architecture, plan.kept, changed, records, parts, width=plan.width)

@@ -21,7 +21,7 @@ from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.merging import merge
-from edgeprune.measure.sensitivity import Sensitivity, responses, rounding_of, site_settings, sites_to_measure
+from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
 from edgeprune.measure.statistics import Statistics, write_imatrix
 from edgeprune.measure.text import CHOOSING, REPORTING, SHORTEST_WINDOW
 from edgeprune.measure.weights import LayerWeights, load_weights
@@ -246,29 +246,26 @@ class MeasureStages(TextStages):
             found = Sensitivity(self._responses(), {}, {}, made_from)
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         if not found.distortions:
-            measured = self._distortions()
+            rounding = self._rounding()
+            measured = self._distortions(rounding["inputs"])
             found.distortions.update(measured["errors"])
             found.rates.update(measured["rates"])
-            found.rounding.update(found.to_floor(rounding_of(measured), self._rounding_floor()))
+            found.rounding.update(found.to_floor(measured["rounding"], rounding["floor"]))
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         return found
 
-    def measure_types(self, types: Mapping[str, str]) -> None:
-        """Make sure that the distortion of each tensor in ``types`` is known for its type."""
+    def measure_types(self, types: Mapping[str, Sequence[str]]) -> None:
+        """Make sure that the distortion of each tensor in ``types`` is known for its types."""
         known = self.sensitivity.distortions
-        wanted = {name: [kind] for name, kind in types.items() if kind not in known.get(name, {})}
-        if wanted:
-            measured = self._distortions(wanted)
-            for name, errors in measured["errors"].items():
+        missing = {name: [kind for kind in own if kind not in known.get(name, {})] for name, own in types.items()}
+        if wanted := {name: own for name, own in missing.items() if own}:
+            for name, errors in self._distortions({}, wanted)["errors"].items():
                 known.setdefault(name, {}).update(errors)
             write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
 
-    def _distortions(self, wanted: Mapping[str, list[str]] | None = None) -> dict[str, Any]:
-        names = [t.name for t in self.architecture.tensors if t.quantisable] if wanted is None else list(wanted)
-        rounding = child.call(
-            "edgeprune.measure.rounding:observe",
-            {"model": str(self.source), "weights": names, **self._text_arguments("sensitivity")},
-        )
+    def _distortions(
+        self, rounding: Mapping[str, Any], wanted: Mapping[str, list[str]] | None = None
+    ) -> dict[str, Any]:
         with self.listener.progress("distortion of each type") as progress:
             measured: dict[str, Any] = child.call(
                 "edgeprune.measure.distortion:measure",
@@ -283,8 +280,8 @@ class MeasureStages(TextStages):
             )
         return measured
 
-    def _rounding_floor(self) -> dict[int, float]:
-        """What it costs to round the inputs of all products as a quantised file's kernels do, by block size."""
+    def _rounding(self) -> dict[str, Any]:
+        """What rounding the inputs of products does, as a quantised file's kernels do; see ``rounding.measure``."""
         with self.listener.progress("rounding of activations") as progress:
             arguments = {
                 "model": str(self.source),
@@ -292,8 +289,8 @@ class MeasureStages(TextStages):
                 "weights": [t.name for t in self.architecture.tensors if t.quantisable],
                 **self._text_arguments("sensitivity"),
             }
-            found = child.call("edgeprune.measure.rounding:floor", arguments, progress)
-        return {int(block): float(nats) for block, nats in found.items()}
+            found: dict[str, Any] = child.call("edgeprune.measure.rounding:measure", arguments, progress)
+        return found
 
     def _responses(self) -> dict[str, Any]:
         reference = self._reference("sensitivity")

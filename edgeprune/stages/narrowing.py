@@ -116,14 +116,6 @@ class NarrowStages(MeasureStages):
     def measure_narrow_types(self, width: int) -> None:
         """Make sure that the distortion of down projections is known for the types of small blocks that ``width``
         leaves them; as they are on rows of the full length."""
-        wanted: dict[str, list[str]] = {}
-        for tensor in self.architecture.tensors:
-            row = tensor.kept_shape(1, width)[0]
-            if tensor.role == "expert_down" and row != tensor.shape[0]:
-                known = self.sensitivity.distortions.get(tensor.name, {})
-                if missing := [kind for kind in candidate_types(tensor, row) if kind not in known]:
-                    wanted[tensor.name] = missing
-        if wanted:
-            for name, measured in self._distortions(wanted)["errors"].items():
-                self.sensitivity.distortions.setdefault(name, {}).update(measured)
-            write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
+        down = (tensor for tensor in self.architecture.tensors if tensor.role == "expert_down")
+        rows = {tensor: tensor.kept_shape(1, width)[0] for tensor in down}
+        self.measure_types({own.name: candidate_types(own, row) for own, row in rows.items() if row != own.shape[0]})

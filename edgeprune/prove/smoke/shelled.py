@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -48,19 +49,19 @@ def way_out(ways: Mapping[str, str], lines: Sequence[str]) -> str:
     return next((way for sign, way in ways.items() if any(sign in line for line in lines)), "")
 
 
-class Shelled:
+class Shelled(ABC):
     """A way to ``machine`` with a shell at its end."""
 
     def __init__(self, machine: Machine) -> None:
         self.name, self._machine = machine.name, machine
 
+    @abstractmethod
     def ask(self, script: str) -> str:
         """What ``script`` prints over there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def append(self, stream: BinaryIO, path: str, progress: Callable[[int], None]) -> None:
         """Send the rest of ``stream`` to the end of the file at ``path`` over there."""
-        raise NotImplementedError
 
     def deliver(self, model: Path, sha256: str, progress: Progress) -> str:
         """Where ``model`` is over there, once it is."""
