@@ -113,6 +113,11 @@ class Settings:
                 "say what to fit: exactly one of --device, --memory and --file-size",
                 hint="`--device auto` is this machine; `edgeprune profiles` lists the others",
             )
+        if self.reduce != "drop" and self.width not in (0, 1):
+            raise UsageError(
+                f"--reduce {self.reduce} merges experts, and --width {self.width:g} narrows them without merging any",
+                hint="do one of the two",
+            )
         if self.folder.resolve() == Path(self.source).resolve():
             raise UsageError(f"{self.folder} is the source itself", hint="choose another folder with -o")
         if self.device not in (None, "auto"):

@@ -294,6 +294,11 @@ def test_inspect_explains_a_bad_model_in_the_same_words(case: str, workshop: Wor
     ("words", "expected", "way_out"),
     [
         ((), "say what to fit: exactly one of --device, --memory and --file-size", "--device auto"),
+        (
+            (*SIZE, "--reduce", "ream", "--width", "128"),
+            "--reduce ream merges experts, and --width 128",
+            "one of the",
+        ),
         ((*SIZE, "--memory", "1GiB"), "say what to fit: exactly one of", "--device auto"),
         (("--device", "rpi6-8gb"), "no device profile 'rpi6-8gb'", "did you mean rpi5-8gb"),
         (("--device", "mine.toml"), "no profile file mine.toml", ""),
@@ -312,6 +317,7 @@ def test_inspect_explains_a_bad_model_in_the_same_words(case: str, workshop: Wor
     ],
     ids=[
         "no target",
+        "merging and narrowing",
         "two targets",
         "unknown device",
         "unknown profile file",

@@ -155,7 +155,7 @@ def test_killed_while_channels_are_ranked_the_same_command_makes_the_same_plan(
     for folder in ("broken", "other"):
         again = run_edgeprune(*words, tmp_path / folder)
         assert again.returncode == 0, again.stderr
-        assert "8 of 8, 64 channels each per layer" in again.stdout
+        assert "8 of 8 per layer, 64 channels each" in again.stdout
     plan, other = (read(tmp_path / folder / "plan.json") for folder in ("broken", "other"))
     assert (plan["width"], plan["kept"], plan["narrowing"], plan["heal"]) == (64, 8, "ziplm", True)
     assert plan["channels"] == other["channels"] and plan["digest"] == other["digest"]

@@ -112,7 +112,7 @@ def report(found: Report, folder: Path) -> list[str]:
         ],
         ("", "size", "KL mean", "KL 99 %", "same top token"),
     )
-    lines += ["", f"experts kept: {experts_in_words(found.plan)} per layer", *type_lines(found.folded)]
+    lines += ["", f"experts kept: {experts_in_words(found.plan, ' per layer')}", *type_lines(found.folded)]
     lines += ["", f"file    {folder / found.build['path']}", f"report  {folder / 'report.html'}"]
     return [*lines, f"run it:  {found.launch.command(str(folder / found.build['path']))}"]
 
@@ -139,7 +139,7 @@ def plan(chosen: Plan, run: Run) -> list[str]:
         lines += table(rows, ("candidates", "file", "nats/token", "experts", "types", "tokens/s"))
     lines += [
         "",
-        f"chosen: {experts_in_words(chosen.to_json())} per layer ({_chosen_by(chosen)}), "
+        f"chosen: {experts_in_words(chosen.to_json(), ' per layer')} ({_chosen_by(chosen)}), "
         f"{format_bytes(predicted.file_bytes)}, {predicted.nats:.4g} nats per token predicted",
         f"encoding takes {predicted.encode_seconds:.0f} s here"
         + (", then the experts are healed" if chosen.heal else ""),

@@ -311,10 +311,14 @@ class Plan:
             raise BadFile(error.cause, rows=error.rows, hint=hint) from error
 
 
-def experts_in_words(plan: Mapping[str, Any]) -> str:
-    """How many experts a plan as JSON keeps per layer, and how wide, as ``32 of 32, 192 channels each``."""
+def experts_in_words(plan: Mapping[str, Any], unit: str = "") -> str:
+    """How many experts a plan as JSON keeps per layer, and how wide, as ``32 of 32, 192 channels each``.
+
+    Args:
+        unit: behind the numbers of experts, as `` per layer``.
+    """
     narrow = f", {plan['width']} channels each" if plan.get("width") else ""
-    return f"{plan['kept']} of {plan['experts']}{narrow}"
+    return f"{plan['kept']} of {plan['experts']}{unit}{narrow}"
 
 
 def _ranges(layers: Iterable[int]) -> str:
