@@ -10,7 +10,7 @@ from edgeprune.measure.rates import KernelRates
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
 
-_CACHE_TYPE = "F16"  # a quantised cache is turned into it where it is read
+_CACHE_TYPE = "F16"  # of the cache, as a prompt's tokens are multiplied with it
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def speed(
     """
     nbytes = sum(_nbytes(tensor, kept, types, width) for tensor in architecture.tensors)
     reading = _reading(rates, nbytes, threads, bandwidth)
-    decode = _attention(architecture, prompt_tokens) * rates.dense[_CACHE_TYPE] / threads
+    decode = _attention(architecture, prompt_tokens) * rates.cache / threads
     prefill = _attention(architecture, prompt_tokens / 2) * rates.dense_batch[_CACHE_TYPE] / threads
     for tensor in architecture.tensors:
         work, kind = _work(architecture, tensor, kept, width), types.get(tensor.name, tensor.type)

@@ -35,6 +35,7 @@ _PATTERN_ROWS = 8  # made once and repeated
 _STREAMS = (1 << 20, 16 << 20, 64 << 20)
 _TINY_LAYERS, _TINY_WIDTHS, _TINY_DEPTH = (2, 8), (64, 256), 8
 _TINY_RUNS = 20
+_DEEPER = 512  # tokens in the cache, that their cost is seen with
 _F32, _I32 = 0, 26
 _STREAM_TYPE = "F32"  # quickest to multiply with, byte by byte, so that what is slow is the reading
 
@@ -156,16 +157,16 @@ def _pattern(kind: ggml.GgmlType) -> np.ndarray[Any, Any]:
     return random.integers(0, 256, (_PATTERN_ROWS, kind.row_bytes(_WIDTH)), np.uint8)
 
 
-def _tiny_seconds(path: Path, tokens: int) -> float:
-    """Fastest time of ``tokens`` at once in the model at ``path``."""
+def _tiny_seconds(path: Path, tokens: int, depth: int = _TINY_DEPTH) -> float:
+    """Fastest time of ``tokens`` at once behind ``depth`` others in the model at ``path``."""
     best = float("inf")
-    launch = Launch(context=4 * BATCH, batch=BATCH, threads=1)
+    launch = Launch(context=2 * _DEEPER, batch=_DEEPER, threads=1)
     with session(path, launch, single_output=True) as opened:
         for _ in range(_TINY_RUNS):
             opened.clear()
-            opened.extend([1] * _TINY_DEPTH, 0, all_logits=False)
+            opened.extend([1] * depth, 0, all_logits=False)
             begun = time.thread_time()
-            int(opened.extend([1] * tokens, _TINY_DEPTH, all_logits=False)[-1].argmax())
+            int(opened.extend([1] * tokens, depth, all_logits=False)[-1].argmax())
             best = min(best, time.thread_time() - begun)
     return best
 
@@ -193,9 +194,15 @@ def _beyond(folder: Path, tokens: int, width: int, dense: float, experts: float)
     return max(0.0, times[0] - _TINY_LAYERS[0] * slope), max(0.0, slope - _tiny_products(width, dense, experts))
 
 
-def _besides(tables: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
-    """``besides`` and ``besides_batch`` of ``KernelRates``. What the width adds is seen in batches alone: a single
-    token of a wide model waits for its weights."""
+def _cached(path: Path, layers: int, width: int) -> float:
+    """``cache`` of ``KernelRates``, from the model at ``path``, whose queries are as wide as it is."""
+    added = _tiny_seconds(path, 1, _DEEPER) - _tiny_seconds(path, 1)
+    return max(0.0, added) / (2 * (_DEEPER - _TINY_DEPTH) * width * layers)
+
+
+def _besides(tables: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """``besides``, ``besides_batch`` and ``cache`` of ``KernelRates``. What the width adds is seen in batches alone:
+    a single token of a wide model waits for its weights."""
     narrow, wide = _TINY_WIDTHS
     one = tables["dense"]["F32"], tables["experts"]["F32"]
     many = tables["dense_batch"]["F32"], tables["experts_batch"]["F32"]
@@ -203,10 +210,13 @@ def _besides(tables: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]
         fixed, layer = _beyond(Path(folder), 1, narrow, *one)
         fixed_batch, layer_batch = _beyond(Path(folder), BATCH, narrow, *many)
         _, wide_batch = _beyond(Path(folder), BATCH, wide, *many)
+        layers = _TINY_LAYERS[-1]
+        cache = _cached(Path(folder) / f"{layers}-{wide}.gguf", layers, wide)
     element = max(0.0, wide_batch - layer_batch) / (wide - narrow)
     return {
         "besides": [fixed, max(0.0, layer - element * narrow), element],
         "besides_batch": [fixed_batch, max(0.0, layer_batch - element * narrow), element],
+        "cache": cache,
     }
 
 

@@ -20,7 +20,7 @@ from edgeprune.model import ggml
 
 Progress = Callable[[int, int], None]
 # Raised when rates measured before would be misread, or were measured in another way.
-FORMAT = 1
+FORMAT = 2
 BATCH = 64  # tokens that are multiplied at once, as in a prompt
 # What a plan can choose from, and what sources come in.
 TYPES = (*ggml.CHOICES, "F32", "F16", "BF16", "MXFP4", "Q4_1", "Q5_1")
@@ -36,6 +36,7 @@ class KernelRates:
         streams: working sets in bytes with the seconds that reading a byte of them takes, smallest first.
         besides, besides_batch: seconds that llama.cpp takes besides the products: for a token, for each layer, and
             for each layer and element of the width; of one token, and of ``BATCH`` at once.
+        cache: seconds for each number of a key or value in the cache that one token is multiplied with.
     """
 
     dense: dict[str, float]
@@ -45,6 +46,7 @@ class KernelRates:
     streams: list[tuple[int, float]]
     besides: tuple[float, float, float]
     besides_batch: tuple[float, float, float]
+    cache: float
 
     def stream(self, nbytes: int) -> float:
         """Seconds that reading a byte takes when ``nbytes`` are read in turn."""
@@ -82,6 +84,7 @@ class KernelRates:
             streams=streams,
             besides=(fixed, layer, element),
             besides_batch=(fixed_batch, layer_batch, element_batch),
+            cache=checked_number(f"{where}: cache", value["cache"]),
         )
 
 
