@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,12 @@ class Problem:
             return 0.0
         shape = self.shape(tensor, kept)
         twice = self.heal and tensor.is_expert and ggml.BY_NAME[name].feeds_back(shape[0])
-        return (1 + twice) * float(np.prod(shape, dtype=np.int64)) / (rate * cores())
+        return (1 + twice) * float(np.prod(shape, dtype=np.int64)) / (rate * self._threads)
+
+    @cached_property
+    def _threads(self) -> int:
+        """That encode; asking the system takes as long as everything else that is computed for a tensor."""
+        return cores()
 
 
 def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:
