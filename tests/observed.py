@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 import toys
 
-from edgeprune.measure import llama
+from edgeprune.measure import llama, tasks
 from edgeprune.measure.arena import Arena
 from edgeprune.measure.collector import Collector
 from edgeprune.measure.launch import Launch
@@ -224,3 +224,24 @@ class Family:
             self.parts.append(path)
         merge(self.parts, folder / "both.safetensors", {"model": "toy", "text": "both"})
         self.both = Statistics.load(folder / "both.safetensors")
+
+
+def text_statistics(model: Path, folder: Path, tokens: int, *, lines: int) -> Path:
+    """Statistics of ``model`` over the first ``tokens`` of so many lines of training text, all of them kept whole."""
+    architecture = read_architecture(GgufFile(model))
+    text = folder / "text.txt"
+    text.write_text("".join(toys.training_lines()[:lines]), encoding="utf-8")
+    tasks.collect(
+        str(model),
+        str(folder / "statistics"),
+        scratch=str(folder),
+        texts=[{"domain": "a", "path": str(text), "split": "calibration"}],
+        window=64,
+        most_tokens=tokens,
+        weights=[t.name for t in architecture.tensors if t.is_expert],
+        experts=architecture.experts,
+        arch=architecture.arch,
+        made_from={"model": model.name},
+        reservoir_tokens=tokens,
+    )
+    return folder / "statistics"

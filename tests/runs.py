@@ -141,6 +141,15 @@ def settings(fit: Fit, output: Path, **changes: Any) -> Settings:
     return Settings(source, **wishes)
 
 
+def few(checkpoint: Path, text: Path, output: Path, **changes: Any) -> Settings:
+    """Settings of a whole run over few tokens, into 900 kB unless said otherwise."""
+    tokens = {"window": 64, "calibration_tokens": 512, "evaluation_tokens": 256, "sensitivity_tokens": 128}
+    wishes: dict[str, Any] = {"texts": (str(text),), "output": str(output), **tokens, **changes}
+    if not wishes.keys() & {"device", "memory_bytes", "file_bytes"}:
+        wishes["file_bytes"] = 900_000
+    return Settings(str(checkpoint), **wishes)
+
+
 def read(path: Path) -> Any:
     """The JSON value in ``path``."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -6,22 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import Ear
+from runs import Ear, few
 
 from edgeprune.decide.candidates import candidate
 from edgeprune.measure.text import CHOOSING, HELD_OUT, REPORTING
 from edgeprune.model.gguf import GgufFile
-from edgeprune.pipeline import Settings, fit, opened
+from edgeprune.pipeline import fit, opened
 
 pytest_plugins = ("demo_fixtures",)
 
-FEW = {"window": 64, "calibration_tokens": 512, "evaluation_tokens": 256, "sensitivity_tokens": 128}
-
 
 def test_a_better_stock_preset_is_shipped(tiny_checkpoint: Path, small_text: Path, tmp_path: Path) -> None:
-    settings = Settings(
-        source=str(tiny_checkpoint), file_bytes=900_000, texts=(str(small_text),), output=str(tmp_path / "run"), **FEW
-    )
+    settings = few(tiny_checkpoint, small_text, tmp_path / "run")
     with opened(settings, Ear()) as run:
         # Keeping 2 of 8 experts ruins the model; a preset of the same bytes keeps them all.
         poor = candidate(run.problem([2]), 2)
@@ -46,14 +42,7 @@ def test_a_better_stock_preset_is_shipped(tiny_checkpoint: Path, small_text: Pat
 def test_a_forced_number_of_experts_is_shipped_and_the_better_preset_reported(
     tiny_checkpoint: Path, small_text: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(
-        source=str(tiny_checkpoint),
-        file_bytes=900_000,
-        texts=(str(small_text),),
-        keep=2,
-        output=str(tmp_path / "run"),
-        **FEW,
-    )
+    settings = few(tiny_checkpoint, small_text, tmp_path / "run", keep=2)
     report, folder = fit(settings, Ear())
     assert (report.shipped, report.plan["kept"]) == ("plan", 2)
     assert all(rival.chosen_by is None for rival in report.baselines)
@@ -67,15 +56,8 @@ def test_text_that_is_too_short_for_two_halves_chooses_and_reports_and_says_so(
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("A short text that holds no more than thirty tokens.", encoding="utf-8")
-    settings = Settings(
-        source=str(tiny_checkpoint),
-        file_bytes=900_000,
-        texts=(str(small_text),),
-        evaluation_texts=(f"tale={short}",),
-        keep=8,
-        baselines=False,
-        output=str(tmp_path / "run"),
-        **FEW,
+    settings = few(
+        tiny_checkpoint, small_text, tmp_path / "run", evaluation_texts=(f"tale={short}",), keep=8, baselines=False
     )
     ear = Ear()
     report, _ = fit(settings, ear)
@@ -87,14 +69,7 @@ def test_text_that_is_too_short_for_two_halves_chooses_and_reports_and_says_so(
 def test_a_hand_edited_keep_set_is_measured_not_believed(
     tiny_checkpoint: Path, small_text: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(
-        source=str(tiny_checkpoint),
-        file_bytes=900_000,
-        texts=(str(small_text),),
-        keep=4,
-        output=str(tmp_path / "run"),
-        **FEW,
-    )
+    settings = few(tiny_checkpoint, small_text, tmp_path / "run", keep=4)
     with opened(settings, Ear()) as run:
         chosen = run.plan()
     path = tmp_path / "run" / "plan.json"
@@ -119,13 +94,7 @@ def test_a_hand_edited_keep_set_is_measured_not_believed(
 def test_a_model_that_fits_is_left_alone_without_measuring_types(
     tiny_checkpoint: Path, small_text: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(
-        source=str(tiny_checkpoint),
-        memory_bytes=2 * 10**9,
-        texts=(str(small_text),),
-        output=str(tmp_path / "run"),
-        **FEW,
-    )
+    settings = few(tiny_checkpoint, small_text, tmp_path / "run", memory_bytes=2 * 10**9)
     ear = Ear()
     report, folder = fit(settings, ear)
     assert report.plan["types"] == {} and report.plan["keep"] == {}

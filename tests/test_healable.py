@@ -8,19 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toys
-from observed import Toy
-from runs import Ear, read
+from observed import Toy, text_statistics
+from runs import Ear, few, read
 
 from edgeprune.decide import healable
 from edgeprune.decide.healable import choose
 from edgeprune.decide.plan import Plan, Prediction
-from edgeprune.measure import tasks
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.routing import CHOSEN, CONSTANT, KEPT, Rule, coefficients
 from edgeprune.measure.text import CHOOSING, HELD_OUT
-from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
-from edgeprune.pipeline import Settings, fit, opened
+from edgeprune.pipeline import fit, opened
 from edgeprune.stages import trying
 from edgeprune.stages.trying import TryStages, _place
 
@@ -54,23 +52,7 @@ def twins(toy_gguf: Toy, tmp_path: Path) -> tuple[Path, Path]:
             start = info.offset + original * size
             content[info.offset + twin * size : info.offset + (twin + 1) * size] = content[start : start + size]
     model.write_bytes(content)
-    architecture = read_architecture(GgufFile(model))
-    text, statistics = tmp_path / "text.txt", tmp_path / "statistics"
-    text.write_text("".join(toys.training_lines()[:120]), encoding="utf-8")
-    tasks.collect(
-        str(model),
-        str(statistics),
-        scratch=str(tmp_path),
-        texts=[{"domain": "a", "path": str(text), "split": "calibration"}],
-        window=64,
-        most_tokens=2_048,
-        weights=[t.name for t in architecture.tensors if t.is_expert],
-        experts=architecture.experts,
-        arch=architecture.arch,
-        made_from={"model": "twins"},
-        reservoir_tokens=2_048,
-    )
-    return model, statistics
+    return model, text_statistics(model, tmp_path, 2_048, lines=120)
 
 
 def test_the_set_that_heals_best_is_taken(twins: tuple[Path, Path]) -> None:
@@ -157,18 +139,7 @@ def test_the_best_of_the_files_that_were_tried_is_shipped(
     tiny_checkpoint: Path, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trying, "_NEAR", 1e9)  # however far its prediction is, one with fewer experts is tried
-    settings = Settings(
-        source=str(tiny_checkpoint),
-        file_bytes=900_000,
-        texts=(str(small_text),),
-        output=str(tmp_path / "run"),
-        window=64,
-        calibration_tokens=512,
-        healing_tokens=1_024,
-        evaluation_tokens=256,
-        sensitivity_tokens=128,
-        baselines=False,
-    )
+    settings = few(tiny_checkpoint, small_text, tmp_path / "run", healing_tokens=1_024, baselines=False)
     ear = Ear()
     report, folder = fit(settings, ear)
     tried = read(folder / "tried.json")["tried"]

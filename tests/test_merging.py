@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import toys
-from observed import LAUNCH, Toy, token_windows
+from observed import LAUNCH, Toy, text_statistics, token_windows
 
 from edgeprune.build.averages import Neurons, average, by_answers, by_weights
 from edgeprune.build.builder import build
@@ -20,7 +20,7 @@ from edgeprune.decide.evidence import Evidence
 from edgeprune.decide.groups import GROUPINGS, Group, grouped, weights
 from edgeprune.decide.plan import REDUCTIONS, Plan, Prediction
 from edgeprune.errors import BadFile, UsageError
-from edgeprune.measure import llama, tasks
+from edgeprune.measure import llama
 from edgeprune.measure.activation import GATED
 from edgeprune.measure.replay import Expert, LayerExperts
 from edgeprune.measure.statistics import LayerStatistics
@@ -194,32 +194,12 @@ def test_a_plan_that_merges_can_be_read_again_and_is_another(toy_gguf: Toy) -> N
     assert len({plan.digest for plan in plans}) == len(plans)
 
 
-def collected(model: Path, folder: Path) -> Path:
-    architecture = read_architecture(GgufFile(model))
-    text = folder / "text.txt"
-    text.write_text("".join(toys.training_lines()[:60]), encoding="utf-8")
-    tasks.collect(
-        str(model),
-        str(folder / "statistics"),
-        scratch=str(folder),
-        texts=[{"domain": "a", "path": str(text), "split": "calibration"}],
-        window=64,
-        most_tokens=1_024,
-        weights=[t.name for t in architecture.tensors if t.is_expert],
-        experts=architecture.experts,
-        arch=architecture.arch,
-        made_from={"model": "toy"},
-        reservoir_tokens=1_024,
-    )
-    return folder / "statistics"
-
-
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma4"])
 def test_merged_files_run_and_hold_the_average(family: str, tmp_path: Path) -> None:
     """Also with biases and MXFP4, and with gate and up in one tensor and scales of experts."""
     model = tmp_path / "model.gguf"
     convert(families.make_checkpoint(family, tmp_path / "checkpoint"), model, "f32")
-    statistics = collected(model, tmp_path)
+    statistics = text_statistics(model, tmp_path, 1_024, lines=60)
     source = GgufFile(model)
     for reduce in MERGING:
         plan, store = plan_of(model, reduce), tmp_path / reduce
@@ -261,7 +241,7 @@ def test_shuffled_twins_merge_without_loss(reduce: str, toy_gguf: Toy, tmp_path:
             own = rows[original][:, order] if "down" in name else rows[original][order]
             content[info.offset + twin * size : info.offset + (twin + 1) * size] = own.tobytes()
     model.write_bytes(content)
-    statistics, store = collected(model, tmp_path), tmp_path / "store"
+    statistics, store = text_statistics(model, tmp_path, 1_024, lines=60), tmp_path / "store"
     plan = plan_of(model, reduce)
     found = merge_layers(str(model), plan.to_json(), str(store), str(statistics))
     assert set(found) == {"0", "1"}

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 import toys
 from observed import Toy, collected, token_windows
-from runs import Ear, Running, gone, read, run_edgeprune
+from runs import Ear, Running, few, gone, read, run_edgeprune
 
 from edgeprune import pipeline
 from edgeprune.decide.narrowing import rank
@@ -26,7 +26,6 @@ from edgeprune.measure.replay import LayerExperts, activation_of
 from edgeprune.measure.statistics import LayerStatistics, Statistics
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
-from edgeprune.pipeline import Settings
 
 pytest_plugins = ("demo_fixtures",)
 Doubles = npt.NDArray[np.float64]
@@ -165,17 +164,7 @@ def test_killed_while_channels_are_ranked_the_same_command_makes_the_same_plan(
 def test_a_narrow_file_is_healed_and_has_the_predicted_size(
     tiny_checkpoint: Path, small_text: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(
-        source=str(tiny_checkpoint),
-        file_bytes=900_000,
-        texts=(str(small_text),),
-        output=str(tmp_path / "run"),
-        width=0.67,
-        window=64,
-        calibration_tokens=512,
-        healing_tokens=1_024,
-        sensitivity_tokens=128,
-    )
+    settings = few(tiny_checkpoint, small_text, tmp_path / "run", width=0.67, healing_tokens=1_024)
     with pipeline.opened(settings, Ear()) as run:
         plan = run.best_plan()
         build = run.build(plan)
@@ -190,15 +179,7 @@ def test_a_narrow_file_is_healed_and_has_the_predicted_size(
 def test_widths_are_candidates_where_nothing_is_forced(
     tiny_checkpoint: Path, small_text: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(
-        source=str(tiny_checkpoint),
-        file_bytes=700_000,
-        texts=(str(small_text),),
-        output=str(tmp_path / "run"),
-        window=64,
-        calibration_tokens=512,
-        sensitivity_tokens=128,
-    )
+    settings = few(tiny_checkpoint, small_text, tmp_path / "run", file_bytes=700_000)
     with pipeline.opened(settings, Ear()) as run:
         found = run.candidates()
         narrow = [own for own in found if own.plan.width]

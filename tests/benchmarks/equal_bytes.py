@@ -11,7 +11,6 @@ A curve of all of it is written to equal-bytes.svg in the run directory.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import words
 
 from edgeprune import pipeline
 from edgeprune.cli.console import Console
@@ -27,7 +27,7 @@ from edgeprune.decide.plan import Plan
 from edgeprune.files import write_text
 from edgeprune.measure import child
 from edgeprune.model.layout import layout
-from edgeprune.pipeline import Run, Settings
+from edgeprune.pipeline import Run
 from edgeprune.units import format_bytes
 
 PRESETS = "Q6_K,Q5_K_M,Q4_K_M,IQ4_XS,Q3_K_M,IQ3_XXS,Q2_K,IQ2_S,IQ2_XXS,IQ1_M,IQ1_S"
@@ -189,28 +189,17 @@ def curve(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--text", action="append", default=[])
-    parser.add_argument("--eval-text", action="append", default=[])
+    parser = words.parser(__doc__, "runs/benchmark-equal-bytes")
     parser.add_argument("--presets", default=PRESETS)
     parser.add_argument("--shares", default="0.8,0.6", help="of the last preset's bytes")
-    parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--calibration-tokens", type=int, default=80_000)
-    parser.add_argument("--evaluation-tokens", type=int, default=10_240)
     parser.add_argument("--sensitivity-tokens", type=int, default=2_048)
-    parser.add_argument("-o", "--output", default="runs/benchmark-equal-bytes")
     arguments = parser.parse_args()
-    settings = Settings(
-        source=arguments.model,
+    settings = words.settings(
+        arguments,
         file_bytes=1,
-        texts=tuple(arguments.text),
-        evaluation_texts=tuple(arguments.eval_text),
-        window=arguments.window,
         calibration_tokens=arguments.calibration_tokens,
-        evaluation_tokens=arguments.evaluation_tokens,
         sensitivity_tokens=arguments.sensitivity_tokens,
-        output=arguments.output,
     )
     rows: list[Row] = []
     columns = "size of | bytes | its KL | plan | healed | ratio | predicted | K | bits per weight | build"

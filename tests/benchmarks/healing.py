@@ -9,11 +9,12 @@ held-out text, domain by domain.
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+
+import words
 
 from edgeprune import pipeline
 from edgeprune.cli.console import Console
@@ -21,7 +22,7 @@ from edgeprune.decide.candidates import priced
 from edgeprune.decide.keep import keep_set
 from edgeprune.decide.plan import DROP, Plan
 from edgeprune.files import digest
-from edgeprune.pipeline import Run, Settings
+from edgeprune.pipeline import Run
 
 MERGER = "reap"  # what prices a plan whose experts are chosen by the way they are merged
 Row = dict[str, dict[str, float]]
@@ -59,32 +60,13 @@ def built(run: Run, method: str, kept: int, reduce: str, *, heal: bool) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--text", action="append", default=[])
-    parser.add_argument("--eval-text", action="append", default=[])
+    parser = words.parser(__doc__, "runs/benchmark-healing")
+    words.healing_options(parser)
     parser.add_argument("--keep", default="28,24,16")
     parser.add_argument("--methods", default="replay,reap")
     parser.add_argument("--reduce", default="dern,ream,hc-smoe,m-smoe", help="ways of merging, beside dropping")
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=24_576)
-    parser.add_argument("--healing-tokens", type=int, default=49_152)
-    parser.add_argument("--stages", type=int, default=0)
-    parser.add_argument("--evaluation-tokens", type=int, default=10_240)
-    parser.add_argument("-o", "--output", default="runs/benchmark-healing")
     arguments = parser.parse_args()
-    settings = Settings(
-        source=arguments.model,
-        device="auto",
-        texts=tuple(arguments.text),
-        evaluation_texts=tuple(arguments.eval_text),
-        window=arguments.window,
-        calibration_tokens=arguments.tokens,
-        healing_tokens=arguments.healing_tokens,
-        heal_stages=arguments.stages,
-        evaluation_tokens=arguments.evaluation_tokens,
-        output=arguments.output,
-    )
+    settings = words.settings(arguments, device="auto")
     with pipeline.opened(settings, Console()) as run:
         for kept in map(int, arguments.keep.split(",")):
             base = masked(run, "reap", kept)

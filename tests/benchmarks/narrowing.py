@@ -9,11 +9,12 @@ held-out text.
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import words
 
 from edgeprune import pipeline
 from edgeprune.cli.console import Console
@@ -21,7 +22,7 @@ from edgeprune.decide.candidates import priced
 from edgeprune.decide.keep import keep_set
 from edgeprune.decide.narrowing import asked_width
 from edgeprune.decide.plan import Plan
-from edgeprune.pipeline import Run, Settings
+from edgeprune.pipeline import Run
 
 
 def dropped(run: Run, kept: int) -> tuple[Plan, dict[str, Any]]:
@@ -75,33 +76,13 @@ def show(name: str, plan: Plan, before: dict[str, Any], after: tuple[dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--text", action="append", default=[])
-    parser.add_argument("--eval-text", action="append", default=[])
+    parser = words.parser(__doc__, "runs/benchmark-narrowing")
+    words.healing_options(parser)
     parser.add_argument("--widths", default="0.75,0.5")
     parser.add_argument("--narrowings", default="ziplm,camera,energy,tenp")
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=24_576)
     parser.add_argument("--reservoir", type=int, default=8_192)
-    parser.add_argument("--healing-tokens", type=int, default=49_152)
-    parser.add_argument("--stages", type=int, default=0)
-    parser.add_argument("--evaluation-tokens", type=int, default=10_240)
-    parser.add_argument("-o", "--output", default="runs/benchmark-narrowing")
     arguments = parser.parse_args()
-    settings = Settings(
-        source=arguments.model,
-        device="auto",
-        texts=tuple(arguments.text),
-        evaluation_texts=tuple(arguments.eval_text),
-        window=arguments.window,
-        calibration_tokens=arguments.tokens,
-        reservoir_tokens=arguments.reservoir,
-        healing_tokens=arguments.healing_tokens,
-        heal_stages=arguments.stages,
-        evaluation_tokens=arguments.evaluation_tokens,
-        output=arguments.output,
-    )
+    settings = words.settings(arguments, device="auto", reservoir_tokens=arguments.reservoir)
     with pipeline.opened(settings, Console()) as run:
         print("| | file | unhealed | healed | 99 % | healed 99 % | built in |\n|---|---|---|---|---|---|---|")
         architecture = run.architecture

@@ -8,18 +8,18 @@ largest deviation above 2.5 bits per weight and the rank correlation over all si
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import words
 
 from edgeprune import pipeline
 from edgeprune.cli.console import Console
 from edgeprune.decide.plan import Plan
 from edgeprune.measure import child
-from edgeprune.pipeline import Run, Settings
+from edgeprune.pipeline import Run
 from edgeprune.units import format_bytes
 
 
@@ -38,27 +38,12 @@ def measured(run: Run, plan: Plan) -> float:
 def main() -> None:
     from scipy.stats import spearmanr
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--text", action="append", default=[])
-    parser.add_argument("--eval-text", action="append", default=[])
+    parser = words.parser(__doc__, "runs/benchmark-prediction")
     parser.add_argument("--heal", action="store_true", help="compensate the down projections, as fit does by default")
     parser.add_argument("--bits", default="1.9,2.1,2.3,2.6,2.9,3.2,3.6,4.0,4.5,5.2,6.0,7.0", help="per weight")
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--evaluation-tokens", type=int, default=10_240)
-    parser.add_argument("-o", "--output", default="runs/benchmark-prediction")
     arguments = parser.parse_args()
-    settings = Settings(
-        source=arguments.model,
-        file_bytes=1,
-        texts=tuple(arguments.text),
-        evaluation_texts=tuple(arguments.eval_text),
-        window=arguments.window,
-        evaluation_tokens=arguments.evaluation_tokens,
-        heal=arguments.heal,
-        method="reap" if arguments.heal else "replay",
-        output=arguments.output,
-    )
+    method = "reap" if arguments.heal else "replay"
+    settings = words.settings(arguments, file_bytes=1, heal=arguments.heal, method=method)
     print("| bits per weight | bytes | K | predicted | measured | predicted / measured | seconds |", flush=True)
     print(f"|{'---|' * 7}", flush=True)
     rows = []
