@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -150,6 +152,23 @@ def test_solver_prints_nothing(capfd: pytest.CaptureFixture[str], seed: int, lim
     print("after")
     ctypes.CDLL(None).fflush(None)
     assert capfd.readouterr().out == "before\nafter\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the C library's buffer is reached in another way there")
+def test_threads_that_solve_at_once_print_nothing_and_leave_standard_output_open(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    inputs = [(101, 2302414), (112, 1269545), (138, 830623)] * 4
+
+    def solved(pair: tuple[int, int]) -> object:
+        return solve(steep_items(pair[0]), pair[1])
+
+    alone = [solved(pair) for pair in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(solved, inputs)) == alone
+    ctypes.CDLL(None).fflush(None)
+    os.write(1, b"after")
+    assert capfd.readouterr().out == "after"
 
 
 def test_undominated_choices_trade_bytes_for_nats() -> None:

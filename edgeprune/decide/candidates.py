@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -107,11 +108,11 @@ class Problem:
             return 0.0
         shape = self.shape(tensor, kept)
         twice = self.heal and tensor.is_expert and ggml.BY_NAME[name].feeds_back(shape[0])
-        return (1 + twice) * float(np.prod(shape, dtype=np.int64)) / (rate * self._threads)
+        return (1 + twice) * float(np.prod(shape, dtype=np.int64)) / (rate * self.threads)
 
     @cached_property
-    def _threads(self) -> int:
-        """That encode; asking the system takes as long as everything else that is computed for a tensor."""
+    def threads(self) -> int:
+        """That encode and solve; asking the system takes as long as everything else that is computed for a tensor."""
         return cores()
 
 
@@ -319,12 +320,13 @@ def candidates(
     found = []
     everyone = problem.architecture.experts
     points = [*((problem, kept) for kept in counts), *((own, everyone) for own in narrower)]
-    for number, (own, kept) in enumerate(points):
-        best = candidate(own, kept, forced_types=forced_types)
-        if best is not None:
-            found.append(best)
-        if progress is not None:
-            progress(number + 1, len(points))
+    with ThreadPoolExecutor(problem.threads) as pool:  # the solver works without the interpreter
+        solved = pool.map(lambda point: candidate(*point, forced_types=forced_types), points)
+        for number, best in enumerate(solved):
+            if best is not None:
+                found.append(best)
+            if progress is not None:
+                progress(number + 1, len(points))
     if not found and problem.limit_seconds < math.inf:
         raise _takes_too_long(problem, counts, forced_types)
     if not found:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,23 +97,43 @@ def _summed(items: Sequence[Sequence[Choice]], picks: tuple[int, ...], least_nat
     return Solution(picks, sum(choice.nbytes for choice in chosen), nats, gap, seconds)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+class _Quiet:
     """Standard output closed to native code: HiGHS 1.12 prints debugging lines there even when told not to.
 
-    They wait in the C library's buffer, which is therefore emptied before and after.
+    They wait in the C library's buffer, which is therefore emptied before and after. The descriptor is the whole
+    process's, so that of several threads the first one closes it and the last one opens it again.
     """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._kept = threading.Lock(), 0, -1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            _flush()
+            self._kept = os.dup(1)
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            _flush()
+            os.dup2(self._kept, 1)
+            os.close(self._kept)
+
+
+def _flush() -> None:
+    """Empty the buffers of the C library."""
     c_library = ctypes.cdll.ucrtbase if sys.platform == "win32" else ctypes.CDLL(None)
     c_library.fflush(None)
-    kept = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        c_library.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+
+
+_QUIET = _Quiet()
 
 
 def _milp(
@@ -135,7 +155,7 @@ def _milp(
     if limit_seconds < math.inf:
         seconds = np.array([choice.seconds for choices in items for choice in choices])
         constraints.append(LinearConstraint((seconds / limit_seconds)[None, :], -np.inf, 1))
-    with _quiet():
+    with _QUIET:
         result = milp(
             costs / unit_nats,
             constraints=constraints,
