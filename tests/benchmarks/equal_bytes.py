@@ -46,7 +46,7 @@ class Row:
     plain: float
     healed: float
     predicted: float
-    kept: int
+    kept: str
     bits: float
     seconds: tuple[float, float]
 
@@ -93,18 +93,9 @@ def chosen(run: Run, nbytes: int) -> Plan:
 def built(run: Run, plan: Plan, heal: bool) -> tuple[float, float]:
     """Mean divergence of the file for ``plan``, and the seconds that it took to build it."""
     output, started = run.folder.scratch / "plan.gguf", time.perf_counter()
-    build = child.call(
-        "edgeprune.build.builder:build",
-        {
-            "model": str(run.source),
-            "statistics": run.statistics_file,
-            "plan": plan.to_json(),
-            "output": str(output),
-            "store": run.healed(plan) if heal else "",
-        },
-    )
+    build = run.construct(replace(plan, heal=plan.heal and heal), output)
     seconds = time.perf_counter() - started
-    assert build["nbytes"] == plan.predicted.file_bytes
+    assert build.nbytes == plan.predicted.file_bytes
     nats = run.quality(output, "quality of the plan")["all"]["kl_mean"]
     output.unlink()
     return nats, seconds
@@ -114,11 +105,10 @@ def row(run: Run, size: str, nbytes: int, rival: float) -> Row:
     plan = chosen(run, nbytes)
     assert plan.predicted.file_bytes <= nbytes
     (plain, plain_seconds), (healed, healed_seconds) = built(run, plan, False), built(run, plan, True)
-    weights = sum(int(np.prod(t.kept_shape(plan.kept), dtype=np.int64)) for t in run.architecture.tensors)
+    weights = sum(int(np.prod(t.kept_shape(plan.kept, plan.width), dtype=np.int64)) for t in run.architecture.tensors)
     bits = 8 * plan.predicted.file_bytes / weights
-    return Row(
-        size, nbytes, rival, plain, healed, plan.predicted.nats, plan.kept, bits, (plain_seconds, healed_seconds)
-    )
+    kept = f"{plan.kept}, {plan.width} channels" if plan.width else str(plan.kept)
+    return Row(size, nbytes, rival, plain, healed, plan.predicted.nats, kept, bits, (plain_seconds, healed_seconds))
 
 
 def reaped(run: Run, flat: Flat, name: str, nbytes: int) -> Flat:

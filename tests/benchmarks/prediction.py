@@ -18,7 +18,6 @@ import words
 from edgeprune import pipeline
 from edgeprune.cli.console import Console
 from edgeprune.decide.plan import Plan
-from edgeprune.measure import child
 from edgeprune.pipeline import Run
 from edgeprune.units import format_bytes
 
@@ -26,10 +25,7 @@ from edgeprune.units import format_bytes
 def measured(run: Run, plan: Plan) -> float:
     """Mean divergence of the file for ``plan``, nats per token."""
     output = run.folder.scratch / "plan.gguf"
-    arguments = {"model": str(run.source), "plan": plan.to_json(), "output": str(output)}
-    arguments["statistics"] = run.statistics_file
-    arguments["store"] = run.healed(plan) if plan.heal else ""
-    child.call("edgeprune.build.builder:build", arguments)
+    run.construct(plan, output)
     nats = float(run.quality(output, "quality of the plan")["all"]["kl_mean"])
     output.unlink()
     return nats
