@@ -95,7 +95,7 @@ def built(run: Run, plan: Plan, heal: bool) -> tuple[float, float]:
     output, started = run.folder.scratch / "plan.gguf", time.perf_counter()
     build = run.construct(replace(plan, heal=plan.heal and heal), output)
     seconds = time.perf_counter() - started
-    assert build.nbytes == plan.predicted.file_bytes
+    assert build.nbytes <= plan.predicted.file_bytes
     nats = run.quality(output, "quality of the plan")["all"]["kl_mean"]
     output.unlink()
     return nats, seconds
