@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,22 @@ def test_solution_is_the_best_of_all_combinations(seed: int) -> None:
         assert found.gap <= 1.1e-4
         # The proven gap never promises more than is true.
         assert found.nats * (1 - found.gap) <= best * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_where_nothing_is_good_enough_a_good_solution_will_do(seed: int) -> None:
+    items = random_items(seed)
+    smallest = smallest_bytes(items)
+    room = sum(max(choice.nbytes for choice in choices) for choices in items) - smallest
+    for share in (0.0, 0.1, 0.4, 0.9):
+        limit = smallest + int(share * room)
+        rough, best = solve(items, limit, hopeless=-math.inf), least_nats(items, limit)
+        assert rough is not None and rough.nbytes <= limit
+        assert rough.nats >= best * (1 - 1e-9)
+        assert rough.nats * (1 - rough.gap) <= best * (1 + 1e-6)
+        # Whatever costs less than what would be hopeless is found to the last.
+        exact = solve(items, limit, hopeless=best * 1.001)
+        assert exact is not None and exact.nats <= best * (1 + 1e-4 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(10))

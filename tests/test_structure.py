@@ -15,7 +15,7 @@ import edgeprune
 
 PACKAGE = Path(edgeprune.__file__).parent
 ROOMS = ("device", "model", "measure", "decide", "build", "prove", "share")
-BESIDE = ("errors", "units", "files")
+BESIDE = ("errors", "units", "files", "remembered")
 HEAVY = ("numpy", "torch", "scipy", "llama_cpp", "transformers", "tokenizers", "huggingface_hub", "gguf", "jinja2")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -38,6 +38,8 @@ HEALED_SHARE = 0.15
 COMPENSATED_SHARE = 0.6
 # The same of narrowing them, on the same model: 0.26 at three quarters of the width (tests/benchmarks/narrowing.py).
 NARROW_HEALED_SHARE = 0.25
+# Plans that are proven to cost so many times the nats of the best are of no interest but as points of a curve.
+_HOPELESS = 2.0
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
 _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
@@ -99,6 +101,12 @@ class Problem:
         projections make good a part."""
         share = COMPENSATED_SHARE if healed and tensor.layer >= 0 else 1.0
         return self.sensitivity.nats(tensor, name, share)
+
+    def dropped(self, kept: int) -> float:
+        """Predicted nats per token that ``kept`` experts of the problem's width cost, healed if they are."""
+        whole = kept == self.architecture.experts
+        share = NARROW_HEALED_SHARE if whole else HEALED_SHARE
+        return self.drop_nats[kept] * (share if self.heal and (self.width or not whole) else 1.0)
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
@@ -211,13 +219,17 @@ class Candidate:
     layout: Layout
 
 
-def candidate(problem: Problem, kept: int, *, forced_types: bool = False) -> Candidate | None:
-    """The best plan with ``kept`` experts, or None when none fits."""
+def candidate(
+    problem: Problem, kept: int, *, forced_types: bool = False, hopeless: float = math.inf
+) -> Candidate | None:
+    """The best plan with ``kept`` experts, or None when none fits; a good one where all cost more than ``hopeless``
+    nats."""
     tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
     items = [_choices(problem, tensor, kept, forced_types) for tensor in tensors]
     limit, _ = _limits(problem, kept)
     for attempt in range(_PACKING_TRIES):
-        solution = solve(items, int(limit * (1 - _PACKING_STEP * attempt)), problem.limit_seconds)
+        least = int(limit * (1 - _PACKING_STEP * attempt))
+        solution = solve(items, least, problem.limit_seconds, hopeless=hopeless - problem.dropped(kept))
         if solution is None:
             return None
         types = {
@@ -258,9 +270,7 @@ def priced(
         if tensor.name in types
     )
     seconds = sum(problem.seconds(t, kept, types[t.name]) for t in problem.architecture.tensors if t.name in types)
-    share = NARROW_HEALED_SHARE if plan.width and not plan.keep else HEALED_SHARE
-    drop = problem.drop_nats[kept] * (share if plan.heal else 1.0)
-    promised = _promised(plan, made, where, drop, quant, solution.gap if solution else 0.0)
+    promised = _promised(plan, made, where, problem.dropped(kept), quant, solution.gap if solution else 0.0)
     promised = replace(promised, predicted=replace(promised.predicted, encode_seconds=seconds))
     return Candidate(_timed(promised, problem), made)
 
@@ -317,22 +327,33 @@ def candidates(
     """
     if forced_types:
         _check_forced(problem)
-    found = []
     everyone = problem.architecture.experts
     points = [*((problem, kept) for kept in counts), *((own, everyone) for own in narrower)]
-    with ThreadPoolExecutor(problem.threads) as pool:  # the solver works without the interpreter
-        solved = pool.map(lambda point: candidate(*point, forced_types=forced_types), points)
-        for number, best in enumerate(solved):
-            if best is not None:
-                found.append(best)
-            if progress is not None:
-                progress(number + 1, len(points))
+    found = _solved(points, forced_types, progress)
     if not found and problem.limit_seconds < math.inf:
         raise _takes_too_long(problem, counts, forced_types)
     if not found:
         raise _does_not_fit(problem, counts, forced_types)
     # Equal nats: the smaller file wins.
     return sorted(found, key=lambda c: (c.plan.predicted.nats, c.plan.predicted.file_bytes))
+
+
+def _solved(
+    points: Sequence[tuple[Problem, int]], forced_types: bool, progress: Callable[[int, int], None] | None
+) -> list[Candidate]:
+    """The best plan of each point that has one; only a good one where it is far from the best of all."""
+    rough = [candidate(*point, forced_types=forced_types, hopeless=-math.inf) for point in points]
+    possible = [point for point, first in zip(points, rough, strict=True) if first is not None]
+    hopeless = _HOPELESS * min((first.plan.predicted.nats for first in rough if first is not None), default=0.0)
+    found = []
+    with ThreadPoolExecutor(points[0][0].threads) as pool:  # the solver works without the interpreter
+        solved = pool.map(lambda point: candidate(*point, forced_types=forced_types, hopeless=hopeless), possible)
+        for number, best in enumerate(solved):
+            if best is not None:
+                found.append(best)
+            if progress is not None:
+                progress(number + 1, len(possible))
+    return found
 
 
 def _check_forced(problem: Problem) -> None:

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,12 +55,21 @@ def smallest_bytes(items: Sequence[Sequence[Choice]]) -> int:
     return sum(min(choice.nbytes for choice in choices) for choices in items)
 
 
-def solve(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: float = math.inf) -> Solution | None:
+def solve(
+    items: Sequence[Sequence[Choice]],
+    limit_bytes: int,
+    limit_seconds: float = math.inf,
+    *,
+    hopeless: float = math.inf,
+) -> Solution | None:
     """The choices of least total cost within ``limit_bytes`` and ``limit_seconds``, or None when there are none.
 
     minimise sum nats(item, choice) subject to sum bytes <= limit, sum seconds <= limit, one choice per item
     (MC-MoE, arXiv 2410.06270, section 3.2, over tensors and GGML types instead of experts and bits). The bytes are
     held to the last one; the seconds, an estimate, to a thousandth.
+
+    Args:
+        hopeless: nats; where no solution can cost less, a good one will do, with a larger gap.
 
     Raises:
         EdgepruneError: the solver failed.
@@ -71,6 +80,19 @@ def solve(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: fl
     best = _summed(items, richest)
     if best.nbytes <= limit_bytes and best.seconds <= limit_seconds:
         return best
+    worth = [list(range(len(choices))) for choices in items]
+    if limit_seconds == math.inf:
+        rounded, bound, price = _rounded(items, limit_bytes)
+        if bound >= hopeless or rounded.gap <= _RELATIVE_GAP:
+            return rounded
+        worth = _worthwhile(items, price, rounded.nats - bound)
+    few = [[choices[pick] for pick in picks] for choices, picks in zip(items, worth, strict=True)]
+    found = _proven(few, limit_bytes, limit_seconds)
+    return found and replace(found, picks=tuple(picks[pick] for picks, pick in zip(worth, found.picks, strict=True)))
+
+
+def _proven(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: float) -> Solution | None:
+    """``solve`` by branch and bound."""
     # Not below zero, though a cost may be: a measured divergence of nearly nothing has either sign.
     dearest = max(abs(choice.nats) for choices in items for choice in choices)
     solution = _milp(items, limit_bytes, limit_seconds, dearest)
@@ -95,6 +117,67 @@ def _summed(items: Sequence[Sequence[Choice]], picks: tuple[int, ...], least_nat
     gap = 0.0 if least_nats is None or nats <= 0 else max(0.0, (nats - least_nats) / nats)
     seconds = sum(choice.seconds for choice in chosen)
     return Solution(picks, sum(choice.nbytes for choice in chosen), nats, gap, seconds)
+
+
+def _hull(choices: Sequence[Choice]) -> list[int]:
+    """Indices of the lower convex hull of the cost over the bytes, from the smallest choice to the richest."""
+    hull: list[int] = []
+    for pick in sorted(range(len(choices)), key=lambda index: (choices[index].nbytes, choices[index].nats)):
+        if hull and choices[pick].nats >= choices[hull[-1]].nats:
+            continue
+        while len(hull) > 1 and _slope(choices, hull[-2], hull[-1]) >= _slope(choices, hull[-1], pick):
+            hull.pop()
+        hull.append(pick)
+    return hull
+
+
+def _slope(choices: Sequence[Choice], small: int, large: int) -> float:
+    """Nats for each byte more, below zero."""
+    return (choices[large].nats - choices[small].nats) / (choices[large].nbytes - choices[small].nbytes)
+
+
+def _worthwhile(items: Sequence[Sequence[Choice]], price: float, slack: float) -> list[list[int]]:
+    """Indices of the choices that a better solution than the rounded one can hold.
+
+    A solution with another choice costs at least the relaxation and what that choice is dearer than the item's best
+    one, both with their bytes at the relaxation's ``price`` (its reduced cost); ``slack``: what the rounded solution
+    costs more than the relaxation.
+    """
+    worth, slack = [], slack * (1 + 1e-9)  # for rounding errors
+    for choices in items:
+        costs = [choice.nats + price * choice.nbytes for choice in choices]
+        worth.append([pick for pick, cost in enumerate(costs) if cost - min(costs) <= slack])
+    return worth
+
+
+def _rounded(items: Sequence[Sequence[Choice]], limit_bytes: int) -> tuple[Solution, float, float]:
+    """The linear relaxation, rounded to whole choices; its cost, which no solution goes below; and its price of a
+    byte, nats.
+
+    Steps along the hulls are taken from the steepest down; the relaxation takes a part of the first that has no room
+    (Sinha and Zoltners, "The multiple-choice knapsack problem", 1979), the rounding leaves that item where it is.
+    """
+    hulls = [_hull(choices) for choices in items]
+    chosen = [hull[0] for hull in hulls]
+    room = limit_bytes - sum(choices[pick].nbytes for choices, pick in zip(items, chosen, strict=True))
+    steps = sorted(
+        (_slope(items[index], small, large), index, small, large)
+        for index, hull in enumerate(hulls)
+        for small, large in itertools.pairwise(hull)
+    )
+    bound, price = math.nan, 0.0
+    for slope, index, small, large in steps:
+        more = items[index][large].nbytes - items[index][small].nbytes
+        if chosen[index] != small:  # the step before it had no room
+            continue
+        if more <= room:
+            chosen[index], room = large, room - more
+        elif math.isnan(bound):
+            bound, price = _summed(items, tuple(chosen)).nats + slope * room, -slope
+    solution = _summed(items, tuple(chosen))
+    bound = solution.nats if math.isnan(bound) else bound
+    gap = (solution.nats - bound) / solution.nats if solution.nats > 0 else math.inf
+    return replace(solution, gap=max(0.0, gap)), bound, price
 
 
 class _Quiet:

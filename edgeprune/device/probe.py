@@ -14,6 +14,9 @@ import numpy as np
 import psutil
 
 from edgeprune.device.profile import Pool, Profile
+from edgeprune.errors import BadFile
+from edgeprune.files import check_keys, checked_number
+from edgeprune.remembered import remembered
 from edgeprune.units import format_bytes
 
 # What an idle desktop and its applications take, as share and bounds; ``--memory`` overrides it.
@@ -22,6 +25,7 @@ _LEAST_RESERVE, _MOST_RESERVE = 1 << 30, 6 << 30
 _BANDWIDTH_BUFFER = 128 << 20  # read and as much written: more than caches hold, little on a small machine
 # The bandwidth of a graphics card is not measured; this is a modest discrete one's.
 _VRAM_BANDWIDTH = 300e9
+_BANDWIDTH_SECONDS = 86_400.0  # a machine can be given other memory, a virtual one other neighbours
 _LEAST_VRAM_RESERVE = 512 << 20
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "asimd", "sve", "i8mm")
@@ -107,6 +111,14 @@ def instruction_sets() -> list[str]:
     return [flag for flag in _FLAGS if flag in words]
 
 
+def processor() -> str:
+    """Name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "cpu part"))]
+    return " ".join([platform.machine(), platform.processor(), *sorted(set(named))])
+
+
 def memory_bandwidth_bytes_per_s(repeats: int = 5) -> float:
     """Best rate at which all cores together stream memory, read and write counted, in bytes per second.
 
@@ -123,6 +135,26 @@ def memory_bandwidth_bytes_per_s(repeats: int = 5) -> float:
             list(pool.map(np.copyto, targets, sources))
             best = max(best, 2 * part * threads / (time.perf_counter() - started))
     return best
+
+
+def _known_bandwidth() -> float:
+    """``memory_bandwidth_bytes_per_s``, which takes a while, once a day."""
+    made_from = {"processor": processor(), "cores": cores(), "bytes": psutil.virtual_memory().total}
+    return remembered(
+        "bandwidth",
+        made_from,
+        lambda: {"bytes_per_s": memory_bandwidth_bytes_per_s()},
+        _bandwidth_in,
+        most_seconds=_BANDWIDTH_SECONDS,
+    )
+
+
+def _bandwidth_in(value: Any, where: str) -> float:
+    check_keys(where, value, {"bytes_per_s"}, set())
+    found = checked_number(where, value["bytes_per_s"])
+    if found <= 0:
+        raise BadFile(f"{where} holds no bandwidth")
+    return found
 
 
 def cores() -> int:
@@ -177,7 +209,7 @@ def this_machine(devices: Sequence[Mapping[str, Any]]) -> Profile:
     reserve = min(max(share, taken), total - 1)
     basis = "what other programs hold now" if taken > share else "15 % of RAM, at least 1 and at most 6 GiB"
     why.append(f"reserve {format_bytes(reserve)}: {basis}")
-    bandwidth = memory_bandwidth_bytes_per_s()
+    bandwidth = _known_bandwidth()
     why.append(f"memory bandwidth {bandwidth / 1e9:.1f} GB/s, measured by copying with {cores()} threads")
     sets = ", ".join(instruction_sets()) or "none recognised"
     why.append(f"{cores()} cores, {platform.machine()}, instruction sets: {sets}")

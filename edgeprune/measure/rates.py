@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 
-from edgeprune.errors import BadFile, EdgepruneError
-from edgeprune.files import check_keys, checked_number, digest, read_json, to_json, write_text
+from edgeprune.device.probe import processor
+from edgeprune.errors import BadFile
+from edgeprune.files import check_keys, checked_number
 from edgeprune.measure import child
 from edgeprune.model import ggml
+from edgeprune.remembered import remembered
 
 Progress = Callable[[int, int], None]
 # Raised when rates measured before would be misread, or were measured in another way.
@@ -97,22 +95,12 @@ def kernel_rates(progress: Progress | None = None) -> KernelRates:
     made_from = {
         "format": FORMAT,
         "types": TYPES,
-        "processor": _processor(),
+        "processor": processor(),
         "llama-cpp-python": version("llama-cpp-python"),
     }
-    path = Path(platformdirs.user_cache_dir("edgeprune")) / "kernels" / f"{digest(made_from)[:32]}.json"
-    if path.is_file():
-        with contextlib.suppress(BadFile):
-            return KernelRates.from_json(read_json(path), str(path))
-    value = child.call("edgeprune.measure.kernels:measure_kernels", {"types": list(TYPES)}, progress)
-    with contextlib.suppress(OSError, EdgepruneError):  # a cache that cannot be written to is none
-        write_text(path, to_json(value))
-    return KernelRates.from_json(value, "the measurement")
-
-
-def _processor() -> str:
-    """Name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "cpu part"))]
-    return " ".join([platform.machine(), platform.processor(), *sorted(set(named))])
+    return remembered(
+        "kernels",
+        made_from,
+        lambda: child.call("edgeprune.measure.kernels:measure_kernels", {"types": list(TYPES)}, progress),
+        KernelRates.from_json,
+    )

@@ -87,7 +87,8 @@ class SourceStages:
     def _converted(self, checkpoint: Path) -> Path:
         output = self.folder.source
         mtp = self.settings.mtp == KEEP
-        checked_plan(checkpoint, mtp=mtp)  # before all of it is read for its fingerprint
+        if not output.is_file():
+            checked_plan(checkpoint, mtp=mtp)  # before all of it is read for its fingerprint
         with self.listener.progress("fingerprint of the checkpoint"):
             origin = open_checkpoint(checkpoint).origin(mtp=mtp)
         if output.is_file():
@@ -96,6 +97,7 @@ class SourceStages:
                 if old == origin:
                     return output
                 self._changed("the checkpoint", {"content": old}, {"content": origin})
+            checked_plan(checkpoint, mtp=mtp)
         convert_checked(checkpoint, output, self.listener, name=self._name(checkpoint), mtp=mtp)
         return output
 
