@@ -23,8 +23,9 @@ from edgeprune.stages.measuring import tools
 from edgeprune.stages.narrowing import NarrowStages
 
 # Groups of layers by default: more cost a pass over the text each, fewer leave the fits with inputs that are further
-# from those of the finished model.
-MOST_STAGES = 8
+# from those of the finished model. Where all experts stay that matters less: three groups of six layers left 1.00 of
+# the KL divergence that six did at 4.9 bits per weight, 1.02 at 3.1.
+MOST_STAGES, MOST_STAGES_OF_WHOLE, LAYERS_OF_WHOLE = 8, 4, 2
 # Of the tokens that are kept whole on disk.
 MOST_BYTES = 8 << 30
 
@@ -33,6 +34,11 @@ def changed_layers(plan: Plan, architecture: Architecture) -> list[int]:
     """Layers whose experts are not as in the source."""
     retyped = {t.layer for t in architecture.tensors if t.is_expert and plan.types.get(t.name, t.type) != t.type}
     return [layer for layer in architecture.moe_layers if plan.keep or plan.width or layer in retyped]
+
+
+def _fewer(plan: Plan) -> bool:
+    """Whether ``plan`` has fewer experts than the source, or narrower ones."""
+    return bool(plan.keep or plan.width)
 
 
 def groups(layers: Sequence[int], count: int) -> list[tuple[int, int]]:
@@ -83,6 +89,13 @@ class HealStages(NarrowStages):
     @property
     def _most_stages(self) -> int:
         return self.settings.heal_stages or MOST_STAGES
+
+    def _stages(self, plan: Plan, changed: Sequence[int]) -> list[tuple[int, int]]:
+        """Groups of the layers that ``plan`` has ``changed``."""
+        most = self._most_stages
+        if not self.settings.heal_stages and not _fewer(plan):
+            most = min(MOST_STAGES_OF_WHOLE, -(-len(changed) // LAYERS_OF_WHOLE))
+        return groups(changed, most)
 
     def teacher(self, tokens: int) -> Path:
         """Statistics of the source over ``tokens`` of the healing text, with every token kept."""
@@ -154,7 +167,7 @@ class HealStages(NarrowStages):
         done: dict[str, Any] = {}
         with contextlib.suppress(BadFile):
             done = dict(read_json(record))
-        for stage in groups(changed, self._most_stages):
+        for stage in self._stages(plan, changed):
             if not all(str(layer) in done for layer in changed if layer in range(*stage)):
                 done |= self._heal(plan, store, stage, merged)
                 write_text(record, to_json(done))
@@ -178,7 +191,7 @@ class HealStages(NarrowStages):
         self.folder.scratch.mkdir(parents=True, exist_ok=True)
         prefix = self.folder.scratch / "prefix.gguf"
         student = self.folder.scratch / "student.safetensors"
-        tokens = self.healing_tokens(dropping=bool(plan.keep or plan.width))
+        tokens = self.healing_tokens(dropping=_fewer(plan))
         teacher = self.teacher(tokens)
         statistics = self.statistics_file if plan.types else ""
         with self.listener.progress(f"{name}: build what comes before") as progress:
