@@ -140,9 +140,10 @@ def _inverse(gram: Doubles | None, ridge: float) -> tuple[Floats, float] | None:
         return None
     pull = ridge * float(np.trace(gram)) / len(gram)
     lower = cholesky(gram + pull * np.eye(len(gram)), lower=True, check_finite=False)
-    half, _ = dpotri(lower, lower=1, overwrite_c=1)
-    half = np.tril(half)
-    return (half + np.tril(half, -1).T).astype(np.float32), pull
+    half, _ = dpotri(lower, lower=1, overwrite_c=1)  # above the diagonal the zeros of the factor stay
+    whole = half + half.T
+    whole.flat[:: len(whole) + 1] /= 2
+    return whole.astype(np.float32), pull
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgeprune.build.store import Store
 from edgeprune.decide.plan import PRESET, Plan
+from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
@@ -26,6 +27,10 @@ from edgeprune.stages.narrowing import NarrowStages
 # from those of the finished model. Where all experts stay that matters less: three groups of six layers left 1.00 of
 # the KL divergence that six did at 4.9 bits per weight, 1.02 at 3.1.
 MOST_STAGES, MOST_STAGES_OF_WHOLE, LAYERS_OF_WHOLE = 8, 4, 2
+# Times that a fit multiplies every token's hidden values with a matrix like the down projection: twice for the gate
+# and up projections, twice a sweep, and once for each look at what is left; matrices of an expert and its tokens go
+# through at half the speed of large ones.
+FIT_PRODUCTS = 40
 # Of the tokens that are kept whole on disk.
 MOST_BYTES = 8 << 30
 
@@ -96,6 +101,18 @@ class HealStages(NarrowStages):
         if not self.settings.heal_stages and not _fewer(plan):
             most = min(MOST_STAGES_OF_WHOLE, -(-len(changed) // LAYERS_OF_WHOLE))
         return groups(changed, most)
+
+    def healing_seconds(self, plan: Plan) -> float:
+        """About how long healing ``plan`` takes here, from measured rates: the source is observed once, and for each
+        group of layers the model as far as these; the fits are matrix products over all of the tokens."""
+        speeds, architecture = self.sensitivity.speeds, self.architecture
+        if not speeds.get("tokens") or not speeds.get("products"):
+            return 0.0
+        changed, tokens = changed_layers(plan, architecture), self.healing_tokens(dropping=_fewer(plan))
+        passes = 1 + sum(end for _, end in self._stages(plan, changed)) / architecture.layers
+        width = architecture.width * (plan.width or architecture.expert_width)
+        products = FIT_PRODUCTS * tokens * min(architecture.used, plan.kept) * width * len(changed)
+        return tokens * passes / speeds["tokens"] + products / (speeds["products"] * cores())
 
     def teacher(self, tokens: int) -> Path:
         """Statistics of the source over ``tokens`` of the healing text, with every token kept."""
