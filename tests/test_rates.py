@@ -112,7 +112,6 @@ def test_fetching_weights_comes_on_top_of_multiplying_with_them(architecture: Ar
 
 def test_every_row_takes_its_time_whatever_its_length(architecture: Architecture) -> None:
     """Of attention, router, used experts, and of the output for a prompt's last token."""
-    aside = ("embedding", "output")
     none, some = timed(architecture), timed(architecture, rows=(1e-8, 1e-9))
     dense = sum(
         t.shape[1] for t in architecture.tensors if len(t.shape) == 2 and t.role not in ("embedding", "output")
