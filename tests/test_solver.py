@@ -232,7 +232,20 @@ def test_costs_of_either_sign_are_minimised() -> None:
     assert found.picks == (0, 0, 1, 1)
 
 
-@pytest.mark.parametrize("seed", range(4))
+def test_a_large_model_is_solved_within_a_time() -> None:
+    """Encoding takes the longer the fewer bits, as it does in fact."""
+    items = [[replace(c, seconds=c.nbytes / float(c.type) ** 3) for c in choices] for choices in large(2.0)]
+    smallest = smallest_bytes(items)
+    limit = smallest + int(0.3 * (sum(choices[-1].nbytes for choices in items) - smallest))
+    free = solve(items, limit)
+    assert free is not None
+    timed = solve(items, limit, 0.7 * free.seconds)
+    assert timed is not None
+    assert timed.seconds <= 0.7 * free.seconds * (1 + 1e-6) and timed.nbytes <= limit
+    assert timed.nats >= free.nats * (1 - free.gap) and timed.gap <= 1.1e-3
+
+
+@pytest.mark.parametrize("seed", range(12))
 def test_time_is_a_limit_like_bytes(seed: int) -> None:
     """Against all combinations: the least nats of those that keep both limits; None where none does."""
     random = np.random.default_rng(seed)

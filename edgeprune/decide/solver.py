@@ -18,7 +18,10 @@ from edgeprune.errors import EdgepruneError
 
 _TIME_LIMIT_SECONDS = 20.0
 _RELATIVE_GAP = 1e-4
+_TIMED_GAP = 1e-3  # proving two limits at once to the last takes minutes for a large model, and seconds are estimates
 _TINY_SHARE = 1e-2
+# Prices of a second that are tried at most, and how near to each other they end.
+_PRICES, _NEAR_PRICES = 40, 1.02
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,20 @@ def solve(
     if best.nbytes <= limit_bytes and best.seconds <= limit_seconds:
         return best
     worth = [list(range(len(choices))) for choices in items]
-    if limit_seconds == math.inf:
-        rounded, bound, price = _rounded(items, limit_bytes)
-        if bound >= hopeless or rounded.gap <= _RELATIVE_GAP:
+    relaxed = _relaxed(items, limit_bytes, limit_seconds)
+    if relaxed is not None:
+        rounded, bound = relaxed.rounded, relaxed.bound
+        if bound >= hopeless or rounded.gap <= _enough(limit_seconds):
             return rounded
-        worth = _worthwhile(items, price, rounded.nats - bound)
+        worth = _worthwhile(relaxed.items, relaxed.price, rounded.nats - bound)
     few = [[choices[pick] for pick in picks] for choices, picks in zip(items, worth, strict=True)]
     found = _proven(few, limit_bytes, limit_seconds)
     return found and replace(found, picks=tuple(picks[pick] for picks, pick in zip(worth, found.picks, strict=True)))
+
+
+def _enough(limit_seconds: float) -> float:
+    """The relative gap at which the search ends."""
+    return _RELATIVE_GAP if limit_seconds == math.inf else _TIMED_GAP
 
 
 def _proven(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: float) -> Solution | None:
@@ -106,7 +115,7 @@ def _proven(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: 
         return None
     # HiGHS also stops at an absolute gap of 1e-6, which SciPy does not let one set: when the optimum is
     # tiny beside the dearest choice, it has to be the unit of cost.
-    if solution.gap > _RELATIVE_GAP and 0 < solution.nats < _TINY_SHARE * dearest:
+    if solution.gap > _enough(limit_seconds) and 0 < solution.nats < _TINY_SHARE * dearest:
         again = _milp(items, limit_bytes, limit_seconds, solution.nats) or solution
         solution = min(solution, again, key=lambda found: (found.nats, found.gap))
     return solution
@@ -140,6 +149,49 @@ def _hull(choices: Sequence[Choice]) -> list[int]:
 def _slope(choices: Sequence[Choice], small: int, large: int) -> float:
     """Nats for each byte more, below zero."""
     return (choices[large].nats - choices[small].nats) / (choices[large].nbytes - choices[small].nbytes)
+
+
+@dataclass(frozen=True)
+class _Relaxed:
+    """The linear relaxation: its solution ``rounded`` to whole choices, its cost, which no solution goes below, its
+    price of a byte, and the items with the price of a second in their costs."""
+
+    rounded: Solution
+    bound: float
+    price: float
+    items: Sequence[Sequence[Choice]]
+
+
+def _relaxed(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: float) -> _Relaxed | None:
+    """The relaxation within both limits, or None where no rounded solution is found that keeps to them.
+
+    A second is given a price, as a byte is, which is searched for on a logarithmic scale. At every price the cost
+    with it, less what the limit costs at it, is a bound (Lagrange), and what keeps to the limit is a solution.
+    """
+    rate, low, high = 0.0, 0.0, math.inf
+    best: Solution | None = None
+    bound, price, priced = -math.inf, 0.0, items
+    start = _RELATIVE_GAP * max(abs(choice.nats) for choices in items for choice in choices)
+    for _ in range(_PRICES):
+        own = [[replace(c, nats=c.nats + rate * c.seconds) for c in choices] for choices in items] if rate else items
+        found, least, own_price = _rounded(own, limit_bytes)
+        found = _summed(items, found.picks)
+        own_bound = least - rate * limit_seconds if rate else least
+        if own_bound > bound:
+            bound, price, priced = own_bound, own_price, own
+        if found.seconds <= limit_seconds:
+            best, high = min(found, best or found, key=lambda solution: solution.nats), rate
+        else:
+            low = rate
+        if not high or high < _NEAR_PRICES * low:
+            break
+        rate = math.sqrt(low * high) if low > 0 and high < math.inf else (4 * rate or start / limit_seconds)
+        if high < math.inf and not low:
+            rate = high / 4
+    if best is None:
+        return None
+    gap = (best.nats - bound) / best.nats if best.nats > 0 else math.inf
+    return _Relaxed(replace(best, gap=max(0.0, gap)), bound, price, priced)
 
 
 def _worthwhile(items: Sequence[Sequence[Choice]], price: float, slack: float) -> list[list[int]]:
@@ -181,9 +233,7 @@ def _rounded(items: Sequence[Sequence[Choice]], limit_bytes: int) -> tuple[Solut
         elif math.isnan(bound):
             bound, price = _summed(items, tuple(chosen)).nats + slope * room, -slope
     solution = _summed(items, tuple(chosen))
-    bound = solution.nats if math.isnan(bound) else bound
-    gap = (solution.nats - bound) / solution.nats if solution.nats > 0 else math.inf
-    return replace(solution, gap=max(0.0, gap)), bound, price
+    return solution, solution.nats if math.isnan(bound) else bound, price
 
 
 class _Quiet:
@@ -250,7 +300,7 @@ def _milp(
             constraints=constraints,
             integrality=np.ones(len(costs), np.int8),
             bounds=Bounds(0, 1),
-            options={"time_limit": _TIME_LIMIT_SECONDS, "mip_rel_gap": _RELATIVE_GAP},
+            options={"time_limit": _TIME_LIMIT_SECONDS, "mip_rel_gap": _enough(limit_seconds)},
         )
     if result.x is None and limit_seconds < math.inf:  # bytes alone always leave a solution, see `solve`
         return None
