@@ -24,7 +24,7 @@ from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
 from edgeprune.model.convert import SOURCE_KEY, _piece_bytes, convert
 from edgeprune.model.converter import load_converter
 from edgeprune.model.gguf import GgufFile
-from edgeprune.stages.converting import checked_plan
+from edgeprune.stages.converting import require_convertible
 
 
 def assert_computes_the_same(checkpoint: Path, gguf: Path, folder: Path) -> None:
@@ -494,7 +494,7 @@ def test_absurd_number_is_named_with_its_key_and_file(case: str, small: Path, tm
     folder = Path(shutil.copytree(small, tmp_path / "model"))
     toys.change_json(folder / "config.json", **changes)
     with pytest.raises(kind, match=cause) as refusal:
-        checked_plan(folder)
+        require_convertible(open_checkpoint(folder))
     assert str(folder / "config.json") in refusal.value.cause and "\n" not in refusal.value.cause
 
 
@@ -515,10 +515,10 @@ def test_weights_of_another_shape_than_the_configuration_says_are_named(
 ) -> None:
     changes, cause = CONTRADICTIONS[case]
     folder = Path(shutil.copytree(small, tmp_path / "model"))
-    assert checked_plan(folder).shapes
+    assert require_convertible(open_checkpoint(folder)).shapes
     toys.change_json(folder / "config.json", **changes)
     with pytest.raises(BadFile, match=cause) as refusal:
-        checked_plan(folder)
+        require_convertible(open_checkpoint(folder))
     assert "\n" not in refusal.value.cause
 
 

@@ -38,7 +38,7 @@ from edgeprune.model.converter import load_converter, shipped_converters
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.planning import plan_conversion
 from edgeprune.model.rope import FREQUENCIES
-from edgeprune.stages.converting import checked_plan
+from edgeprune.stages.converting import require_convertible
 
 CASES = [(name, "") for name in FAMILIES] + [(name, case) for name in FAMILIES for case in FAMILIES[name].variants]
 CASE_NAMES = [f"{name}, {case}" if case else name for name, case in CASES]
@@ -368,7 +368,7 @@ def test_blocks_that_predict_further_tokens_are_kept_on_request(name: str, made:
     file = GgufFile(tmp_path / "kept.gguf")
     arch = file.get("general.architecture")
     assert (file.get(f"{arch}.block_count"), file.get(f"{arch}.nextn_predict_layers")) == (4, 1)
-    assert checked_plan(folder, mtp=True).settings.further == 1
+    assert require_convertible(open_checkpoint(folder), mtp=True).settings.further == 1
     assert loads_for_speculation(tmp_path / "kept.gguf") and not loads_for_speculation(gguf)
     weights = load_file(folder / SINGLE)
     for ours, theirs in (("nextn.eh_proj", "eh_proj"), ("nextn.shared_head_norm", "shared_head.norm")):

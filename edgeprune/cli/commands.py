@@ -263,18 +263,30 @@ def profiles(name: str | None, as_json: bool) -> None:
 def convert(checkpoint: str, output: Path, base: str, mtp: str) -> None:
     """Convert a Hugging Face CHECKPOINT, a folder, ORG/NAME on the Hub, or 'demo', to the GGUF file OUTPUT."""
     from edgeprune.cli.console import Console
+    from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
     from edgeprune.model.convert import check_output
+    from edgeprune.model.download import Aim
+    from edgeprune.model.headers import Header
     from edgeprune.settings import KEEP
-    from edgeprune.stages.converting import checked_plan, convert_checked
+    from edgeprune.stages.converting import Scrutiny, convert_checked
     from edgeprune.stages.source import found_at, hub_short_name
 
     console = Console()
-    folder = found_at(checkpoint, console, output, base)
+    scrutiny = Scrutiny(console, base, mtp == KEEP)
+    hint = "give a folder, ORG/NAME on the Hub, or `demo`"
+
+    def look(model: Checkpoint | Header) -> None:
+        if not isinstance(model, Checkpoint):
+            raise UsageError(f"{checkpoint} is a GGUF, which needs no conversion", hint=hint)
+        scrutiny(model)
+
+    folder = found_at(checkpoint, console, Aim(output, base, scrutiny.mtp, look))
     if not folder.is_dir():
-        raise UsageError(f"no checkpoint folder {checkpoint}", hint="give a folder, ORG/NAME on the Hub, or `demo`")
+        raise UsageError(f"{checkpoint} is no folder with a checkpoint", hint=hint)
     check_output(folder, output)
-    checked_plan(folder, base, mtp=mtp == KEEP)
-    convert_checked(folder, output, console, base=base, name=hub_short_name(checkpoint), mtp=mtp == KEEP)
+    if not scrutiny.done:
+        scrutiny(open_checkpoint(folder))
+    convert_checked(folder, output, console, base=base, name=hub_short_name(checkpoint), mtp=scrutiny.mtp)
     click.echo(str(output))
 
 

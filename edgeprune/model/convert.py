@@ -11,7 +11,7 @@ from edgeprune.files import atomic_writer, require_space
 from edgeprune.model import ggml
 from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
 from edgeprune.model.gguf import DEFAULT_ALIGNMENT, MAGIC, Entry, align, file_bytes, header, make_entry
-from edgeprune.model.headers import Holed
+from edgeprune.model.headers import Header, Holed
 from edgeprune.model.planning import FLOATS, Conversion, Planned, naming, plan_conversion
 from edgeprune.model.quantised import MXFP4
 from edgeprune.model.rope import rope_entries
@@ -156,6 +156,17 @@ def bare_header(planned: Conversion, name: str, where: str) -> Holed:
     entries = without_vocabulary(model_entries(planned, name, where), planned.vocabulary)
     top = header(entries, planned.shapes, DEFAULT_ALIGNMENT)
     return Holed(top, file_bytes(len(top), planned.shapes, DEFAULT_ALIGNMENT))
+
+
+def without_weights(header: Header, vocabulary: int) -> Header:
+    """``header``, which may be of a file that is far away, as llama.cpp loads it with a hole instead of weights.
+
+    Args:
+        vocabulary: rows of the embedding matrix, which have numbers instead of words.
+    """
+    entries = [entry for entry in header.entries.values() if entry.raw]  # what was skipped of a far file
+    bare = {entry.key: entry for entry in without_vocabulary(entries, vocabulary)}
+    return Header(header.path, bare, header.tensors, header.alignment, header.data_offset, header.size)
 
 
 def without_vocabulary(entries: Iterable[Entry], tokens: int) -> list[Entry]:
