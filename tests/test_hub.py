@@ -644,7 +644,7 @@ def test_what_does_not_fit_is_told_before_weights_are_fetched(
     else:
         hub.add("maker/toy", {"toy-F32.gguf": synthetic("qwen3moe")})
     for command in ("plan", "fit"):
-        done = run_edgeprune(command, "maker/toy", "--file-size", "300kB", "-o", "run", cwd=tmp_path)
+        done = run_edgeprune(command, "maker/toy", "--file-size", "200kB", "-o", "run", cwd=tmp_path)
         assert done.returncode == 3 and "smallest plan" in done.stderr, done.stderr
         assert "error: toy" in done.stderr and weights_fetched() == []
     done = run_edgeprune("plan", "maker/toy", "--file-size", "900kB", "--context", "4096", "-o", "run", cwd=tmp_path)
