@@ -328,7 +328,7 @@ FAMILIES: dict[str, Family] = {
             "groups of experts": {"n_group": 4, "topk_group": 2, "norm_topk_prob": False},
         },
         experts="n_routed_experts",
-        note=KEPT_ON_REQUEST,
+        note=f"{KEPT_ON_REQUEST}; llama.cpp centres the last norm of theirs, the original does not",
         real=(
             {
                 "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def drafts(path: Path, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tens
 
 
 class Centred(torch.nn.Module):
-    """The last norm of Nemotron's block as llama.cpp computes it."""
+    """The last norm of Nemotron's block as llama.cpp computes it; the original does not subtract the mean."""
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         super().__init__()
@@ -278,6 +279,18 @@ def test_a_block_behind_the_last_layer_that_is_not_counted_is_not_known(name: st
     toys.change_json(folder / "config.json", num_nextn_predict_layers=0)
     with pytest.raises(Unsupported, match=rf"tensors that {name} does not: model\.layers\.3"):
         convert(folder, tmp_path / "model.gguf", "f32")
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_a_part_of_a_kept_block_that_has_no_place_is_named(name: str, made: Any, tmp_path: Path) -> None:
+    folder = with_further_block(name, made(name)[0], tmp_path / "model")
+    weights = load_file(folder / SINGLE)
+    stranger = f"{list(FURTHER[name].parts.values())[-1]}stranger.weight"
+    save_file({**weights, stranger: torch.ones(8)}, folder / SINGLE)
+    with pytest.raises(Unsupported, match=f"has no place for {re.escape(stranger)}") as refusal:
+        convert(folder, tmp_path / "model.gguf", mtp=True)
+    assert "--mtp drop" in refusal.value.hint
+    assert len(about_blocks(convert(folder, tmp_path / "model.gguf"))) == 1
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_moe", "nemotron_h"])

@@ -318,7 +318,7 @@ def calibrate(source: str, merge: tuple[Path, ...], **options: Any) -> None:
             f"--merge joins what was measured before, and {option} says what to measure",
             hint="calibrate on that text in a folder of its own, then merge both",
         )
-    settings = _settings(source, {**options, "device": "auto"})
+    settings = _settings(source, options)
     with pipeline.opened(settings, Console()) as run:
         statistics = run.merge(merge) if merge else run.statistics
         lines = show.statistics(statistics, run.folder.path)
@@ -420,7 +420,7 @@ def compare(model: str, fractions: tuple[float, ...], methods: str | None, seeds
     from edgeprune.cli import show
     from edgeprune.cli.console import Console
 
-    settings = _settings(model, {**options, "device": "auto"})
+    settings = _settings(model, options)
     names = None if methods is None else tuple(name.strip() for name in methods.split(",") if name.strip())
     if names is not None and not names:
         raise UsageError("--methods names none", hint="leave it out to compare all that need no gradients")

@@ -173,14 +173,14 @@ def _count(config: dict[str, Any], keys: tuple[str, ...], checkpoint: Checkpoint
         raise BadFile(f"{where} has none of: {', '.join(keys)}")
     value = _uniform(lookup(config, (key,)), key)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise BadFile(f"{where}: {key} = {str(value)[:40]!r} is not a number from 1 to {most}")
+        raise BadFile(f"{where}: {key} = {repr(value)[:40]} is not a number from 1 to {most}")
     return value
 
 
 def _size(name: str, field: Field, config: dict[str, Any]) -> int:
     value = _evaluated(field, config, f"config.json: {name}")
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise BadFile(f"config.json: {', '.join(field.config) or name} = {str(value)[:40]!r} is not a size")
+        raise BadFile(f"config.json: {', '.join(field.config) or name} = {repr(value)[:40]} is not a size")
     return value
 
 
@@ -363,10 +363,10 @@ def _is_of(rule: Rule, config: dict[str, Any], checkpoint: Checkpoint, layer: in
         return value in rule.equals
     if rule.rule in ("below", "every"):
         if not isinstance(value, int) or isinstance(value, bool) or value < (rule.rule == "every"):
-            raise BadFile(f"{where} = {str(value)[:40]!r} is not a number of layers")
+            raise BadFile(f"{where} = {repr(value)[:40]} is not a number of layers")
         return layer < value if rule.rule == "below" else (layer + 1) % value == 0
     if not isinstance(value, list | str):
-        raise BadFile(f"{where} = {str(value)[:40]!r} is not a list")
+        raise BadFile(f"{where} = {repr(value)[:40]} is not a list")
     if rule.rule == "members":
         return layer in value
     if layer >= len(value):

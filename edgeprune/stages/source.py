@@ -84,11 +84,11 @@ class SourceStages:
         """
         if isinstance(model, Checkpoint):
             where = model.folder / "config.json"
-            bare = bare_header(self._scrutiny(model), self._name(model.folder), str(where))
-            self._require_use(read_header(bare, where))
+            header = read_header(bare_header(self._scrutiny(model), self._name(model.folder), str(where)), where)
         else:
-            vocabulary = read_architecture(model).vocabulary
-            self._require_use(without_weights(model, vocabulary))
+            header = without_weights(model, read_architecture(model).vocabulary)
+        if memory.takes_shadows(header.size):
+            self._require_use(header)
 
     def _require_use(self, header: Header) -> None:
         """Refuse the model of this GGUF, which has no weights yet. Here: one that llama.cpp does not take.

@@ -2,8 +2,8 @@
 
 The kind of tokenizer and its pre-tokenizer are recognised from the rules in ``tokenizer.json`` itself, or in a
 SentencePiece ``tokenizer.model``; where the rules are in program code, by the name of the tokenizer's class. A rule
-that llama.cpp does not know is an error, never a guess. Where llama.cpp knows a rule but works some texts off otherwise
-than the original, the file says so under ``DIFFERENCES_KEY``.
+that llama.cpp does not know is an error, never a guess. Where llama.cpp knows a rule but works some texts off
+otherwise than the original, the file says so under ``DIFFERENCES_KEY``.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def tokenizer_entries(folder: Path, config: dict[str, Any], vocabulary: int) -> 
             rules = KNOWN[settings["tokenizer_class"]]
             return _from_definition(found, tiktoken_definition(path, rules, vocabulary), path)
         return _from_pieces(found, path)
+    except KeyError as error:
+        raise BadFile(f"{path} is not a tokenizer definition: it lacks {error}"[:300]) from error
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise BadFile(f"{path} or its settings are not a tokenizer definition: {str(error)[:200]!r}") from error
 
