@@ -374,6 +374,12 @@ def test_healed_experts_are_encoded_twice(pose: Pose) -> None:
                 assert healed.seconds(tensor, 4, name) == times * problem.seconds(tensor, 4, name) > 0
 
 
+def test_what_healing_takes_is_told_of_plans_that_are_healed(pose: Pose) -> None:
+    problem = replace(pose(file_limit=4 * MIB), healing=lambda plan: 10.0 * plan.kept)
+    assert must(candidate(problem, 4)).plan.predicted.heal_seconds == 0.0
+    assert must(candidate(replace(problem, heal=True), 4)).plan.predicted.heal_seconds == 40.0
+
+
 def test_a_plan_keeps_to_the_time_it_may_take(pose: Pose) -> None:
     problem = pose(memory=64 * MIB)
     rates = {"IQ1_S": 7e3, "IQ2_XXS": 1e3, "IQ3_XXS": 2e3, "Q4_K": 1e4, "Q6_K": 3e4, "Q8_0": 3e5}

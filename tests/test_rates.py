@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import toys
 
@@ -86,7 +87,7 @@ def test_another_type_has_its_own_rate_and_one_that_was_not_measured_none(archit
 
 
 def test_what_no_cache_holds_waits_for_the_memory_whatever_the_threads(architecture: Architecture) -> None:
-    slow = {"streams": [(1 << 10, 1e-6), (1 << 11, 1e-6)]}
+    slow = {"streams": [(1 << 10, 0.0), (1 << 11, 1e-6)]}
     alone, shared = timed(architecture, **slow), timed(architecture, threads=4, **slow)
     assert shared.decode_per_s > 3.5 * alone.decode_per_s
     limited = timed(architecture, threads=4, bandwidth=1e6, **slow)
@@ -94,6 +95,18 @@ def test_what_no_cache_holds_waits_for_the_memory_whatever_the_threads(architect
     # In a cache that is larger than the model, the memory does not matter.
     cached = {"streams": [(1 << 10, 0.0), (1 << 40, 0.0)]}
     assert timed(architecture, bandwidth=1e3, **cached) == timed(architecture, bandwidth=1e12, **cached)
+
+
+def test_fetching_weights_comes_on_top_of_multiplying_with_them(architecture: Architecture) -> None:
+    """Of the weights that a token meets, in bytes; the toy's are all in F32."""
+    near, far = timed(architecture), timed(architecture, streams=[(1 << 10, 1e-12), (1 << 11, 5e-12)])
+    weights = sum(
+        float(np.prod(tensor.shape)) * (toys.USED / toys.EXPERTS if tensor.is_expert else 1)
+        for tensor in architecture.tensors
+        if len(tensor.shape) > 1 and tensor.role != "embedding"
+    )
+    assert 1 / far.decode_per_s - 1 / near.decode_per_s == pytest.approx(4 * weights * 4e-12)
+    assert far.prefill_per_s == near.prefill_per_s
 
 
 def test_threads_share_products_but_not_the_rest(architecture: Architecture) -> None:

@@ -15,7 +15,7 @@ from edgeprune.measure.statistics import Statistics
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.family import Family
 from edgeprune.prove.report import Report
-from edgeprune.units import format_bytes
+from edgeprune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import Run
@@ -141,14 +141,20 @@ def plan(chosen: Plan, run: Run) -> list[str]:
         "",
         f"chosen: {experts_in_words(chosen.to_json(), ' per layer')} ({_chosen_by(chosen)}), "
         f"{format_bytes(predicted.file_bytes)}, {predicted.nats:.4g} nats per token predicted",
-        f"encoding takes {predicted.encode_seconds:.0f} s here"
-        + (", then the experts are healed" if chosen.heal else ""),
+        f"encoding takes {format_seconds(predicted.encode_seconds)} here"
+        + (_healing_in_words(predicted.heal_seconds) if chosen.heal else ""),
         *type_lines(folded(chosen, run.architecture)),
         "",
         f"plan    {run.folder.plan}",
         f"run it:  {chosen.launch.command('FILE')}",
     ]
     return lines
+
+
+def _healing_in_words(seconds: float) -> str:
+    return (
+        f", healing the experts about {format_seconds(seconds)} more" if seconds else ", then the experts are healed"
+    )
 
 
 def _chosen_by(plan: Plan) -> str:

@@ -49,6 +49,10 @@ def _as_it_is(plan: Plan) -> Plan:
     return plan
 
 
+def _no_time(_: Plan) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a plan is chosen for and from.
@@ -63,6 +67,7 @@ class Problem:
         heal: whether the plan's changed experts are healed.
         limit_seconds: most time to encode what changes type, on all cores.
         part_bytes: most bytes of one file if it is to be split, or 0.
+        healing: about how many seconds healing a plan takes here.
         reduced: makes of a plan that drops experts the one that merges them.
         rates: measured speed of the device's products, or None where its bandwidth has to do.
         width: channels that every expert keeps, or 0 for all; ``drop_nats`` is then of both.
@@ -88,6 +93,7 @@ class Problem:
     rates: KernelRates | None = None
     mtp: bool = False
     reduced: Callable[[Plan], Plan] = _as_it_is
+    healing: Callable[[Plan], float] = _no_time
     width: int = 0
     narrowing: str = ""
     channels: str = ""
@@ -271,7 +277,9 @@ def priced(
     )
     seconds = sum(problem.seconds(t, kept, types[t.name]) for t in problem.architecture.tensors if t.name in types)
     promised = _promised(plan, made, where, problem.dropped(kept), quant, solution.gap if solution else 0.0)
-    promised = replace(promised, predicted=replace(promised.predicted, encode_seconds=seconds))
+    healing = problem.healing(plan) if plan.heal else 0.0
+    times = replace(promised.predicted, encode_seconds=seconds, heal_seconds=healing)
+    promised = replace(promised, predicted=times)
     return Candidate(_timed(promised, problem), made)
 
 

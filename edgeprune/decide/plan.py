@@ -40,6 +40,7 @@ class Prediction:
         prefill_per_s: the same of a prompt, or 0 where it cannot be said.
         gap: proven relative gap to the best choice of types.
         encode_seconds: time to encode the tensors that change type, on the machine that made the plan.
+        heal_seconds: time that healing adds to it, about.
     """
 
     file_bytes: int = 0
@@ -51,6 +52,7 @@ class Prediction:
     prefill_per_s: float = 0.0
     gap: float = 0.0
     encode_seconds: float = 0.0
+    heal_seconds: float = 0.0
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Prediction:

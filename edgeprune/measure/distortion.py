@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -179,7 +180,8 @@ def measure(
         ``errors``: by tensor, by type: [as a product's weight, as a lookup table], relative squared errors; without
         the types that cannot hold the tensor's largest weight. ``rounding``: by tensor and block size, what rounding
         the inputs adds to the product's error. ``rates``: by type, weights per second that a thread
-        encodes; the first time, which fills the encoder's tables, is not among them.
+        encodes; the first time, which fills the encoder's tables, is not among them. ``products_per_s``: products of
+        two numbers that a thread sums up in float32 matrices.
     """
     file = GgufFile(Path(model))
     everything = read_architecture(file, mtp=mtp).tensors
@@ -203,4 +205,14 @@ def measure(
             results[name], rounded[name] = by_type, by_block
             if progress is not None:
                 progress(len(results), len(tensors))
-    return {"errors": results, "rounding": rounded, "rates": rates}
+    return {"errors": results, "rounding": rounded, "rates": rates, "products_per_s": _products_per_s()}
+
+
+def _products_per_s() -> float:
+    """Of float32 matrices of the size that healing multiplies, the best of a few times."""
+    matrix, best = np.ones((512, 512), np.float32), math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - started)
+    return len(matrix) ** 3 / best

@@ -78,6 +78,8 @@ class Sensitivity:
         rates: by type, weights per second that one thread of this machine encodes.
         rounding: by tensor and size of the blocks in which llama.cpp rounds activations: relative squared error that
             this adds to the product.
+        speeds: of this machine: ``tokens``, of the source per second while it is observed; ``products``, of float32
+            matrices per second and thread.
     """
 
     responses: dict[str, Response]
@@ -86,6 +88,7 @@ class Sensitivity:
     made_from: dict[str, Any]
     rates: dict[str, float] = field(default_factory=dict)
     rounding: dict[str, dict[int, float]] = field(default_factory=dict)
+    speeds: dict[str, float] = field(default_factory=dict)
 
     def nats(self, tensor: Tensor, type_name: str, share: float = 1.0) -> float:
         """Predicted cost in nats per token of giving ``tensor`` the type ``type_name``.
@@ -153,6 +156,7 @@ class Sensitivity:
             "rounding": {
                 name: {str(block): error for block, error in own.items()} for name, own in self.rounding.items()
             },
+            "speeds": self.speeds,
         }
 
     @classmethod
@@ -175,6 +179,7 @@ class Sensitivity:
                 dict(value["made_from"]),
                 {name: checked_number(f"rate of {name}", rate) for name, rate in value["rates"].items()},
                 {name: _rounding(name, own) for name, own in value["rounding"].items()},
+                {name: checked_number(f"speed of {name}", speed) for name, speed in value["speeds"].items()},
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise BadFile(f"the saved sensitivity is damaged: {error}") from error

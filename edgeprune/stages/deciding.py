@@ -117,6 +117,7 @@ class DecideStages(MergeStages):
             part_bytes=self.settings.part_bytes or 0,
             rates=self.rates,
             reduced=partial(self.merging, reduce=self.settings.reduce),
+            healing=self.healing_seconds,
         )
         return self.narrower(whole, self.width, self.settings.narrowing, counts) if self.width else whole
 

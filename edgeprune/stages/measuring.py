@@ -250,6 +250,7 @@ class MeasureStages(TextStages):
             measured = self._distortions(rounding["inputs"])
             found.distortions.update(measured["errors"])
             found.rates.update(measured["rates"])
+            found.speeds.update(tokens=rounding["tokens_per_s"], products=measured["products_per_s"])
             found.rounding.update(found.to_floor(measured["rounding"], rounding["floor"]))
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         return found
