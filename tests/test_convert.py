@@ -253,9 +253,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
     ),
     "no number of layers": ({"num_hidden_layers": ...}, BadFile, "has none of: num_hidden_layers"),
     "layers that are a text": ({"num_hidden_layers": "one"}, BadFile, "num_hidden_layers = 'one' is not a number"),
-    "no layers": ({"num_hidden_layers": 0}, BadFile, "num_hidden_layers = '0' is not a number"),
-    "a billion layers": ({"num_hidden_layers": 10**9}, BadFile, "num_hidden_layers = '1000000000'"),
-    "a billion experts": ({"num_experts": 10**9, "num_local_experts": 10**9}, BadFile, "num_experts = '1000000000'"),
+    "no layers": ({"num_hidden_layers": 0}, BadFile, "num_hidden_layers = 0 is not a number"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, BadFile, "num_hidden_layers = 1000000000"),
+    "a billion experts": ({"num_experts": 10**9, "num_local_experts": 10**9}, BadFile, "num_experts = 1000000000"),
     "more layers than there are": ({"num_hidden_layers": 2}, BadFile, "lacks tensor model.layers.1"),
     "more experts than there are": (
         {"num_experts": 9, "num_local_experts": 9},
@@ -538,3 +538,9 @@ def test_large_tensor_is_encoded_in_pieces() -> None:
     pieces = list(_piece_bytes(weights, "BF16", "x"))
     assert len(pieces) > 2 and b"".join(pieces) == weights.view(torch.uint8).numpy().tobytes()
     assert max(map(len, pieces)) <= 1 << 24
+
+
+def test_what_cannot_fit_is_told_before_a_checkpoint_is_converted(small: Path, tmp_path: Path) -> None:
+    done = run_edgeprune("plan", small, "--file-size", "20kB", "-o", "run", cwd=tmp_path)
+    assert done.returncode == 3 and "smallest plan" in done.stderr, done.stderr
+    assert not list(tmp_path.rglob("*.gguf"))

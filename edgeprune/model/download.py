@@ -22,15 +22,12 @@ from edgeprune.model import hub, selection
 from edgeprune.model.cached import COMMIT, NotHere, cached, holds
 from edgeprune.model.checkpoint import INDEX, Checkpoint
 from edgeprune.model.content import known_digest
-from edgeprune.model.convert import model_entries
-from edgeprune.model.gguf import DEFAULT_ALIGNMENT, file_bytes, header
+from edgeprune.model.convert import whole_header
 from edgeprune.model.headers import Header
 from edgeprune.model.hub import DEFAULT_REVISION, HubFile, Listing, Unreachable
 from edgeprune.model.location import HubName
 from edgeprune.model.planning import known_converter, plan_conversion
 from edgeprune.model.remote import Budget, NoRanges, remote_checkpoint, remote_config, remote_header
-from edgeprune.model.selection import CONFIG
-from edgeprune.model.tokenizer import tokenizer_entries
 from edgeprune.units import format_bytes
 
 Progress = Callable[[int, int], None]
@@ -131,10 +128,7 @@ def _require_use(
     folder = _place(listing, "")
     found = replace(found, folder=folder)
     planned = plan_conversion(found, aim.base, mtp=aim.mtp)
-    where = str(folder / CONFIG)
-    entries = model_entries(planned, listing.name.short, where)
-    entries += tokenizer_entries(folder, planned.settings.config, planned.vocabulary)
-    made = file_bytes(len(header(entries, planned.shapes, DEFAULT_ALIGNMENT)), planned.shapes, DEFAULT_ALIGNMENT)
+    made = whole_header(planned, listing.name.short, folder)[0].nbytes
     aim.look(found)
     old = aim.output.stat().st_size if aim.output.is_file() else 0
     _require_room(listing.name, download.missing(weights), max(made - old, 0), aim.output)

@@ -11,10 +11,10 @@ from edgeprune.measure import child
 from edgeprune.measure.memory import require_loadable
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import Checkpoint
-from edgeprune.model.convert import bare_header
-from edgeprune.model.headers import read_header
+from edgeprune.model.convert import bare_header, whole_header
+from edgeprune.model.headers import Header, read_header
 from edgeprune.model.planning import Conversion, plan_conversion
-from edgeprune.model.tokenizer import DIFFERENCES_KEY, tokenizer_entries
+from edgeprune.model.tokenizer import DIFFERENCES_KEY
 from edgeprune.settings import Listener
 
 # src/llama-model-loader.cpp, check_tensor_dims
@@ -83,22 +83,24 @@ class Scrutiny:
     Attributes:
         listener: who is told.
         base, mtp: as for ``plan_conversion``.
+        name: of the model, for people.
         done: whether it has been looked at.
     """
 
     listener: Listener
     base: str = "auto"
     mtp: bool = False
+    name: str = ""
     done: bool = False
 
-    def __call__(self, checkpoint: Checkpoint) -> Conversion:
-        """``require_convertible``, its tokenizer included."""
+    def __call__(self, checkpoint: Checkpoint) -> Header:
+        """``require_convertible``, its tokenizer included; the header of its GGUF."""
         planned = require_convertible(checkpoint, self.base, mtp=self.mtp)
-        entries = tokenizer_entries(checkpoint.folder, planned.settings.config, planned.vocabulary)
+        whole, tokenizer = whole_header(planned, self.name or checkpoint.folder.name, checkpoint.folder)
         if not self.done:
-            for line in next((entry.value() for entry in entries if entry.key == DIFFERENCES_KEY), []):
+            for line in next((entry.value() for entry in tokenizer if entry.key == DIFFERENCES_KEY), []):
                 self.listener.say(f"tokenizer: {line}")
             for line in planned.remarks:
                 self.listener.say(line)
         self.done = True
-        return planned
+        return read_header(whole, checkpoint.folder / "config.json")

@@ -19,10 +19,10 @@ from edgeprune.measure.launch import Launch
 from edgeprune.measure.rates import KernelRates, kernel_rates
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY, bare_header, without_weights
+from edgeprune.model.convert import SOURCE_KEY, without_weights
 from edgeprune.model.download import Aim, fetch
 from edgeprune.model.gguf import GgufFile
-from edgeprune.model.headers import Header, read_header
+from edgeprune.model.headers import Header
 from edgeprune.model.layout import layout
 from edgeprune.model.location import HubName, located
 from edgeprune.model.parts import first_part
@@ -83,10 +83,9 @@ class SourceStages:
             EdgepruneError: it cannot be converted, llama.cpp does not take it, or it is of no use here.
         """
         if isinstance(model, Checkpoint):
-            where = model.folder / "config.json"
-            header = read_header(bare_header(self._scrutiny(model), self._name(model.folder), str(where)), where)
-        else:
-            header = without_weights(model, read_architecture(model).vocabulary)
+            self._scrutiny.name = self._name(model.folder)
+            model = self._scrutiny(model)
+        header = without_weights(model, read_architecture(model).vocabulary)
         if memory.takes_shadows(header.size):
             self._require_use(header)
 
