@@ -72,13 +72,15 @@ def speed(
         one, many = (rates.experts, rates.experts_batch) if tensor.is_expert else (rates.dense, rates.dense_batch)
         if kind not in one or kind not in many:
             return None
+        row = tensor.kept_shape(kept, width)[0]
         bytes_per_weight = ggml.BY_NAME[kind].bits_per_weight / 8
         # Products were measured with weights in the nearest cache; fetching them from further off comes on top, and
         # threads together are not faster than the memory with what no cache holds.
-        alone = one[kind] + bytes_per_weight * fetching
+        alone = one[kind] + bytes_per_weight * fetching + rates.rows[0] / row
         decode += work * max(alone / threads, bytes_per_weight * least)
         # Only the last token of a prompt has logits.
-        prefill += work * many[kind] / threads / (prompt_tokens if tensor.role in ("output", "embedding") else 1)
+        together = many[kind] + rates.rows[1] / row
+        prefill += work * together / threads / (prompt_tokens if tensor.role in ("output", "embedding") else 1)
     decode += _besides(architecture, rates.besides)
     prefill += _besides(architecture, rates.besides_batch)
     return Speed(1 / prefill, 1 / decode)
