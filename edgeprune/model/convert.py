@@ -177,13 +177,13 @@ def without_weights(far: Header, vocabulary: int) -> Header:
 
     Args:
         vocabulary: rows of the embedding matrix, which have numbers instead of words; as much padding makes up for
-            these, so that a file of it is as large.
+            these, so that a file of it is as large, but for the alignment.
     """
     entries = [entry for entry in far.entries.values() if entry.raw]  # what was skipped of a far file
     bare = without_vocabulary(entries, vocabulary)
     shapes = [TensorShape(info.name, info.shape, info.type) for info in far.tensors.values()]
     empty = header([*bare, make_entry(_PADDING, "str", "")], shapes, far.alignment)
-    missing = far.data_offset - len(empty)
+    missing = far.data_offset - len(empty) - far.alignment  # never larger, whatever is added to it
     bare.append(make_entry(_PADDING, "str", " " * max(missing, 0)))
     own = {entry.key: entry for entry in bare}
     return Header(far.path, own, far.tensors, far.alignment, far.data_offset, far.size)
