@@ -12,7 +12,7 @@ from edgeprune.measure.launch import Launch
 from edgeprune.measure.memory import Needs, price_each
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture
-from edgeprune.model.convert import without_vocabulary
+from edgeprune.model.convert import without_weights
 from edgeprune.model.headers import Header
 from edgeprune.model.layout import layout
 from edgeprune.units import format_bytes
@@ -103,11 +103,9 @@ def _priced(
 ) -> tuple[Mapping[Launch, Needs], str]:
     different = list(dict.fromkeys(launches))
     if header is not None:
-        entries = [entry for entry in header.entries.values() if entry.raw]  # what was skipped of a far file
-        bare = {entry.key: entry for entry in without_vocabulary(entries, architecture.vocabulary)}
-        whole = Header(header.path, bare, header.tensors, header.alignment, header.data_offset, header.size)
+        bare = without_weights(header, architecture.vocabulary)
         try:
-            made = layout(whole, architecture, architecture.experts, {}, [])
+            made = layout(bare, architecture, architecture.experts, {}, [])
             needs = [_steady(own) for own in price_each(made, different, architecture)]
         except EdgepruneError as error:
             cause = error.cause

@@ -20,12 +20,13 @@ from edgeprune.model.gguf import GgufFile
 from edgeprune.model.headers import Header, read_header
 from edgeprune.model.hub import Unreachable
 from edgeprune.model.location import HubName, located
-from edgeprune.model.planning import OUTPUT, Conversion, plan_conversion
+from edgeprune.model.planning import OUTPUT, Conversion
 from edgeprune.model.quantised import FP8, MXFP4
 from edgeprune.model.remote import Budget, remote_checkpoint, remote_header
 from edgeprune.model.selection import chosen_gguf, has_checkpoint
 from edgeprune.model.tokenizer import DIFFERENCES_KEY, tokenizer_entries
 from edgeprune.model.values import MOST_HEADS, extra_layers, language_config, lookup, prefix_of
+from edgeprune.stages.converting import require_convertible
 from edgeprune.units import format_bytes
 
 _NAMED_ROLES = {
@@ -175,7 +176,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, total: int) -> Inspection:
     ]
     stored = dict(checkpoint.stored)
     try:
-        planned = plan_conversion(checkpoint)
+        planned = require_convertible(checkpoint)
         where = checkpoint.folder / "config.json"
         header = read_header(bare_header(planned, checkpoint.folder.name, str(where)), where)
         architecture = read_architecture(header)

@@ -32,6 +32,17 @@ class Listener(Protocol):
         """A stage that takes a while; the context gives a callback for steps done and steps in all."""
 
 
+class Silent:
+    """A listener who hears nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, title: str) -> contextlib.AbstractContextManager[Progress]:
+        """Nothing, either."""
+        return contextlib.nullcontext(lambda done, total: None)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the user asked for.
@@ -122,6 +133,11 @@ class Settings:
             raise UsageError(f"{self.folder} is the source itself", hint="choose another folder with -o")
         if self.device not in (None, "auto"):
             find_profile(self.device)  # a typo is found before a large checkpoint is converted
+
+    @property
+    def has_target(self) -> bool:
+        """Whether there is anything that a model is to be fitted to."""
+        return any(target is not None for target in (self.device, self.memory_bytes, self.file_bytes))
 
     @property
     def target(self) -> str:

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import toys
 
+from edgeprune.model.converter import COMPUTED_OTHERWISE
+
 if TYPE_CHECKING:
     import torch
 
 EXPERTS, KEPT = 8, 4
+KEPT_ON_REQUEST = "blocks that predict further tokens with `--mtp keep`"
 
 
 @dataclass(frozen=True)
@@ -325,7 +328,7 @@ FAMILIES: dict[str, Family] = {
             "groups of experts": {"n_group": 4, "topk_group": 2, "norm_topk_prob": False},
         },
         experts="n_routed_experts",
-        note="blocks that predict further tokens are left out",
+        note=f"{KEPT_ON_REQUEST}; llama.cpp centres the last norm of theirs, the original does not",
         real=(
             {
                 "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
@@ -348,7 +351,7 @@ FAMILIES: dict[str, Family] = {
         {**_LINEAR, "intermediate_size": 256, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}},
         variants={"as many value heads as key heads": {"linear_num_value_heads": 2}},
         center=0.0,
-        note="blocks that predict further tokens are left out",
+        note=KEPT_ON_REQUEST,
         real=({}, 79.7),
     ),
     "qwen3_5_moe": Family(
@@ -376,7 +379,7 @@ FAMILIES: dict[str, Family] = {
             },
         },
         center=0.0,
-        note="text only; vision and blocks that predict further tokens are left out",
+        note=f"text only; vision is left out; {KEPT_ON_REQUEST}",
     ),
     "qwen2_moe": Family(
         "qwen2moe",
@@ -472,7 +475,7 @@ FAMILIES: dict[str, Family] = {
         },
         variants={"without groups or scaling": {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE}},
         experts="n_routed_experts",
-        note="blocks that predict further tokens with `--mtp keep`",
+        note=KEPT_ON_REQUEST,
         real=({}, 671.0),
     ),
     "glm4_moe": Family(
@@ -496,7 +499,7 @@ FAMILIES: dict[str, Family] = {
         },
         variants={"without norms of query and key": {"use_qk_norm": False}},
         experts="n_routed_experts",
-        note="blocks that predict further tokens with `--mtp keep`",
+        note=KEPT_ON_REQUEST,
         real=({"head_dim": 128, "attention_bias": True}, 106.9),
     ),
     "glm4_moe_lite": Family(
@@ -524,7 +527,7 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": 1e-05,
         },
         experts="n_routed_experts",
-        note="blocks that predict further tokens with `--mtp keep`",
+        note=KEPT_ON_REQUEST,
         real=({}, 29.9),
     ),
     "dots1": Family(
@@ -621,7 +624,7 @@ FAMILIES: dict[str, Family] = {
         },
         experts="moe_num_experts",
         tokenizer="sentencepiece",
-        note="blocks that predict further tokens are left out",
+        note="blocks that predict further tokens are left out: llama.cpp has no graph for them",
         real=({}, 21.8),
     ),
     "hunyuan_v1_moe": Family(
@@ -661,6 +664,7 @@ FAMILIES: dict[str, Family] = {
             },
         },
         variants={"without alpha": {"rope_parameters": ROPE}},
+        note="the tokenizer may be `hy.tiktoken`",
         real=(
             {
                 "num_experts": 64,
@@ -737,6 +741,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Families that llama.cpp runs and computes otherwise: its architecture, and published models.
+OTHERWISE = {"phimoe": ("phimoe", "Phi-3.5-MoE")}
+
+
 def literal(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The whole literal configuration of family ``name``."""
     family = FAMILIES[name]
@@ -811,6 +819,11 @@ def readme_table() -> str:
     for name, family in sorted(FAMILIES.items()):
         examples, variants = ", ".join(family.examples), ", ".join(family.variants)
         rows.append(f"| `{name}` | `{family.arch}` | {examples} | {variants} | {family.note} |")
+    for name, reason in COMPUTED_OTHERWISE.items():
+        arch, examples = OTHERWISE[name]
+        rows.append(
+            f"| `{name}` | `{arch}` | {examples} | | refused, because llama.cpp computes it wrongly: {reason} |"
+        )
     return "\n".join(rows) + "\n"
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ import toys
 import transformers
 from agreement import divergence, log_probabilities, token_windows, transformers_log_probabilities
 from families import FAMILIES
+from family_checks import assert_same, assert_same_file, copied, loaded
 from observed import collected
-from safetensors.torch import load_file, save_file
 
 from edgeprune import inspection
 from edgeprune.build import builder
@@ -32,59 +30,17 @@ from edgeprune.measure.launch import Launch
 from edgeprune.measure.replay import LayerExperts, activation_of
 from edgeprune.measure.routing import preference
 from edgeprune.model.architecture import read_architecture
-from edgeprune.model.checkpoint import INDEX, SINGLE, Checkpoint, Stored, open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY, bare_header, convert
+from edgeprune.model.checkpoint import Checkpoint, Stored, open_checkpoint
+from edgeprune.model.convert import bare_header, convert
 from edgeprune.model.converter import load_converter, shipped_converters
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.planning import plan_conversion
 from edgeprune.model.rope import FREQUENCIES
-from edgeprune.stages.converting import checked_plan
+
+pytest_plugins = ("family_fixtures",)
 
 CASES = [(name, "") for name in FAMILIES] + [(name, case) for name in FAMILIES for case in FAMILIES[name].variants]
 CASE_NAMES = [f"{name}, {case}" if case else name for name, case in CASES]
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, own_home: Path) -> Any:
-    """Checkpoint and F32 GGUF of a family's case, made when first asked for. Do not change them."""
-    known: dict[tuple[str, str], tuple[Path, Path]] = {}
-
-    def make(name: str, case: str = "") -> tuple[Path, Path]:
-        if (name, case) not in known:
-            folder = tmp_path_factory.mktemp("families")
-            checkpoint = families.make_checkpoint(name, folder / name, changes_of(name, case))
-            convert(checkpoint, folder / "model.gguf", "f32")
-            known[name, case] = checkpoint, folder / "model.gguf"
-        return known[name, case]
-
-    return make
-
-
-def changes_of(name: str, case: str) -> Mapping[str, Any]:
-    return FAMILIES[name].variants[case] if case else {}
-
-
-def loaded(name: str, checkpoint: Path) -> Any:
-    auto = getattr(transformers, FAMILIES[name].auto)
-    return auto.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def assert_same(expected: torch.Tensor, found: torch.Tensor) -> None:
-    spread = -(expected.exp() * expected).sum(-1).mean()
-    assert spread < 0.85 * torch.log(torch.tensor(float(expected.shape[-1])))  # not flat
-    nats, same = divergence(expected, found)
-    assert nats < 1e-5 and same == 1.0, (nats, same)
-
-
-def assert_same_file(one: Path, two: Path, but: str = "") -> None:
-    """The same tensors and metadata, but for the name, the digest of the checkpoint and the key ``but``."""
-    first, second = GgufFile(one), GgufFile(two)
-    assert list(first.tensors) == list(second.tensors)
-    for tensor in first.tensors:
-        assert np.array_equal(first.raw(tensor), second.raw(tensor)), tensor
-    own = (SOURCE_KEY, "general.name", but)
-    left, right = ({k: e.raw for k, e in file.entries.items() if k not in own} for file in (first, second))
-    assert left == right
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=CASE_NAMES)
@@ -277,14 +233,6 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
 CHANGES = [(name, changes, cause) for name, cases in REFUSED.items() for changes, cause in cases]
 
 
-def copied(checkpoint: Path, folder: Path) -> Path:
-    """A checkpoint whose small files may be changed; the weights are the same file."""
-    folder.mkdir()
-    for path in checkpoint.iterdir():
-        (os.link if path.suffix == ".safetensors" else shutil.copyfile)(path, folder / path.name)
-    return folder
-
-
 @pytest.mark.parametrize(("name", "changes", "cause"), CHANGES, ids=[f"{n}, {', '.join(c)}" for n, c, _ in CHANGES])
 def test_configuration_that_the_graph_does_not_compute_is_refused(
     name: str, changes: dict[str, Any], cause: str, made: Any, tmp_path: Path
@@ -294,93 +242,6 @@ def test_configuration_that_the_graph_does_not_compute_is_refused(
     with pytest.raises(Unsupported, match=cause) as refusal:
         convert(folder, tmp_path / "model.gguf")
     assert "\n" not in refusal.value.cause and not (tmp_path / "model.gguf").exists()
-
-
-EXTRA = {
-    "deepseek_v3": ("model.layers.3.eh_proj.weight", "num_nextn_predict_layers", "num_mtp_layers"),
-    "glm4_moe": ("model.layers.3.shared_head.norm.weight", "num_nextn_predict_layers", "num_mtp_layers"),
-    "glm4_moe_lite": ("model.layers.3.enorm.weight", "num_nextn_predict_layers", "num_mtp_layers"),
-}
-
-
-@pytest.mark.parametrize("name", EXTRA)
-def test_blocks_that_predict_further_tokens_are_left_out_with_a_remark(name: str, made: Any, tmp_path: Path) -> None:
-    checkpoint, gguf = made(name)
-    folder = copied(checkpoint, tmp_path / "model")
-    tensor, count, other = EXTRA[name]
-    save_file({tensor: torch.ones(256)}, folder / "extra.safetensors")
-    (folder / SINGLE).rename(folder / "first.safetensors")
-    weight_map = dict.fromkeys(open_checkpoint(checkpoint).stored, "first.safetensors") | {
-        tensor: "extra.safetensors"
-    }
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    toys.change_json(folder / "config.json", **{count: 1, other: ...})
-    remarks = convert(folder, tmp_path / "model.gguf", "f32")
-    assert remarks == ["left out: blocks that predict further tokens, 1 tensors of 1.00 KiB"]
-    assert_same_file(gguf, tmp_path / "model.gguf")
-    toys.change_json(folder / "config.json", **{count: 0})
-    with pytest.raises(Unsupported, match=f"1 tensors that {name} does not: {tensor}"):
-        convert(folder, tmp_path / "model.gguf", "f32")
-
-
-def with_further_block(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint with one block behind the last, made of it, and what such a block has beside."""
-    copied(checkpoint, folder)
-    weights = load_file(folder / SINGLE)
-    last, own = "model.layers.2.", "model.layers.3."
-    width = weights["model.norm.weight"].shape[0]
-    weights |= {
-        name.replace(last, own): 0.9 * value for name, value in list(weights.items()) if name.startswith(last)
-    }
-    weights[f"{own}eh_proj.weight"] = torch.randn(width, 2 * width)
-    weights |= {f"{own}{norm}.weight": torch.rand(width) for norm in ("enorm", "hnorm", "shared_head.norm")}
-    weights[f"{own}embed_tokens.weight"] = torch.randn(weights["model.embed_tokens.weight"].shape)
-    save_file(weights, folder / SINGLE)
-    toys.change_json(folder / "config.json", num_nextn_predict_layers=1, num_mtp_layers=...)
-    return folder
-
-
-def loads_for_speculation(path: Path) -> bool:
-    """Whether llama.cpp takes the file with its further blocks, and has a graph for them."""
-    import llama_cpp.llama_cpp as binding
-
-    from edgeprune.measure.llama import Log
-
-    log = Log()
-    params = binding.llama_model_default_params()
-    params.load_mtp, params.n_gpu_layers = True, 0
-    model = binding.llama_model_load_from_file(str(path).encode(), params)
-    assert model, log.errors()
-    settings = binding.llama_context_default_params()
-    settings.n_ctx, settings.ctx_type = 64, 1  # LLAMA_CONTEXT_TYPE_MTP
-    context = binding.llama_init_from_model(model, settings)
-    if context:
-        binding.llama_free(context)
-    binding.llama_model_free(model)
-    return bool(context)
-
-
-@pytest.mark.parametrize("name", EXTRA)
-def test_blocks_that_predict_further_tokens_are_kept_on_request(name: str, made: Any, tmp_path: Path) -> None:
-    checkpoint, gguf = made(name)
-    folder = with_further_block(checkpoint, tmp_path / "model")
-    assert convert(folder, tmp_path / "kept.gguf", "f32", mtp=True) == []
-    file = GgufFile(tmp_path / "kept.gguf")
-    arch = file.get("general.architecture")
-    assert (file.get(f"{arch}.block_count"), file.get(f"{arch}.nextn_predict_layers")) == (4, 1)
-    assert checked_plan(folder, mtp=True).settings.further == 1
-    assert loads_for_speculation(tmp_path / "kept.gguf") and not loads_for_speculation(gguf)
-    weights = load_file(folder / SINGLE)
-    for ours, theirs in (("nextn.eh_proj", "eh_proj"), ("nextn.shared_head_norm", "shared_head.norm")):
-        raw = file.raw(f"blk.3.{ours}.weight").view(np.float32)
-        np.testing.assert_array_equal(raw, weights[f"model.layers.3.{theirs}.weight"].numpy().reshape(-1))
-    tokens = token_windows(checkpoint, tmp_path).tolist()
-    assert torch.equal(log_probabilities(tmp_path / "kept.gguf", tokens), log_probabilities(gguf, tokens))
-    (remark,) = convert(folder, tmp_path / "dropped.gguf", "f32")
-    assert remark.startswith("left out: blocks that predict further tokens, ")
-    assert_same_file(gguf, tmp_path / "dropped.gguf")
-    toys.change_json(folder / "config.json", num_nextn_predict_layers=1)
-    assert convert(copied(checkpoint, tmp_path / "none"), tmp_path / "none.gguf", "f32", mtp=True) == []
 
 
 def test_experts_of_a_llama_4_with_128_of_them_stay(tmp_path: Path) -> None:

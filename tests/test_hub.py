@@ -23,6 +23,7 @@ from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.hub import Unreachable, repo_folder
 from edgeprune.model.location import HubName, hub_name, located
+from edgeprune.settings import Silent
 from edgeprune.stages.source import found_at
 
 pytest_plugins = ("hub_fixtures",)
@@ -157,18 +158,6 @@ def test_checkpoint_is_downloaded_without_what_it_does_not_need(
     whole = {path.name for path in toy_checkpoint("qwen3_moe").iterdir()}
     assert {path.name for path in folder.iterdir()} == whole | {"README.md"}
     assert found_at("maker/toy", Silent()) == folder
-
-
-class Silent:
-    """A listener who hears nothing."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    def progress(self, title: str) -> Any:
-        import contextlib
-
-        return contextlib.nullcontext(lambda done, total: None)
 
 
 @pytest.mark.parametrize(
@@ -618,6 +607,84 @@ def test_commands_refuse_before_they_download(hub: hub_files.Hub, toy_checkpoint
             done.returncode == 1 and "quantised already, as 'awq'" in done.stderr and "Traceback" not in done.stderr
         )
     assert not list(repo_folder(HubName("maker/toy")).rglob("*.safetensors"))
+
+
+def weights_fetched() -> list[Path]:
+    """Files of weights in the cache, or begun."""
+    cache = Path(constants.HF_HUB_CACHE)
+    return [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size > 1 << 20]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "GGUF"])
+@pytest.mark.parametrize("command", ["plan", "calibrate"])
+def test_what_llama_cpp_does_not_take_is_refused_before_weights_are_fetched(
+    command: str, kind: str, hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    """Weights are of another shape than the numbers say."""
+    if kind == "checkpoint":
+        folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+        toys.change_json(folder / "config.json", num_attention_heads=8)
+        hub.add_folder("maker/toy", folder)
+    else:
+        more = [("attention.head_count", "u32", 8)]
+        hub.add("maker/toy", {"bad.gguf": toys.synthetic_gguf(tmp_path / "bad.gguf", extra=more)})
+    target = ["--file-size", "900kB"] if command == "plan" else []
+    done = run_edgeprune(command, "maker/toy", *target, "-o", "run", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert ("does not fit config.json" if kind == "checkpoint" else "wrong shape") in done.stderr
+    assert "Traceback" not in done.stderr and weights_fetched() == []
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "GGUF"])
+def test_what_does_not_fit_is_told_before_weights_are_fetched(
+    kind: str,
+    hub: hub_files.Hub,
+    toy_checkpoint: toys.Maker,
+    toy_gguf: toys.Maker,
+    synthetic: toys.Maker,
+    tmp_path: Path,
+) -> None:
+    if kind == "checkpoint":
+        hub.add_folder("maker/toy", toy_checkpoint("qwen3_moe"))
+    else:
+        hub.add("maker/toy", {"toy-F32.gguf": synthetic("qwen3moe")})
+    for command in ("plan", "fit"):
+        done = run_edgeprune(command, "maker/toy", "--file-size", "200kB", "-o", "run", cwd=tmp_path)
+        assert done.returncode == 3 and "smallest plan" in done.stderr, done.stderr
+        assert "error: toy" in done.stderr and weights_fetched() == []
+    longer = run_edgeprune(
+        "plan", "maker/toy", "--file-size", "900kB", "--context", "4096", "-o", "run", cwd=tmp_path
+    )
+    assert longer.returncode == 2 and "is longer than the model's" in longer.stderr and weights_fetched() == []
+    here = (synthetic if kind == "GGUF" else toy_gguf)("qwen3moe" if kind == "GGUF" else "qwen3_moe")
+    local = run_edgeprune("plan", here, "--file-size", "200kB", "-o", "local", cwd=tmp_path)
+    least = [re.search(r"--file-size (\d+)B", text) for text in (done.stderr, local.stderr)]
+    assert least[0] and least[1]
+    # The vocabulary counts, though it was not fetched; the name differs, and so may the alignment.
+    assert 0 <= int(least[1][1]) - int(least[0][1]) <= 128
+
+
+def test_a_gguf_is_not_fetched_to_be_converted(hub: hub_files.Hub, synthetic: toys.Maker, tmp_path: Path) -> None:
+    hub.add("maker/toy", {"toy-F32.gguf": synthetic("qwen3moe")})
+    done = run_edgeprune("convert", "maker/toy", "out.gguf", cwd=tmp_path)
+    assert done.returncode == 2 and "is a GGUF, which needs no conversion" in done.stderr and weights_fetched() == []
+
+
+def test_how_the_tokenizer_will_differ_is_told_once_and_before_weights_are_fetched(
+    hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["normalizer"] = {"type": "NFC"}
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    repository = hub.add_folder("maker/toy", folder)
+    right = repository.files["model.safetensors"]
+    repository.files["model.safetensors"] = hub_files.stored(folder / "model.safetensors", "d" * 64)
+    for expected in (1, 0):
+        done = run_edgeprune("convert", "maker/toy", "out.gguf", cwd=tmp_path)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("tokenizer: ") and "NFC" in line]
+        assert (done.returncode, len(lines)) == (expected, 1), done.stderr
+        repository.files["model.safetensors"] = right
 
 
 def test_further_chat_templates_are_fetched_and_converted(

@@ -122,6 +122,13 @@ def test_a_checkpoint_that_can_be_converted_is_its_gguf(toy_checkpoint: toys.Mak
         assert facts[key] == others[key]
 
 
+def test_shapes_that_llama_cpp_does_not_take_are_named(toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    toys.change_json(folder / "config.json", num_attention_heads=8)
+    refusal = dict(inspect_model(str(folder)).facts)["conversion"]
+    assert "self_attn.q_proj.weight has the shape [256, 256], which does not fit config.json" in refusal
+
+
 def test_fp8_is_counted_as_the_bf16_that_it_becomes(tmp_path: Path) -> None:
     folder = sparse(tmp_path / "fp8", experts=8, used=2, width=1024, hidden=1024, stacked=False, dtype="F8_E4M3")
     plain = sparse(tmp_path / "bf16", experts=8, used=2, width=1024, hidden=1024, stacked=False)

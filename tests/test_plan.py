@@ -50,6 +50,13 @@ def plan(**changes: Any) -> Plan:
     return Plan(**{**values, **changes})
 
 
+def test_a_prediction_of_nothing_is_read_as_it_was_written() -> None:
+    """A sum of nothing is a whole number, which JSON keeps apart from a fraction."""
+    made = plan(predicted=Prediction(nats=sum([]), encode_seconds=0))
+    written = made.to_json()
+    assert Plan.from_json(json.loads(json.dumps(written)), "plan.json").to_json() == written
+
+
 def test_plan_survives_json_and_the_disk(architecture: Architecture, tmp_path: Path) -> None:
     original = plan()
     original.check(architecture)

@@ -375,6 +375,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
         f"token id {toys.VOCABULARY}, the model {toys.VOCABULARY} embeddings",
     ),
     "no model": (set_path("model", value=None), "not a tokenizer definition"),
+    "an empty model": (set_path("model", value={}), "is not a tokenizer definition: it lacks 'type'"),
     "a vocabulary that is a list": (set_path("model", "vocab", value=["a"]), "not a tokenizer definition"),
     "pieces without scores": (set_path("model", "type", value="Unigram"), "not a tokenizer definition"),
     "ids that are texts": (set_path("model", "vocab", "zzz", value="7"), "not a tokenizer definition"),

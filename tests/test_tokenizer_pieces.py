@@ -182,7 +182,7 @@ def test_no_damage_is_more_than_an_explained_error(tmp_path: Path) -> None:
 OTHERS = {
     "tiktoken.model": (b"IQ== 0\nIg== 1\n", "tiktoken vocabulary"),
     "tokenizer.model": (b"IQ== 0\nIg== 1\n", "tiktoken vocabulary"),
-    "hy.tiktoken": (b"IQ== 0\r\nIg== 1\r\n", "tiktoken vocabulary"),
+    "qwen.tiktoken": (b"IQ== 0\r\nIg== 1\r\n", "tiktoken vocabulary"),
     "tekken.json": (b"{}", "tekken.json but no tokenizer.json"),
     "vocab.json": (b"{}", "vocab.json but no tokenizer.json"),
 }

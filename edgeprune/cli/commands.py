@@ -263,18 +263,30 @@ def profiles(name: str | None, as_json: bool) -> None:
 def convert(checkpoint: str, output: Path, base: str, mtp: str) -> None:
     """Convert a Hugging Face CHECKPOINT, a folder, ORG/NAME on the Hub, or 'demo', to the GGUF file OUTPUT."""
     from edgeprune.cli.console import Console
+    from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
     from edgeprune.model.convert import check_output
+    from edgeprune.model.download import Aim
+    from edgeprune.model.headers import Header
     from edgeprune.settings import KEEP
-    from edgeprune.stages.converting import checked_plan, convert_checked
+    from edgeprune.stages.converting import Scrutiny, convert_checked
     from edgeprune.stages.source import found_at, hub_short_name
 
     console = Console()
-    folder = found_at(checkpoint, console, output, base)
+    scrutiny = Scrutiny(console, base, mtp == KEEP)
+    hint = "give a folder, ORG/NAME on the Hub, or `demo`"
+
+    def look(model: Checkpoint | Header) -> None:
+        if not isinstance(model, Checkpoint):
+            raise UsageError(f"{checkpoint} is a GGUF, which needs no conversion", hint=hint)
+        scrutiny(model)
+
+    folder = found_at(checkpoint, console, Aim(output, base, scrutiny.mtp, look))
     if not folder.is_dir():
-        raise UsageError(f"no checkpoint folder {checkpoint}", hint="give a folder, ORG/NAME on the Hub, or `demo`")
+        raise UsageError(f"{checkpoint} is no folder with a checkpoint", hint=hint)
     check_output(folder, output)
-    checked_plan(folder, base, mtp=mtp == KEEP)
-    convert_checked(folder, output, console, base=base, name=hub_short_name(checkpoint), mtp=mtp == KEEP)
+    if not scrutiny.done:
+        scrutiny(open_checkpoint(folder))
+    convert_checked(folder, output, console, base=base, name=hub_short_name(checkpoint), mtp=scrutiny.mtp)
     click.echo(str(output))
 
 
@@ -306,7 +318,7 @@ def calibrate(source: str, merge: tuple[Path, ...], **options: Any) -> None:
             f"--merge joins what was measured before, and {option} says what to measure",
             hint="calibrate on that text in a folder of its own, then merge both",
         )
-    settings = _settings(source, {**options, "device": "auto"})
+    settings = _settings(source, options)
     with pipeline.opened(settings, Console()) as run:
         statistics = run.merge(merge) if merge else run.statistics
         lines = show.statistics(statistics, run.folder.path)
@@ -408,7 +420,7 @@ def compare(model: str, fractions: tuple[float, ...], methods: str | None, seeds
     from edgeprune.cli import show
     from edgeprune.cli.console import Console
 
-    settings = _settings(model, {**options, "device": "auto"})
+    settings = _settings(model, options)
     names = None if methods is None else tuple(name.strip() for name in methods.split(",") if name.strip())
     if names is not None and not names:
         raise UsageError("--methods names none", hint="leave it out to compare all that need no gradients")

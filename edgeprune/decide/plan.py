@@ -54,6 +54,11 @@ class Prediction:
     encode_seconds: float = 0.0
     heal_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, kind in type(self).__annotations__.items():
+            if kind == "float":  # the sum of nothing is the whole number 0, and has to be written as what is read
+                object.__setattr__(self, name, float(getattr(self, name)))
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Prediction:
         """The prediction in ``value``; what it leaves out is 0.

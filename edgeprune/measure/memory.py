@@ -108,12 +108,18 @@ def require_loadable(file: Holed, name: str) -> None:
         BadFile: it refuses the file; the rows say why.
         NativeCrash: it aborts on it.
     """
+    if takes_shadows(file.nbytes):
+        _asked(file, [Launch()], name)
+
+
+def takes_shadows(nbytes: int) -> bool:
+    """Whether the temporary folder takes files of that length, all of them a hole."""
     with tempfile.TemporaryFile(prefix="edgeprune-") as trial:
         try:
-            trial.truncate(file.nbytes)
+            trial.truncate(nbytes)
         except OSError:
-            return
-    _asked(file, [Launch()], name)
+            return False
+    return True
 
 
 def _asked(file: Holed, launches: Sequence[Launch], name: str) -> list[dict[str, Any]]:

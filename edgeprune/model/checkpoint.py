@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_SMALL = (".json", ".jinja", ".model", ".txt")
+# Of what a checkpoint needs beside its weights: configurations, tokenizers, chat templates.
+SMALL = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 # Raised when conversion changes its result, so that converted files are made again.
 CONVERSION_FORMAT = 1
 LARGEST_HEADER = 100_000_000
@@ -305,7 +306,7 @@ def parsed_config(content: bytes, where: str) -> dict[str, Any]:
 def _small_files(folder: Path) -> list[Path]:
     """Configurations, tokenizer and chat templates: all that is read of a checkpoint beside its weights."""
     inside = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")]
-    return sorted(path for path in inside if path.suffix in _SMALL and path.is_file())
+    return sorted(path for path in inside if path.suffix in SMALL and path.is_file())
 
 
 def _require_inside(folder: Path, shard: str) -> None:

@@ -10,8 +10,8 @@ from edgeprune.errors import BadFile, Unsupported, UsageError
 from edgeprune.files import atomic_writer, require_space
 from edgeprune.model import ggml
 from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
-from edgeprune.model.gguf import DEFAULT_ALIGNMENT, MAGIC, Entry, align, file_bytes, header, make_entry
-from edgeprune.model.headers import Holed
+from edgeprune.model.gguf import DEFAULT_ALIGNMENT, MAGIC, Entry, TensorShape, align, file_bytes, header, make_entry
+from edgeprune.model.headers import Header, Holed
 from edgeprune.model.planning import FLOATS, Conversion, Planned, naming, plan_conversion
 from edgeprune.model.quantised import MXFP4
 from edgeprune.model.rope import rope_entries
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BASE_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 SOURCE_KEY = "edgeprune.source_digest"
+_PADDING = "edgeprune.padding"
 LARGEST_F16 = 65504.0
 Progress = Callable[[int, int], None]
 _WEIGHTS_TOGETHER = 1 << 23  # that are looked at and encoded in one go
@@ -150,12 +151,42 @@ def model_entries(planned: Conversion, name: str, where: str) -> list[Entry]:
     ]
 
 
+def whole_header(planned: Conversion, name: str, folder: Path) -> tuple[Holed, list[Entry]]:
+    """The header of the GGUF with the tokenizer in ``folder``, of its exact length, and the tokenizer's entries.
+
+    Raises:
+        BadFile, Unsupported: as ``model_entries`` and ``tokenizer_entries``.
+    """
+    tokenizer = tokenizer_entries(folder, planned.settings.config, planned.vocabulary)
+    unread = make_entry(SOURCE_KEY, "str", 64 * "0")  # as long as the digest, for which weights have to be read
+    entries = [*model_entries(planned, name, str(folder / "config.json")), *tokenizer, unread]
+    top = header(entries, planned.shapes, DEFAULT_ALIGNMENT)
+    return Holed(top, file_bytes(len(top), planned.shapes, DEFAULT_ALIGNMENT)), tokenizer
+
+
 def bare_header(planned: Conversion, name: str, where: str) -> Holed:
     """The header of the GGUF with token numbers for a vocabulary, which llama.cpp loads as well. The arguments and
     errors are those of ``model_entries``."""
     entries = without_vocabulary(model_entries(planned, name, where), planned.vocabulary)
     top = header(entries, planned.shapes, DEFAULT_ALIGNMENT)
     return Holed(top, file_bytes(len(top), planned.shapes, DEFAULT_ALIGNMENT))
+
+
+def without_weights(far: Header, vocabulary: int) -> Header:
+    """The header ``far``, also of a file that is far away, as llama.cpp loads it with a hole instead of weights.
+
+    Args:
+        vocabulary: rows of the embedding matrix, which have numbers instead of words; as much padding makes up for
+            these, so that a file of it is as large, but for the alignment.
+    """
+    entries = [entry for entry in far.entries.values() if entry.raw]  # what was skipped of a far file
+    bare = without_vocabulary(entries, vocabulary)
+    shapes = [TensorShape(info.name, info.shape, info.type) for info in far.tensors.values()]
+    empty = header([*bare, make_entry(_PADDING, "str", "")], shapes, far.alignment)
+    missing = far.data_offset - len(empty) - far.alignment  # never larger, whatever is added to it
+    bare.append(make_entry(_PADDING, "str", " " * max(missing, 0)))
+    own = {entry.key: entry for entry in bare}
+    return Header(far.path, own, far.tensors, far.alignment, far.data_offset, far.size)
 
 
 def without_vocabulary(entries: Iterable[Entry], tokens: int) -> list[Entry]:

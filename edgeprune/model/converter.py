@@ -140,7 +140,8 @@ class Converter:
         aliases: other values of ``model_type`` for the same model.
         arch: llama.cpp's architecture string.
         layers, experts: configuration keys, tried in order.
-        extra_layers: keys for the number of blocks behind the last layer that predict further tokens.
+        extra_layers: keys for the number of blocks behind the last layer that predict further tokens; without any,
+            the one whose names are those of tensors of the kind ``FURTHER``.
         nested: table of the configuration that describes the language model, "" for the top one.
         prefixes: what ``{model}`` in names may stand for.
         require: configuration values that the target graph assumes.
@@ -245,7 +246,7 @@ def _field(where: str, entry: Any, kinds: Mapping[str, Rule], kind: str | None =
     if len(operations) > 1 or ("value" in entry and len(entry) > ("type" in entry) + 1):
         raise BadFile(f"{where} is described in more than one way")
     by_kind = entry.get("by_kind")
-    if by_kind is not None and (not kind.startswith("[") or set(by_kind) - set(kinds)):
+    if by_kind is not None and (not kind.startswith("[") or set(by_kind) - {*kinds, FURTHER}):
         raise BadFile(f"{where}: by_kind is for arrays, by the kinds {', '.join(kinds)}")
     field = Field(
         type=kind,

@@ -20,16 +20,14 @@ from edgeprune.errors import BadFile, Busy, EdgepruneError
 from edgeprune.files import require_space, room_for, write_text
 from edgeprune.model import hub, selection
 from edgeprune.model.cached import COMMIT, NotHere, cached, holds
-from edgeprune.model.checkpoint import INDEX
+from edgeprune.model.checkpoint import INDEX, Checkpoint
 from edgeprune.model.content import known_digest
-from edgeprune.model.convert import model_entries
-from edgeprune.model.gguf import DEFAULT_ALIGNMENT, file_bytes, header
+from edgeprune.model.convert import whole_header
+from edgeprune.model.headers import Header
 from edgeprune.model.hub import DEFAULT_REVISION, HubFile, Listing, Unreachable
 from edgeprune.model.location import HubName
 from edgeprune.model.planning import known_converter, plan_conversion
-from edgeprune.model.remote import Budget, NoRanges, remote_checkpoint, remote_config
-from edgeprune.model.selection import CONFIG
-from edgeprune.model.tokenizer import tokenizer_entries
+from edgeprune.model.remote import Budget, NoRanges, remote_checkpoint, remote_config, remote_header
 from edgeprune.units import format_bytes
 
 Progress = Callable[[int, int], None]
@@ -41,20 +39,33 @@ _WORTH_TELLING = 1 << 30  # bytes to be read before anything happens
 PATIENCE_SECONDS = (1.0, 2.0, 4.0, 8.0)
 
 
+Look = Callable[[Checkpoint | Header], object]
+
+
 @dataclass(frozen=True)
 class Aim:
-    """What a checkpoint is wanted for: the GGUF ``output`` with matrices of the type ``base``."""
+    """What a model is wanted for.
+
+    Attributes:
+        output: the GGUF that a checkpoint becomes.
+        base: type of its matrices.
+        mtp: whether it keeps blocks that predict further tokens.
+        look: shown the model as far as its headers tell, before its weights are fetched; raises to refuse it.
+    """
 
     output: Path
     base: str = "auto"
+    mtp: bool = False
+    look: Look = lambda model: None
 
 
 def fetch(name: HubName, progress: Progress, say: Callable[[str], None], aim: Aim | None = None) -> Path:
     """The checkpoint folder or the GGUF file (its first part) called ``name``, downloaded as far as it is not here.
 
     Args:
-        aim: what a checkpoint is wanted for. One that cannot be converted, or whose GGUF would have no room beside
-            it, is refused before its weights are fetched. None to fetch it whatever it is.
+        aim: what the model is wanted for. A checkpoint that cannot be converted, or whose GGUF would have no room
+            beside it, and whatever ``aim.look`` refuses, is refused before weights are fetched. None to fetch it
+            whatever it is.
         progress: called with bytes that arrived and bytes that were missing.
         say: told what is downloaded, and when the network failed and an earlier download is used.
 
@@ -62,7 +73,7 @@ def fetch(name: HubName, progress: Progress, say: Callable[[str], None], aim: Ai
         UsageError: no such repository, revision, file or quantisation.
         BadFile: what arrived is not what the Hub lists.
         Unsupported: a checkpoint that cannot be converted.
-        EdgepruneError: no access, no network, no room on the disk.
+        EdgepruneError: no access, no network, no room on the disk; and what ``aim.look`` raises.
     """
     if hub.is_offline():
         return cached(name)
@@ -77,7 +88,11 @@ def fetch(name: HubName, progress: Progress, say: Callable[[str], None], aim: Ai
         return found
     if name.wanted or not selection.has_checkpoint(listing):
         model = selection.chosen_gguf(listing)
-        _Download(listing, progress, say).get(model.files)
+        download = _Download(listing, progress, say)
+        if aim is not None and not all(map(download.is_here, model.files)):
+            with contextlib.suppress(NoRanges):
+                aim.look(remote_header(listing, model, Budget()))
+        download.get(model.files)
         return _finished(listing) / model.files[0].path
     return _checkpoint(listing, _Download(listing, progress, say), aim)
 
@@ -102,19 +117,19 @@ def _checkpoint(listing: Listing, download: _Download, aim: Aim | None) -> Path:
 def _require_use(
     listing: Listing, download: _Download, weights: Sequence[HubFile], index: bytes | None, aim: Aim
 ) -> None:
-    """Refuse a checkpoint that cannot be converted, or for which there is no room, by the headers of its weights.
+    """Refuse, by the headers of its weights, a checkpoint that cannot be converted, that is of no use, or for which
+    there is no room.
 
     Raises:
         BadFile, Unsupported: as the conversion.
-        EdgepruneError: no room for the weights and the GGUF.
+        EdgepruneError: no room for the weights and the GGUF; and what ``aim.look`` raises.
     """
     found, _ = remote_checkpoint(listing, Budget(), index)
     folder = _place(listing, "")
-    planned = plan_conversion(replace(found, folder=folder), aim.base)
-    where = str(folder / CONFIG)
-    entries = model_entries(planned, listing.name.short, where)
-    entries += tokenizer_entries(folder, planned.settings.config, planned.vocabulary)
-    made = file_bytes(len(header(entries, planned.shapes, DEFAULT_ALIGNMENT)), planned.shapes, DEFAULT_ALIGNMENT)
+    found = replace(found, folder=folder)
+    planned = plan_conversion(found, aim.base, mtp=aim.mtp)
+    made = whole_header(planned, listing.name.short, folder)[0].nbytes
+    aim.look(found)
     old = aim.output.stat().st_size if aim.output.is_file() else 0
     _require_room(listing.name, download.missing(weights), max(made - old, 0), aim.output)
 

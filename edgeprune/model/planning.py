@@ -22,6 +22,7 @@ from edgeprune.units import format_bytes
 
 OUTPUT = "lm_head.weight"
 FLOATS = ("F32", "F16", "BF16")
+FURTHER_BLOCKS = "blocks that predict further tokens"  # as converters call them in what they leave out
 # Ways of quantising a checkpoint that can be undone, or moved to GGUF as they are.
 _KNOWN_QUANTISATIONS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
 _KNOWN_FORMS = ("float-quantized", "naive-quantized")  # of compressed-tensors
@@ -165,11 +166,21 @@ def _unclaimed(checkpoint: Checkpoint, planned: Iterable[Planned]) -> list[str]:
 
 
 def _left_out(settings: Settings, checkpoint: Checkpoint, names: list[str]) -> tuple[list[str], list[str]]:
-    """The names among ``names`` that the converter does not know, and a line on each thing that it leaves out."""
+    """The names among ``names`` that the converter does not know, and a line on each thing that it leaves out.
+
+    Raises:
+        Unsupported: a part of a block that is to be kept would be left out.
+    """
     lines = []
     extra = range(settings.layers, settings.layers + settings.extra_layers)
     for what, pattern in settings.converter.left_behind(extra).items():
         gone = [name for name in names if pattern.fullmatch(name)]
+        if gone and settings.further and what == FURTHER_BLOCKS:
+            raise Unsupported(
+                f"{checkpoint.folder}: llama.cpp's {settings.converter.arch} has no place for {gone[0]} in its block "
+                "that predicts further tokens",
+                hint="--mtp drop leaves such blocks out",
+            )
         if gone:
             size = format_bytes(sum(_stored_bytes(checkpoint, name) for name in gone))
             lines.append(f"left out: {what}, {len(gone)} tensors of {size}")

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from edgeprune.errors import BadFile, Unsupported, UsageError
-from edgeprune.model.checkpoint import INDEX, SINGLE, weight_files
+from edgeprune.model.checkpoint import INDEX, SINGLE, SMALL, weight_files
 from edgeprune.model.hub import HubFile, Listing
 from edgeprune.model.parts import numbered, part_name
 from edgeprune.units import format_bytes
 
 CONFIG = "config.json"
-# What a checkpoint needs beside its weights: configurations, tokenizers, chat templates; and its card, which names
-# the licence.
-_SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+# Needed too, because it names the licence.
 _CARD = "README.md"
 _FURTHER_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 LARGEST_SMALL = 256 << 20  # bytes
@@ -119,7 +117,7 @@ def small_files(listing: Listing) -> list[HubFile]:
     files = [
         file
         for path, file in listing.files.items()
-        if path == _CARD or ("/" not in path and path.endswith(_SMALL_SUFFIXES)) or _FURTHER_TEMPLATE.fullmatch(path)
+        if path == _CARD or ("/" not in path and path.endswith(SMALL)) or _FURTHER_TEMPLATE.fullmatch(path)
     ]
     large = next((file for file in files if file.size > LARGEST_SMALL), None)
     if large is not None:

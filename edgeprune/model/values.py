@@ -104,8 +104,8 @@ def read_settings(converter: Converter, checkpoint: Checkpoint, *, mtp: bool = F
     layers = _count(config, converter.layers, checkpoint, MOST_LAYERS)
     experts = _count(config, converter.experts, checkpoint, MOST_EXPERTS)
     extra = extra_layers(converter, config)
-    further = extra if mtp and _has_further(placed, checkpoint, layers) else 0
-    kinds = _kinds(placed, config, checkpoint, layers + further)
+    further = _further(placed, extra, checkpoint, layers) if mtp else 0
+    kinds = _kinds(placed, config, checkpoint, layers, further)
     return Settings(
         converter=placed,
         config=config,
@@ -113,15 +113,30 @@ def read_settings(converter: Converter, checkpoint: Checkpoint, *, mtp: bool = F
         extra_layers=extra,
         further=further,
         experts=experts,
-        kinds=tuple(own | {FURTHER} if layer >= layers else own for layer, own in enumerate(kinds)),
+        kinds=kinds,
         sizes=sizes_of(converter, config, checkpoint),
     )
 
 
-def _has_further(placed: Converter, checkpoint: Checkpoint, layer: int) -> bool:
-    """Whether the converter has names for blocks that predict further tokens, and ``layer`` is such a block."""
-    own = [source for sources in placed.tensors.values() for source in sources if source.kind == FURTHER]
-    return any(source.name.format(layer=layer, expert=0) in checkpoint.stored for source in own)
+def _further(placed: Converter, extra: int, checkpoint: Checkpoint, layer: int) -> int:
+    """How many blocks from ``layer`` predict further tokens, as far as the converter has names for them.
+
+    Args:
+        extra: how many the configuration counts; those of some families are one that it does not speak of.
+
+    Raises:
+        Unsupported: more than there are names for, because llama.cpp's graph has one.
+    """
+    own = [source.name for sources in placed.tensors.values() for source in sources if source.kind == FURTHER]
+    if not any(name.format(layer=layer, expert=0) in checkpoint.stored for name in own):
+        return 0
+    if extra > 1 and not any("{layer}" in name for name in own):
+        raise Unsupported(
+            f"{checkpoint.folder} has {extra} blocks that predict further tokens; llama.cpp's {placed.arch} computes "
+            "one",
+            hint="--mtp drop leaves them out",
+        )
+    return extra if placed.extra_layers else 1
 
 
 def sizes_of(converter: Converter, config: dict[str, Any], checkpoint: Checkpoint) -> Sizes:
@@ -158,14 +173,14 @@ def _count(config: dict[str, Any], keys: tuple[str, ...], checkpoint: Checkpoint
         raise BadFile(f"{where} has none of: {', '.join(keys)}")
     value = _uniform(lookup(config, (key,)), key)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise BadFile(f"{where}: {key} = {str(value)[:40]!r} is not a number from 1 to {most}")
+        raise BadFile(f"{where}: {key} = {repr(value)[:40]} is not a number from 1 to {most}")
     return value
 
 
 def _size(name: str, field: Field, config: dict[str, Any]) -> int:
     value = _evaluated(field, config, f"config.json: {name}")
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise BadFile(f"config.json: {', '.join(field.config) or name} = {str(value)[:40]!r} is not a size")
+        raise BadFile(f"config.json: {', '.join(field.config) or name} = {repr(value)[:40]} is not a size")
     return value
 
 
@@ -324,18 +339,19 @@ def _is_sane(value: Any, key: str) -> bool:
 
 
 def _kinds(
-    converter: Converter, config: dict[str, Any], checkpoint: Checkpoint, layers: int
+    converter: Converter, config: dict[str, Any], checkpoint: Checkpoint, layers: int, further: int
 ) -> tuple[frozenset[str], ...]:
-    found: list[set[str]] = [set() for _ in range(layers)]
+    found: list[set[str]] = [set() for _ in range(layers)] + [{FURTHER} for _ in range(further)]
     for kind, rule in converter.kinds.items():
-        for layer in range(layers):
-            if _is_of(rule, config, checkpoint, layer, found[layer]):
-                found[layer].add(kind)
+        for layer, own in enumerate(found):
+            if _is_of(rule, config, checkpoint, layer, own):
+                own.add(kind)
     return tuple(map(frozenset, found))
 
 
 def _is_of(rule: Rule, config: dict[str, Any], checkpoint: Checkpoint, layer: int, earlier: set[str]) -> bool:
-    """Whether ``rule`` is true of ``layer``, whose kinds so far are ``earlier``."""
+    """Whether ``rule`` is true of ``layer``, whose kinds so far are ``earlier``. Lists may end before further
+    blocks."""
     if rule.rule == "unless":
         return not earlier & set(rule.keys)
     if rule.rule == "has":
@@ -347,12 +363,14 @@ def _is_of(rule: Rule, config: dict[str, Any], checkpoint: Checkpoint, layer: in
         return value in rule.equals
     if rule.rule in ("below", "every"):
         if not isinstance(value, int) or isinstance(value, bool) or value < (rule.rule == "every"):
-            raise BadFile(f"{where} = {str(value)[:40]!r} is not a number of layers")
+            raise BadFile(f"{where} = {repr(value)[:40]} is not a number of layers")
         return layer < value if rule.rule == "below" else (layer + 1) % value == 0
     if not isinstance(value, list | str):
-        raise BadFile(f"{where} = {str(value)[:40]!r} is not a list")
+        raise BadFile(f"{where} = {repr(value)[:40]} is not a list")
     if rule.rule == "members":
         return layer in value
     if layer >= len(value):
+        if FURTHER in earlier:
+            return False
         raise BadFile(f"{where} ends before layer {layer}")
     return value[layer] in rule.equals

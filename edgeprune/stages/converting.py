@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprune.errors import BadFile, EdgepruneError
 from edgeprune.measure import child
 from edgeprune.measure.memory import require_loadable
 from edgeprune.model.architecture import read_architecture
-from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
-from edgeprune.model.convert import bare_header
-from edgeprune.model.gguf import GgufFile
-from edgeprune.model.headers import read_header
+from edgeprune.model.checkpoint import Checkpoint
+from edgeprune.model.convert import bare_header, whole_header
+from edgeprune.model.headers import Header, read_header
 from edgeprune.model.planning import Conversion, plan_conversion
 from edgeprune.model.tokenizer import DIFFERENCES_KEY
 from edgeprune.settings import Listener
@@ -65,21 +65,42 @@ def _rows_first(extents: list[int]) -> list[int]:
 def convert_checked(
     folder: Path, output: Path, listener: Listener, *, base: str = "auto", name: str = "", mtp: bool = False
 ) -> None:
-    """Convert the checkpoint in ``folder`` and tell what the GGUF lacks or does otherwise; ``convert`` in a child
-    process. Who calls has made sure that it can be.
+    """``convert`` in a child process. Who calls has had a ``Scrutiny`` look at the checkpoint in ``folder``.
 
     Raises:
         BadFile, Unsupported: as ``convert``.
     """
     arguments = {"folder": str(folder.resolve()), "output": str(output.resolve()), "base": base, "name": name}
     with listener.progress("convert") as progress:
-        remarks = child.call("edgeprune.model.convert:convert_task", {**arguments, "mtp": mtp}, progress)
-    for line in GgufFile(output).get(DIFFERENCES_KEY, []):
-        listener.say(f"tokenizer: {line}")
-    for line in remarks:
-        listener.say(line)
+        child.call("edgeprune.model.convert:convert_task", {**arguments, "mtp": mtp}, progress)
 
 
-def checked_plan(folder: Path, base: str = "auto", *, mtp: bool = False) -> Conversion:
-    """``require_convertible`` of the checkpoint in ``folder``."""
-    return require_convertible(open_checkpoint(folder), base, mtp=mtp)
+@dataclass
+class Scrutiny:
+    """A look at a checkpoint before its weights are fetched or read, which tells what its GGUF will lack or do
+    otherwise. A checkpoint that it has seen on the Hub need not be looked at again when it is here.
+
+    Attributes:
+        listener: who is told.
+        base, mtp: as for ``plan_conversion``.
+        name: of the model, for people.
+        done: whether it has been looked at.
+    """
+
+    listener: Listener
+    base: str = "auto"
+    mtp: bool = False
+    name: str = ""
+    done: bool = False
+
+    def __call__(self, checkpoint: Checkpoint) -> Header:
+        """``require_convertible``, its tokenizer included; the header of its GGUF."""
+        planned = require_convertible(checkpoint, self.base, mtp=self.mtp)
+        whole, tokenizer = whole_header(planned, self.name or checkpoint.folder.name, checkpoint.folder)
+        if not self.done:
+            for line in next((entry.value() for entry in tokenizer if entry.key == DIFFERENCES_KEY), []):
+                self.listener.say(f"tokenizer: {line}")
+            for line in planned.remarks:
+                self.listener.say(line)
+        self.done = True
+        return read_header(whole, checkpoint.folder / "config.json")

@@ -25,6 +25,7 @@ from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.distortion import candidate_types
 from edgeprune.measure.sensitivity import Sensitivity
+from edgeprune.model.headers import Header
 from edgeprune.model.layout import layout
 from edgeprune.model.parts import stem
 from edgeprune.rundir import changed_fields
@@ -175,6 +176,14 @@ class DecideStages(MergeStages):
         if small := [kept for kept in counts if kept < least]:
             self.listener.say(f"K={', '.join(map(str, small))} not considered: super experts need {least} of a layer")
         return [kept for kept in counts if kept >= least]
+
+    def _require_use(self, header: Header) -> None:
+        """Refuse the model of this GGUF, which has no weights yet, if it cannot be fitted whatever they are."""
+        if not self.settings.has_target:
+            super()._require_use(header)
+            return
+        _ = self.profile, self.given_texts  # told, and read, once
+        self._with(header)._fail_early()
 
     def _fail_early(self) -> None:
         """Refuse what cannot be met, whatever the measurements will say, before anything is measured.

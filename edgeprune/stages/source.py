@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from edgeprune.device.budget import Budget, make_budget
 from edgeprune.device.probe import this_machine
@@ -17,31 +18,31 @@ from edgeprune.measure import child, memory
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.rates import KernelRates, kernel_rates
 from edgeprune.model.architecture import Architecture, read_architecture
-from edgeprune.model.checkpoint import open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY
+from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
+from edgeprune.model.convert import SOURCE_KEY, without_weights
 from edgeprune.model.download import Aim, fetch
 from edgeprune.model.gguf import GgufFile
+from edgeprune.model.headers import Header
 from edgeprune.model.layout import layout
 from edgeprune.model.location import HubName, located
 from edgeprune.model.parts import first_part
 from edgeprune.rundir import RunFolder, changed_fields
-from edgeprune.settings import KEEP, Listener, Settings
-from edgeprune.stages.converting import checked_plan, convert_checked
+from edgeprune.settings import KEEP, Listener, Settings, Silent
+from edgeprune.stages.converting import Scrutiny, convert_checked
 from edgeprune.units import format_bytes
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
-def found_at(source: str, listener: Listener, output: Path | None = None, base: str = "auto") -> Path:
+def found_at(source: str, listener: Listener, aim: Aim | None = None) -> Path:
     """The checkpoint folder or the GGUF file (its first part) that ``source`` names, downloaded if need be.
 
     Args:
-        output: where the GGUF of a checkpoint is to go, or None if it is not to be converted.
-        base: type of its matrices.
+        aim: what it is wanted for; see ``fetch``.
 
     Raises:
         UsageError: there is none.
-        EdgepruneError: it cannot be downloaded.
+        EdgepruneError: it cannot be downloaded; and what ``aim.look`` raises.
     """
     if source == "demo":
         return DEMO
@@ -49,7 +50,7 @@ def found_at(source: str, listener: Listener, output: Path | None = None, base: 
     if not isinstance(found, HubName):
         return first_part(found)
     with listener.progress(f"download {found}") as progress:
-        return fetch(found, progress, listener.say, None if output is None else Aim(output, base))
+        return fetch(found, progress, listener.say, aim)
 
 
 def hub_short_name(source: str) -> str:
@@ -72,7 +73,41 @@ class SourceStages:
     @cached_property
     def place(self) -> Path:
         """The checkpoint folder or the GGUF file (its first part) that was named, downloaded if need be."""
-        return found_at(self.settings.source, self.listener, self.folder.source)
+        aim = Aim(self.folder.source, mtp=self.settings.mtp == KEEP, look=self._look)
+        return found_at(self.settings.source, self.listener, aim)
+
+    def _look(self, model: Checkpoint | Header) -> None:
+        """Refuse a model by its headers, before its weights are fetched or converted.
+
+        Raises:
+            EdgepruneError: it cannot be converted, llama.cpp does not take it, or it is of no use here.
+        """
+        if isinstance(model, Checkpoint):
+            self._scrutiny.name = self._name(model.folder)
+            model = self._scrutiny(model)
+        header = without_weights(model, read_architecture(model).vocabulary)
+        if memory.takes_shadows(header.size):
+            self._require_use(header)
+
+    def _require_use(self, header: Header) -> None:
+        """Refuse the model of this GGUF, which has no weights yet. Here: one that llama.cpp does not take.
+
+        Raises:
+            EdgepruneError: says why.
+        """
+        architecture = read_architecture(header, mtp=self.settings.mtp == KEEP)
+        memory.price_each(layout(header, architecture, architecture.experts, {}, []), [Launch()], architecture)
+
+    def _with(self, header: Header) -> Self:
+        """These stages with a model of which nothing but its ``header`` is here, and nobody who listens."""
+        other = copy.copy(self)
+        other.listener = Silent()
+        vars(other).update(file=header, fingerprint="")
+        return other
+
+    @cached_property
+    def _scrutiny(self) -> Scrutiny:
+        return Scrutiny(self.listener, mtp=self.settings.mtp == KEEP)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -87,8 +122,8 @@ class SourceStages:
     def _converted(self, checkpoint: Path) -> Path:
         output = self.folder.source
         mtp = self.settings.mtp == KEEP
-        if not output.is_file():
-            checked_plan(checkpoint, mtp=mtp)  # before all of it is read for its fingerprint
+        if not output.is_file() and not self._scrutiny.done:
+            self._look(open_checkpoint(checkpoint))  # before all of it is read for its fingerprint
         with self.listener.progress("fingerprint of the checkpoint"):
             origin = open_checkpoint(checkpoint).origin(mtp=mtp)
         if output.is_file():
@@ -97,7 +132,8 @@ class SourceStages:
                 if old == origin:
                     return output
                 self._changed("the checkpoint", {"content": old}, {"content": origin})
-            checked_plan(checkpoint, mtp=mtp)
+            if not self._scrutiny.done:
+                self._look(open_checkpoint(checkpoint))
         convert_checked(checkpoint, output, self.listener, name=self._name(checkpoint), mtp=mtp)
         return output
 

@@ -1,8 +1,9 @@
 """A checkpoint's tokenizer as GGUF metadata: vocabulary, merges, special tokens, chat template.
 
 The kind of tokenizer and its pre-tokenizer are recognised from the rules in ``tokenizer.json`` itself, or in a
-SentencePiece ``tokenizer.model``; a rule that llama.cpp does not know is an error, never a guess. Where llama.cpp
-knows a rule but works some texts off otherwise than the original, the file says so under ``DIFFERENCES_KEY``.
+SentencePiece ``tokenizer.model``; where the rules are in program code, by the name of the tokenizer's class. A rule
+that llama.cpp does not know is an error, never a guess. Where llama.cpp knows a rule but works some texts off
+otherwise than the original, the file says so under ``DIFFERENCES_KEY``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from edgeprune.model.tokenizer.pieces import LAST, piece_entries, piece_table
 from edgeprune.model.tokenizer.sentencepiece import is_sentencepiece, sentencepiece_entries
 from edgeprune.model.tokenizer.special import frame, optional_json, special_entries, special_ids
 from edgeprune.model.tokenizer.template import template_entries
+from edgeprune.model.tokenizer.tiktoken import KNOWN, tiktoken_definition
 from edgeprune.model.tokenizer.tokens import token_table
 from edgeprune.model.tokenizer.unigram import Spaces, sound_map, unigram_entries, unigram_spaces, unigram_types
 
@@ -54,15 +56,21 @@ def tokenizer_entries(folder: Path, config: dict[str, Any], vocabulary: int) -> 
     # Older checkpoints name their special tokens in a file of its own.
     settings = optional_json(folder / "special_tokens_map.json") | optional_json(folder / "tokenizer_config.json")
     found = _Found(folder, settings, config, vocabulary)
-    path = tokenizer_file(folder)
+    path = tokenizer_file(folder, settings)
     try:
-        return _from_definition(found, path) if path.suffix == ".json" else _from_pieces(found, path)
+        if path.suffix == ".json":
+            return _from_definition(found, read_json(path), path)
+        if path.suffix == ".tiktoken":
+            rules = KNOWN[settings["tokenizer_class"]]
+            return _from_definition(found, tiktoken_definition(path, rules, vocabulary), path)
+        return _from_pieces(found, path)
+    except KeyError as error:
+        raise BadFile(f"{path} is not a tokenizer definition: it lacks {error}"[:300]) from error
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise BadFile(f"{path} or its settings are not a tokenizer definition: {str(error)[:200]!r}") from error
 
 
-def _from_definition(found: _Found, path: Path) -> list[Entry]:
-    definition = read_json(path)
+def _from_definition(found: _Found, definition: dict[str, Any], path: Path) -> list[Entry]:
     model, where = definition["model"], str(path)
     kind = model["type"]
     if kind not in ("BPE", "Unigram"):

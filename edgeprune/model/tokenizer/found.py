@@ -8,6 +8,7 @@ from typing import Any
 
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.model.tokenizer.special import optional_json
+from edgeprune.model.tokenizer.tiktoken import KNOWN
 
 # tiktoken's files: lines of a token in base64 and its rank.
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
@@ -17,8 +18,12 @@ _WAYS_OUT = (
 )
 
 
-def tokenizer_file(folder: Path) -> Path:
-    """``tokenizer.json``, or ``tokenizer.model`` if that is a SentencePiece model and there is no other.
+def tokenizer_file(folder: Path, settings: dict[str, Any]) -> Path:
+    """``tokenizer.json``; if there is none, tiktoken's file of a tokenizer whose rules are known, or
+    ``tokenizer.model`` if that is a SentencePiece model.
+
+    Args:
+        settings: contents of ``tokenizer_config.json``.
 
     Raises:
         BadFile: there is neither.
@@ -26,6 +31,9 @@ def tokenizer_file(folder: Path) -> Path:
     """
     if (folder / "tokenizer.json").is_file():
         return folder / "tokenizer.json"
+    known = KNOWN.get(str(settings.get("tokenizer_class")))
+    if known is not None and (folder / known.file).is_file():
+        return folder / known.file
     pieces = folder / "tokenizer.model"
     if pieces.is_file() and not _is_tiktoken(pieces):
         return pieces

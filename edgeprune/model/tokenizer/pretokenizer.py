@@ -34,7 +34,7 @@ from edgeprune.errors import Unsupported
 
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+QWEN2 = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 _LLAMA3 = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 _QWEN35 = (
     _ENDINGS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
@@ -101,7 +101,7 @@ class PreTokenizer:
 PRE_TOKENIZERS: dict[tuple[str, ...], tuple[PreTokenizer, ...]] = {
     (GPT2,): (PreTokenizer("gpt-2"),),
     (DIGIT, GPT2): (PreTokenizer("refact"),),
-    (_QWEN2,): (PreTokenizer("qwen2"),),
+    (QWEN2,): (PreTokenizer("qwen2"),),
     (_QWEN35,): (PreTokenizer("qwen35"),),
     (_LLAMA3,): (PreTokenizer("llama-bpe", words_first=True), PreTokenizer("dbrx")),
     (_O200K,): (
