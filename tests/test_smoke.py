@@ -347,9 +347,7 @@ def test_the_runner_is_one_small_file_that_old_python_reads_and_needs_no_package
     with packed_runner() as first, packed_runner() as second:
         assert first.read_bytes() == second.read_bytes() and first.stat().st_size < 50_000
         with zipfile.ZipFile(first) as archive:
-            modules = {
-                name: ast.parse(archive.read(name), name, feature_version=(3, 9)) for name in archive.namelist()
-            }
+            modules = [ast.parse(archive.read(name), name, feature_version=(3, 9)) for name in archive.namelist()]
     assert not first.exists()
     named: set[str] = set()
     for node in (node for module in modules for node in ast.walk(module)):
