@@ -188,6 +188,15 @@ def test_the_worst_of_the_latest_runs_counts_and_few_runs_prove_little(
     assert verdict(1, []) == "information"
 
 
+def test_more_memory_of_a_graphics_card_than_before_is_told(good: tuple[SmokeReport, Path]) -> None:
+    report, _ = good
+    line = against_earlier(
+        changed(report, memory__device_bytes=2 << 30), [changed(report, memory__device_bytes=1 << 30)]
+    )
+    assert line.verdict == "broken" and "memory of the GPU 2.00 GiB, was 1.00 GiB or less" in line.measured
+    assert against_earlier(changed(report, memory__device_bytes=2 << 30), [report]).verdict == "kept"  # it had none
+
+
 def test_a_fall_in_speed_does_not_become_the_measure_of_the_next_run(
     good: tuple[SmokeReport, Path], tmp_path: Path
 ) -> None:
