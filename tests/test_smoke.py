@@ -31,6 +31,7 @@ from edgeprune.files import to_json
 from edgeprune.measure.llama import backend_devices
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.splitting import split
+from edgeprune.prove.report import rate
 from edgeprune.prove.smoke.checks import KEYS, Promised, checks
 from edgeprune.prove.smoke.conversation import Measured
 from edgeprune.prove.smoke.history import against_baseline, against_earlier, earlier, save
@@ -556,6 +557,21 @@ def test_half_of_the_predicted_speed_is_the_least_where_the_device_is_the_plans(
     (line,) = (line for line in checks(Promised(**promised), ASKED, Measured(steps)) if line.key == "decode")
     assert line.verdict == verdict
     assert ("for another device" in line.promised) is (promised == {"decode_per_s": 10.0})
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        ({"load": 3.96, "cores": 2}, "1, on a busy machine (load 4.0 on 2 cores)"),
+        ({"load": 0.9, "cores": 2}, "1"),
+        ({"load": None, "cores": 2}, "1"),
+        ({}, "1"),
+    ],
+)
+def test_a_speed_that_is_missed_on_a_busy_machine_says_so(machine: dict[str, Any], said: str) -> None:
+    steps = {"machine": machine, "speed": {"decode_per_s": 1.0, "prefill_per_s": 1.0, "finite": True}}
+    assert found("decode", steps, promised={"least_decode_per_s": 9.0}) == ("broken", rate(1.0) + said[1:])
+    assert found("decode", steps, promised={"least_decode_per_s": 0.5}) == ("kept", rate(1.0))
 
 
 def test_a_context_that_ends_early_is_a_broken_promise() -> None:

@@ -66,11 +66,14 @@ def reason(code: int) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What this is, for the report."""
-    memory = None
+    """What this is, for the report, and how many programs wanted to run in the last minute."""
+    memory = load = None
     with contextlib.suppress(OSError, ValueError, AttributeError):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, AttributeError):
+        load = os.getloadavg()[0]
     return {
+        "load": load,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}".strip(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
