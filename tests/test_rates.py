@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import toys
 
@@ -28,6 +29,7 @@ ROUND = KernelRates(
     experts={"F32": 3e-9, "Q8_0": 8e-9},
     experts_batch={"F32": 1.5e-9, "Q8_0": 5e-9},
     streams=[(1 << 10, 0.0), (1 << 30, 0.0)],
+    rows=(0.0, 0.0),
     besides=(1e-4, 1e-5, 1e-8),
     besides_batch=(0.0, 1e-6, 1e-8),
     cache=6e-9,
@@ -86,7 +88,7 @@ def test_another_type_has_its_own_rate_and_one_that_was_not_measured_none(archit
 
 
 def test_what_no_cache_holds_waits_for_the_memory_whatever_the_threads(architecture: Architecture) -> None:
-    slow = {"streams": [(1 << 10, 1e-6), (1 << 11, 1e-6)]}
+    slow = {"streams": [(1 << 10, 0.0), (1 << 11, 1e-6)]}
     alone, shared = timed(architecture, **slow), timed(architecture, threads=4, **slow)
     assert shared.decode_per_s > 3.5 * alone.decode_per_s
     limited = timed(architecture, threads=4, bandwidth=1e6, **slow)
@@ -94,6 +96,29 @@ def test_what_no_cache_holds_waits_for_the_memory_whatever_the_threads(architect
     # In a cache that is larger than the model, the memory does not matter.
     cached = {"streams": [(1 << 10, 0.0), (1 << 40, 0.0)]}
     assert timed(architecture, bandwidth=1e3, **cached) == timed(architecture, bandwidth=1e12, **cached)
+
+
+def test_fetching_weights_comes_on_top_of_multiplying_with_them(architecture: Architecture) -> None:
+    """Of the weights that a token meets, in bytes; the toy's are all in F32."""
+    near, far = timed(architecture), timed(architecture, streams=[(1 << 10, 1e-12), (1 << 11, 5e-12)])
+    weights = sum(
+        float(np.prod(tensor.shape)) * (toys.USED / toys.EXPERTS if tensor.is_expert else 1)
+        for tensor in architecture.tensors
+        if len(tensor.shape) > 1 and tensor.role != "embedding"
+    )
+    assert 1 / far.decode_per_s - 1 / near.decode_per_s == pytest.approx(4 * weights * 4e-12)
+    assert far.prefill_per_s == near.prefill_per_s
+
+
+def test_every_row_takes_its_time_whatever_its_length(architecture: Architecture) -> None:
+    """Of attention, router, used experts, and of the output for a prompt's last token."""
+    none, some = timed(architecture), timed(architecture, rows=(1e-8, 1e-9))
+    dense = sum(
+        t.shape[1] for t in architecture.tensors if len(t.shape) == 2 and t.role not in ("embedding", "output")
+    )
+    experts = sum(t.shape[1] * toys.USED for t in architecture.tensors if t.is_expert)
+    assert 1 / some.decode_per_s - 1 / none.decode_per_s == pytest.approx((dense + experts + 320) * 1e-8)
+    assert 1 / some.prefill_per_s - 1 / none.prefill_per_s == pytest.approx((dense + experts + 3.2) * 1e-9)
 
 
 def test_threads_share_products_but_not_the_rest(architecture: Architecture) -> None:
@@ -122,6 +147,7 @@ def test_this_machine_is_measured_sensibly(measured: KernelRates) -> None:
     assert measured.dense["IQ3_S"] > measured.dense["Q8_0"]
     assert measured.stream(1 << 20) < measured.stream(1 << 30) < 1e-7
     assert 1e-11 < measured.cache < 1e-7
+    assert 0 <= measured.rows[1] <= measured.rows[0] < 1e-6
     assert all(1e-7 < sum(seconds) < 1e-2 for seconds in (measured.besides, measured.besides_batch))
 
 

@@ -17,6 +17,7 @@ from edgeprune.errors import BadFile
 from edgeprune.measure.sensitivity import (
     LARGE,
     MOST_LAYERS_MEASURED,
+    RIPPLES,
     SMALL,
     Response,
     Sensitivity,
@@ -179,6 +180,8 @@ def whole(architecture: Architecture) -> Sensitivity:
         {name: {"Q4_K": [0.01, 0.02], "Q8_0": [1e-5, 2e-5]} for name in quantisable},
         {"reap": {4: 0.25, 2: 1.5}, "random": {4: 3.0}},
         {"model": "abc", "tokens": 2048},
+        together={str(error): error for error in RIPPLES},
+        speeds={"tokens": 1e3, "products": 1e9},
     )
 
 
@@ -201,6 +204,22 @@ def test_rounding_adds_to_the_error_and_sums_to_the_measured_floor(deep: Archite
         assert all(rounding.nats(tensor, name) > known.nats(tensor, name) for tensor in tensors)
     assert rounding.nats(tensors[0], tensors[0].type) == 0.0
     assert known.to_floor({tensors[1].name: {"32": 0.0}}, floor) == {tensors[1].name: {32: 0.0}}
+
+
+def test_unrest_is_what_a_ripple_costs_beyond_its_parts_and_is_no_part_of_the_floor(deep: Architecture) -> None:
+    known = whole(deep)
+    parts = [sum(response.nats(error) for response in known.responses.values()) for error in RIPPLES]
+    restless = replace(known, together={str(RIPPLES[0]): parts[0] + 3e-4, str(RIPPLES[1]): 0.8 * parts[1]})
+    assert restless.unrest == pytest.approx(3e-4)
+    assert restless.additivity == pytest.approx(0.8)
+    assert replace(known, together={str(RIPPLES[0]): 0.9 * parts[0]}).unrest == 0.0
+    unmeasured = replace(known, together={})
+    assert (unmeasured.unrest, unmeasured.additivity) == (0.0, None)
+    name = next(tensor.name for tensor in deep.tensors if Site(tensor.name, False).key in known.responses)
+    scaled = [
+        one.to_floor({name: {"32": 1e-5}}, {"32": nats}) for one, nats in ((restless, 4e-4), (unmeasured, 1e-4))
+    ]
+    assert scaled[0][name] == pytest.approx(scaled[1][name])
 
 
 Edit = Callable[[dict[str, Any]], object]

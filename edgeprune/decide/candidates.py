@@ -274,7 +274,7 @@ def priced(
         problem.quantised(tensor, types[tensor.name], healed=plan.heal)
         for tensor in problem.architecture.tensors
         if tensor.name in types
-    )
+    ) + (problem.sensitivity.unrest if types else 0.0)
     seconds = sum(problem.seconds(t, kept, types[t.name]) for t in problem.architecture.tensors if t.name in types)
     promised = _promised(plan, made, where, problem.dropped(kept), quant, solution.gap if solution else 0.0)
     healing = problem.healing(plan) if plan.heal else 0.0

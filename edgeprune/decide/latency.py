@@ -61,7 +61,8 @@ def speed(
         width: channels of every expert, or 0 for all.
     """
     nbytes = sum(_nbytes(tensor, kept, types, width) for tensor in architecture.tensors)
-    reading = _reading(rates, nbytes, threads, bandwidth)
+    fetching = rates.stream(nbytes) - rates.stream(0)
+    least = 1 / bandwidth if threads > 1 and nbytes >= rates.streams[-1][0] else 0.0
     decode = _attention(architecture, prompt_tokens) * rates.cache / threads
     prefill = _attention(architecture, prompt_tokens / 2) * rates.dense_batch[_CACHE_TYPE] / threads
     for tensor in architecture.tensors:
@@ -71,20 +72,18 @@ def speed(
         one, many = (rates.experts, rates.experts_batch) if tensor.is_expert else (rates.dense, rates.dense_batch)
         if kind not in one or kind not in many:
             return None
+        row = tensor.kept_shape(kept, width)[0]
         bytes_per_weight = ggml.BY_NAME[kind].bits_per_weight / 8
-        decode += work * max(one[kind] / threads, bytes_per_weight * reading)
+        # Products were measured with weights in the nearest cache; fetching them from further off comes on top, and
+        # threads together are not faster than the memory with what no cache holds.
+        alone = one[kind] + bytes_per_weight * fetching + rates.rows[0] / row
+        decode += work * max(alone / threads, bytes_per_weight * least)
         # Only the last token of a prompt has logits.
-        prefill += work * many[kind] / threads / (prompt_tokens if tensor.role in ("output", "embedding") else 1)
+        together = many[kind] + rates.rows[1] / row
+        prefill += work * together / threads / (prompt_tokens if tensor.role in ("output", "embedding") else 1)
     decode += _besides(architecture, rates.besides)
     prefill += _besides(architecture, rates.besides_batch)
     return Speed(1 / prefill, 1 / decode)
-
-
-def _reading(rates: KernelRates, nbytes: int, threads: int, bandwidth: float) -> float:
-    """Seconds for reading a byte of ``nbytes`` that are read in turn: each thread as fast as one alone, but together
-    not faster than the memory what no cache holds."""
-    alone = rates.stream(nbytes) / threads
-    return alone if threads == 1 or nbytes < rates.streams[-1][0] else max(alone, 1 / bandwidth)
 
 
 def _nbytes(tensor: Tensor, kept: int, types: Mapping[str, str], width: int) -> int:

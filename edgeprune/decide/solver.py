@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import itertools
 import math
 import os
@@ -39,6 +40,11 @@ class Solution:
     nats: float
     gap: float
     seconds: float = 0.0
+
+
+def prepare() -> None:
+    """Begin to load the solver, which takes a third of a second, while llama.cpp is waited for."""
+    threading.Thread(target=importlib.import_module, args=("scipy.optimize",)).start()
 
 
 def undominated(choices: Sequence[Choice]) -> list[Choice]:

@@ -124,16 +124,17 @@ class _Bench:
 
         return self.fastest(build, _SECONDS if rows == _ROWS else _STREAM_SECONDS)
 
-    def experts(self, kind: ggml.GgmlType, weights: np.ndarray[Any, Any], tokens: int) -> float:
-        """Seconds of a product with the used experts."""
+    def experts(self, kind: ggml.GgmlType, weights: np.ndarray[Any, Any], tokens: int, width: int = _WIDTH) -> float:
+        """Seconds of a product with the used experts, of as many weights whatever their ``width``."""
+        rows = _EXPERT_ROWS * _WIDTH // width
 
         def build(context: Any) -> tuple[Any, dict[Any, np.ndarray[Any, Any]]]:
-            matrix = self.tensor(context, kind.id, _WIDTH, _EXPERT_ROWS, _EXPERTS)
-            vectors, chosen = self.tensor(context, _F32, _WIDTH, 1, tokens), self.tensor(context, _I32, _USED, tokens)
+            matrix = self.tensor(context, kind.id, width, rows, _EXPERTS)
+            vectors, chosen = self.tensor(context, _F32, width, 1, tokens), self.tensor(context, _I32, _USED, tokens)
             turns = np.arange(_USED * tokens, dtype=np.int32) % _EXPERTS
             inputs = {
                 matrix: np.resize(weights, (_EXPERTS * _EXPERT_ROWS, weights.shape[1])),
-                vectors: _vectors(tokens),
+                vectors: _vectors(tokens)[:, :width].copy(),
                 chosen: turns,
             }
             return self._library.ggml_mul_mat_id(context, matrix, vectors, chosen), inputs
@@ -155,6 +156,13 @@ def _pattern(kind: ggml.GgmlType) -> np.ndarray[Any, Any]:
     if kind.is_float:
         return ggml.encode(kind, random.standard_normal((_PATTERN_ROWS, _WIDTH)).astype(np.float32), None)
     return random.integers(0, 256, (_PATTERN_ROWS, kind.row_bytes(_WIDTH)), np.uint8)
+
+
+def _row_seconds(bench: _Bench, pattern: np.ndarray[Any, Any], tokens: int) -> float:
+    """What every row takes whatever its length, by token: the same weights in rows of a quarter as many."""
+    kind = ggml.BY_NAME[_STREAM_TYPE]
+    short, long = (bench.experts(kind, pattern, tokens, width) for width in (_WIDTH // 4, _WIDTH))
+    return max(0.0, short - long) / (3 * _EXPERT_ROWS * _USED * tokens)
 
 
 def _tiny_seconds(path: Path, tokens: int, depth: int = _TINY_DEPTH) -> float:
@@ -243,4 +251,5 @@ def measure_kernels(types: list[str], progress: Progress | None = None) -> dict[
         streams = [
             (size, bench.dense(ggml.BY_NAME[_STREAM_TYPE], pattern, 1, size // row) / size) for size in _STREAMS
         ]
-    return {"format": FORMAT, **tables, "streams": streams, **_besides(tables)}
+        rows = [_row_seconds(bench, pattern, tokens) for tokens in (1, BATCH)]
+    return {"format": FORMAT, **tables, "streams": streams, "rows": rows, **_besides(tables)}

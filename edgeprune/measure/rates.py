@@ -18,7 +18,7 @@ from edgeprune.remembered import remembered
 
 Progress = Callable[[int, int], None]
 # Raised when rates measured before would be misread, or were measured in another way.
-FORMAT = 2
+FORMAT = 3
 BATCH = 64  # tokens that are multiplied at once, as in a prompt
 # What a plan can choose from, and what sources come in.
 TYPES = (*ggml.CHOICES, "F32", "F16", "BF16", "MXFP4", "Q4_1", "Q5_1")
@@ -32,6 +32,7 @@ class KernelRates:
         dense, dense_batch: seconds per weight and token, by GGML type, for one token and for ``BATCH`` at once.
         experts, experts_batch: the same for experts, weights of used experts counted.
         streams: working sets in bytes with the seconds that reading a byte of them takes, smallest first.
+        rows: seconds that a row of weights takes whatever its length, and token: of one, and of ``BATCH`` at once.
         besides, besides_batch: seconds that llama.cpp takes besides the products: for a token, for each layer, and
             for each layer and element of the width; of one token, and of ``BATCH`` at once.
         cache: seconds for each number of a key or value in the cache that one token is multiplied with.
@@ -42,6 +43,7 @@ class KernelRates:
     experts: dict[str, float]
     experts_batch: dict[str, float]
     streams: list[tuple[int, float]]
+    rows: tuple[float, float]
     besides: tuple[float, float, float]
     besides_batch: tuple[float, float, float]
     cache: float
@@ -72,14 +74,15 @@ class KernelRates:
             streams = [(int(size), checked_number(f"{where}: streams", found)) for size, found in value["streams"]]
             besides = [
                 tuple(checked_number(f"{where}: {name}", found) for found in value[name])
-                for name in ("besides", "besides_batch")
+                for name in ("rows", "besides", "besides_batch")
             ]
-            (fixed, layer, element), (fixed_batch, layer_batch, element_batch) = besides
+            (row, row_batch), (fixed, layer, element), (fixed_batch, layer_batch, element_batch) = besides
         except (TypeError, ValueError) as error:
             raise BadFile(f"{where} holds no rates: {error}") from error
         return cls(
             **tables,
             streams=streams,
+            rows=(row, row_batch),
             besides=(fixed, layer, element),
             besides_batch=(fixed_batch, layer_batch, element_batch),
             cache=checked_number(f"{where}: cache", value["cache"]),

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from edgeprune.measure.divergence import Reference, summarise
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import Node, session
-from edgeprune.measure.observers import weight_name
+from edgeprune.measure.observers import Disturbance, weight_name
+from edgeprune.measure.sensitivity import RIPPLES
 from edgeprune.measure.tasks import Switch, chosen_windows, compared
 
 Floats = npt.NDArray[np.float32]
@@ -76,6 +77,26 @@ class InputRounding:
         self.rows[weight] = self.rows.get(weight, 0) + len(rows)
 
 
+class Ripple:
+    """Adds noise of one relative size to the output of every product with one of ``weights``, and to the rows that
+    are looked up in them."""
+
+    def __init__(self, weights: frozenset[str], relative_square: float) -> None:
+        self._own = {
+            lookup: {
+                weight: Disturbance(weight, lookup=lookup, relative_square=relative_square, seed=number)
+                for number, weight in enumerate(sorted(weights))
+            }
+            for lookup in (False, True)
+        }
+
+    def __call__(self, node: Node, ask: bool) -> bool:
+        if node.op not in ("GET_ROWS", "MUL_MAT", "MUL_MAT_ID"):
+            return False
+        found = self._own[node.op == "GET_ROWS"].get(weight_name(node) or "")
+        return found is not None and found(node, ask)
+
+
 class RoundedInputs:
     """Rounds the inputs of products with ``weights`` as a kernel for quantised weights would, for all who read them
     from there on.
@@ -111,13 +132,14 @@ def measure(
     ``tasks.disturb``.
 
     Returns:
-        ``inputs``: by weight and block size, mean squared error of one input channel in each block of channels, on at
-        most 2,048 tokens; without weights that are in no product of the graph. ``floor``: by block size, what
-        rounding the inputs of all of them at once costs, nats per token. ``tokens_per_s``: how fast this machine
-        computes them while they are watched.
+        ``inputs``: by weight and block size, mean squared error of one input channel in each block of channels, on
+        at most 2,048 tokens; without weights that are in no product of the graph. ``floor``: by block size, what
+        rounding the inputs of all of them at once costs, nats per token. ``together``: by relative squared error,
+        what noise of that size in all of their outputs at once costs, nats per token. ``tokens_per_s``: how fast
+        this machine computes them while they are watched.
     """
     switch, watched = Switch(), frozenset(weights)
-    watcher, floor = InputRounding(watched), {}
+    watcher, costs = InputRounding(watched), {}
     with session(Path(model), Launch(context=window, batch=window, threads=threads), switch) as opened:
         chosen = chosen_windows(opened, texts, split, window, most_tokens)
         switch.current = watcher
@@ -127,13 +149,20 @@ def measure(
             opened.run(part.tokens)
             speed = max(speed, len(part.tokens) / (time.perf_counter() - started))
         kept = Reference(Path(reference), opened.vocabulary_size)
-        for number, block in enumerate(BLOCKS):
-            switch.current = RoundedInputs(watched, block)
-            floor[str(block)] = summarise(list(compared(opened, chosen, kept, None))).kl_mean
+        together = {str(error): Ripple(watched, error) for error in RIPPLES}
+        floor = {str(block): RoundedInputs(watched, block) for block in BLOCKS}
+        for number, (name, observer) in enumerate((together | floor).items()):
+            switch.current = observer
+            costs[name] = summarise(list(compared(opened, chosen, kept, None))).kl_mean
             if progress is not None:
-                progress(number + 1, len(BLOCKS))
+                progress(number + 1, len(together) + len(floor))
     inputs = {
         weight: {str(block): (sums / (block * watcher.rows[weight])).tolist() for block, sums in own.items()}
         for weight, own in watcher.sums.items()
     }
-    return {"inputs": inputs, "floor": floor, "tokens_per_s": speed}
+    return {
+        "inputs": inputs,
+        "floor": {name: costs[name] for name in floor},
+        "together": {name: costs[name] for name in together},
+        "tokens_per_s": speed,
+    }

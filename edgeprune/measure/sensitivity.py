@@ -18,6 +18,8 @@ from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
 
 SMALL, LARGE = 0.01, 0.1
+# Injected everywhere at once: an error that is lost in the unrest which any change brings, and a usual one.
+RIPPLES = (1e-5, 1e-2)
 MOST_LAYERS_MEASURED = 12
 # Cost is never taken to grow slower than the error to this power, nor faster than to that one.
 _EXPONENTS = (0.6, 1.4)
@@ -78,6 +80,8 @@ class Sensitivity:
         rates: by type, weights per second that one thread of this machine encodes.
         rounding: by tensor and size of the blocks in which llama.cpp rounds activations: relative squared error that
             this adds to the product.
+        together: by relative squared error (as text), nats per token that noise of that size costs at all sites at
+            once.
         speeds: of this machine: ``tokens``, of the source per second while it is observed; ``products``, of float32
             matrices per second and thread.
     """
@@ -88,6 +92,7 @@ class Sensitivity:
     made_from: dict[str, Any]
     rates: dict[str, float] = field(default_factory=dict)
     rounding: dict[str, dict[int, float]] = field(default_factory=dict)
+    together: dict[str, float] = field(default_factory=dict)
     speeds: dict[str, float] = field(default_factory=dict)
 
     def nats(self, tensor: Tensor, type_name: str, share: float = 1.0) -> float:
@@ -115,6 +120,23 @@ class Sensitivity:
         # What was not seen in the graph is not free: it costs as much as the most sensitive tensor.
         return max(response.nats(product) for response in self.responses.values())
 
+    @property
+    def unrest(self) -> float:
+        """Nats per token that any change costs, however small: some tokens go to other experts, whose gates were all
+        but equal. What the smallest ripple costs beyond the sum of what it costs at each site."""
+        small = RIPPLES[0]
+        return max(0.0, self.together.get(str(small), 0.0) - self._summed(small))
+
+    @property
+    def additivity(self) -> float | None:
+        """What errors of ``RIPPLES[1]`` at all sites at once cost in the sum of what each costs alone; None where it
+        was not measured."""
+        large = RIPPLES[1]
+        return self.together[str(large)] / self._summed(large) if str(large) in self.together else None
+
+    def _summed(self, error: float) -> float:
+        return sum(response.nats(error) for response in self.responses.values())
+
     def rounded(self, tensor: Tensor, type_name: str) -> float:
         """Relative squared error that rounding the inputs of ``tensor`` adds when it gets the type ``type_name``;
         where its own type has them rounded already, the source errs as much, independently."""
@@ -128,7 +150,7 @@ class Sensitivity:
         units that rounding the inputs of all products costs ``floor`` nats per token, by block size.
 
         Rounded inputs move a product in the directions that its signal has, which costs more than the same error in
-        directions at random, as it was injected for ``responses``: two or three times.
+        directions at random, as it was injected for ``responses``: two or three times. ``unrest`` is no part of it.
         """
         factors = {}
         for block, nats in floor.items():
@@ -137,7 +159,7 @@ class Sensitivity:
                 for name, own in rounding.items()
                 if block in own and (key := Site(name, False).key) in self.responses
             ]
-            factors[block] = max(nats, 0.0) / sum(costs) if sum(costs) > 0 else 1.0
+            factors[block] = max(nats - self.unrest, 0.0) / sum(costs) if sum(costs) > 0 else 1.0
         return {
             name: {int(block): error * factors.get(block, 1.0) for block, error in own.items()}
             for name, own in rounding.items()
@@ -156,6 +178,7 @@ class Sensitivity:
             "rounding": {
                 name: {str(block): error for block, error in own.items()} for name, own in self.rounding.items()
             },
+            "together": self.together,
             "speeds": self.speeds,
         }
 
@@ -179,6 +202,7 @@ class Sensitivity:
                 dict(value["made_from"]),
                 {name: checked_number(f"rate of {name}", rate) for name, rate in value["rates"].items()},
                 {name: _rounding(name, own) for name, own in value["rounding"].items()},
+                {name: checked_number(f"the cost of {name}", nats) for name, nats in value["together"].items()},
                 {name: checked_number(f"speed of {name}", speed) for name, speed in value["speeds"].items()},
             )
         except (AttributeError, TypeError, ValueError) as error:

@@ -18,6 +18,7 @@ from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candi
 from edgeprune.decide.keep import check_method, check_room, fewest_kept, keep_set
 from edgeprune.decide.narrowing import check_narrowing
 from edgeprune.decide.plan import DROP, USER, Plan
+from edgeprune.decide.solver import prepare
 from edgeprune.device.profile import Profile
 from edgeprune.errors import BadFile, DoesNotFit, Unsupported, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
@@ -182,6 +183,7 @@ class DecideStages(MergeStages):
             DoesNotFit: not even the fewest experts in the smallest types fit.
             UsageError: an impossible number of experts, type or score.
         """
+        prepare()
         _ = self.given_texts  # a missing or broken text is found now, before a checkpoint is converted
         check_narrowing(self.settings.narrowing)
         counts, architecture = self._counts(), self.architecture

@@ -250,8 +250,9 @@ class MeasureStages(TextStages):
             measured = self._distortions(rounding["inputs"])
             found.distortions.update(measured["errors"])
             found.rates.update(measured["rates"])
-            found.speeds.update(tokens=rounding["tokens_per_s"], products=measured["products_per_s"])
+            found.together.update(rounding["together"])
             found.rounding.update(found.to_floor(measured["rounding"], rounding["floor"]))
+            found.speeds.update(tokens=rounding["tokens_per_s"], products=measured["products_per_s"])
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         return found
 

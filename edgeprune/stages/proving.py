@@ -20,6 +20,7 @@ from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch, generated_tokens, prompt_tokens
+from edgeprune.measure.sensitivity import RIPPLES
 from edgeprune.measure.text import HELD_OUT, REPORTING
 from edgeprune.model.ggml import tensor_bytes
 from edgeprune.model.headers import DEFAULT_ALIGNMENT, align
@@ -272,8 +273,19 @@ class Run(TryStages):
             "held-out text": tokens,
             "calibration text": f"{self.statistics.tokens:,} tokens in {len(self.statistics.domains)} domains",
             "speed": "median of 3 repeats",
+            **self._additivity(plan),
             **({"healing": healed} if (healed := self._healing(plan)) else {}),
             "memory": f"predicted for {plan.launch.context:,} tokens of context, measured with {speed['context']:,}",
+        }
+
+    def _additivity(self, plan: Plan) -> dict[str, str]:
+        """How far the prediction, which is a sum over the tensors, is one; nothing where no type was chosen by it."""
+        found = self.sensitivity.additivity if plan.types and self.folder.sensitivity.is_file() else None
+        if found is None:
+            return {}
+        return {
+            "prediction": f"errors of {RIPPLES[1]:.0%} in all products at once cost {found:.2f} of the sum of what "
+            f"they cost one by one; any change costs {self.sensitivity.unrest:.1e} nats per token"
         }
 
     def save_report(self, report: Report) -> None:
