@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ from edgeprune.errors import BadFile, EdgepruneError
 from edgeprune.units import format_bytes
 
 _PACKAGE = Path(__file__).resolve().parent
+_BLOCK = 1 << 20  # of a file that is read through
 PARTIAL_SUFFIX = ".partial"
 _NO_ROOM = {
     errno.ENOSPC: "the disk is full",
@@ -111,10 +112,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of the whole file, 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def file_digest(path: Path, progress: Callable[[int, int], None] | None = None) -> str:
+    """SHA-256 of the whole file, 64 hexadecimal digits.
+
+    Args:
+        progress: called with the bytes that are read and all there are.
+    """
+    state, block, done, total = hashlib.sha256(), memoryview(bytearray(_BLOCK)), 0, path.stat().st_size
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            state.update(block[:count])
+            done += count
+            if progress is not None:
+                progress(done, total)
+    return state.hexdigest()
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

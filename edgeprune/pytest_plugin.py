@@ -6,10 +6,10 @@ edgeprune is loaded. The model is run once, by the first of the items that is as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgeprune.settings import Progress
     from edgeprune.stages.smoke import Wish
 
+Number = TypeVar("Number", int, float)
 _OPTIONS = {
     "gguf": ("FILE", "the GGUF to be run; without it nothing is added"),
     "profile": ("NAME", "profile to hold it against; by default what the device claims"),
@@ -25,6 +26,7 @@ _OPTIONS = {
     "plan": ("FILE", "its plan; plan.json beside it by default"),
     "context": ("N", "context in tokens; by default the plan's, or the profile's"),
     "min-decode": ("N", "tokens per second that must be reached"),
+    "memory": ("SIZE", "most memory it may take, if that is less than the device has"),
     "baseline": ("FILE", "an earlier report, whose right answers have to be reached"),
     "reports": ("DIR", "folder of the reports; the device's own by default"),
 }
@@ -39,25 +41,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _wish(config: pytest.Config) -> Wish:
     from edgeprune.device.machine import LOCAL
     from edgeprune.stages.smoke import Wish
+    from edgeprune.units import parse_bytes
 
     given: dict[str, Any] = {name: config.getoption(f"--edgeprune-{name}") for name in _OPTIONS}
     here = config.invocation_params.dir
     paths = {name: here / given[name] for name in ("plan", "baseline", "reports") if given[name]}
-    try:
-        context = int(given["context"]) if given["context"] else None
-        least = float(given["min-decode"]) if given["min-decode"] else None
-    except ValueError as error:
-        raise pytest.UsageError(f"edgeprune: {error}") from error
     return Wish(
         model=here / given["gguf"],
         device=given["device"] or LOCAL,
         profile=given["profile"],
         plan=paths.get("plan"),
-        context=context,
-        least_decode_per_s=least,
+        context=_read(given, "context", int),
+        least_decode_per_s=_read(given, "min-decode", float),
+        most_bytes=_read(given, "memory", parse_bytes),
         baseline=paths.get("baseline"),
         output=paths.get("reports"),
     )
+
+
+def _read(given: Mapping[str, str | None], name: str, read: Callable[[str], Number]) -> Number | None:
+    """What an option says, read by ``read``; None without it."""
+    from edgeprune.errors import UsageError
+
+    text = given[name]
+    try:
+        return read(text) if text else None
+    except (ValueError, UsageError) as error:
+        value = _OPTIONS[name][0]
+        raise pytest.UsageError(f"--edgeprune-{name} {value}: {text!r} is no such value") from error
 
 
 class _Quiet:

@@ -22,6 +22,18 @@ ENGINES = (LLAMA, TORCH)
 KEEP, DROP = "keep", "drop"
 
 
+_FINE = 1000  # steps of a part, so that a whole of few parts moves evenly
+
+
+def within(progress: Progress, before: int, weight: int, whole: int) -> Progress:
+    """Callback for a part of what ``progress`` shows: ``weight`` of a ``whole``, after ``before`` of it."""
+
+    def part(done: int, total: int) -> None:
+        progress(_FINE * before + (_FINE * weight * min(done, total) // total if total else 0), _FINE * whole)
+
+    return part
+
+
 class Listener(Protocol):
     """Who hears what the pipeline does."""
 

@@ -29,6 +29,7 @@ from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.prove.report import Baseline
+from edgeprune.settings import within
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -271,6 +272,15 @@ def test_without_a_terminal_a_stage_is_told_in_plain_lines(monkeypatch: pytest.M
     with Console(0.01, 0.01).progress("not a word"):
         time.sleep(0.1)
     assert sheet.getvalue() == ""
+
+
+def test_parts_of_a_stage_add_up_to_the_whole() -> None:
+    seen: list[float] = []
+    whole = lambda done, total: seen.append(done / total)  # noqa: E731
+    first, second = within(whole, 0, 1, 4), within(whole, 1, 3, 4)
+    for part, done, total in ((first, 1, 2), (first, 2, 2), (second, 0, 0), (second, 1, 3), (second, 5, 3)):
+        part(done, total)
+    assert seen == [0.125, 0.25, 0.25, 0.5, 1.0]
 
 
 def test_a_stage_that_fails_leaves_nobody_talking(

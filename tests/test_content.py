@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read whole, in order."""
     names: list[str] = []
 
-    def counted(path: Path) -> str:
+    def counted(path: Path, progress: Callable[[int, int], None] | None = None) -> str:
         names.append(path.name)
-        return file_digest(path)
+        return file_digest(path, progress)
 
     monkeypatch.setattr(content, "file_digest", counted)
     return names
@@ -98,7 +99,7 @@ def test_a_file_that_changed_just_now_is_not_remembered(
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(path: Path) -> str:
+    def slow(path: Path, progress: object = None) -> str:
         found = file_digest(path)
         path.write_bytes(b"other weights")
         return found

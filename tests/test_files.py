@@ -203,6 +203,10 @@ def test_file_digest_is_sha_256_of_the_content(tmp_path: Path) -> None:
     path = tmp_path / "abc"
     path.write_bytes(b"abc")
     assert file_digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    content, seen = bytes(range(256)) * 10_000, list[tuple[int, int]]()
+    path.write_bytes(content)
+    assert file_digest(path, lambda done, total: seen.append((done, total))) == hashlib.sha256(content).hexdigest()
+    assert seen == [(1 << 20, 2_560_000), (2 << 20, 2_560_000), (2_560_000, 2_560_000)]
 
 
 @pytest.mark.parametrize("name", ["profiles", "converters", "devices"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,14 @@ def test_a_forced_number_of_experts_is_shipped_and_the_better_preset_reported(
     tiny_checkpoint: Path, small_text: Path, tmp_path: Path
 ) -> None:
     settings = few(tiny_checkpoint, small_text, tmp_path / "run", keep=2)
-    report, folder = fit(settings, Ear())
+    report, folder = fit(settings, ear := Ear())
     assert (report.shipped, report.plan["kept"]) == ("plan", 2)
+    assert [stage for stage in ear.stages if stage.startswith(("layer", "heal"))] == ["heal the experts"]
     assert report.plan["heal"] and 0.01 < report.plan["predicted"]["heal_seconds"] < 600
     assert all(rival.chosen_by is None for rival in report.baselines)
     assert min(rival.quality["kl_mean"] for rival in report.baselines) < report.quality["kl_mean"]
     assert "better" in report.verdict
+    assert report.conditions["measured on"] == f"{platform.system()} {platform.machine()}"  # no device was named
     assert not (folder / "scratch").exists()
 
 

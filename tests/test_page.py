@@ -138,3 +138,9 @@ def test_a_report_that_is_none_is_explained(tmp_path: Path, content: str) -> Non
     (tmp_path / "report.json").write_text(content, encoding="utf-8")
     done = run_edgeprune("report", tmp_path)
     assert done.returncode == 1 and "report.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_without_a_report_is_explained(tmp_path: Path) -> None:
+    done = run_edgeprune("report", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: no report in {tmp_path}\nhint: name a folder that ")

@@ -74,15 +74,24 @@ def test_every_check_is_an_item_beside_the_other_tests(project: Path, synthetic:
     (saved,) = (project / "reports").iterdir()  # it was run once
     some = (
         "-k",
-        "speed or decode or loads or baseline",
+        "speed or decode or loads or memory or baseline",
         "--edgeprune-min-decode",
         "1e9",
+        "--edgeprune-memory",
+        "1MiB",
         "--edgeprune-baseline",
         saved,
     )
     code, outcomes, said = run_pytest(project, *words, "--edgeprune-reports", "others", *some)
-    assert (code, outcomes) == (1, {"loads": "passed", "decode": "failure", "baseline": "passed"}), said
-    assert "promised: at least 1,000,000,000" in said and "Traceback" not in said
+    assert (code, outcomes) == (
+        1,
+        {"loads": "passed", "memory": "failure", "decode": "failure", "baseline": "passed"},
+    ), said
+    assert (
+        "promised: at most 1.00 MiB" in said
+        and "promised: at least 1,000,000,000" in said
+        and "Traceback" not in said
+    )
 
 
 def test_what_was_not_reached_is_skipped_and_what_broke_says_why(project: Path, tmp_path: Path) -> None:
@@ -99,7 +108,8 @@ def test_what_was_not_reached_is_skipped_and_what_broke_says_why(project: Path, 
     ("words", "code", "message"),
     [
         (("--edgeprune-gguf", "nowhere.gguf"), 1, "nowhere.gguf"),
-        (("--edgeprune-gguf", "x.gguf", "--edgeprune-context", "long"), 4, "invalid literal"),
+        (("--edgeprune-gguf", "x.gguf", "--edgeprune-context", "long"), 4, "--edgeprune-context N: 'long' is no"),
+        (("--edgeprune-gguf", "x.gguf", "--edgeprune-memory", "9"), 4, "--edgeprune-memory SIZE: '9' is no"),
         (("--edgeprune-gguf", "x.gguf", "--edgeprune-min-decode", "nan"), 1, "nan is no speed"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,13 +31,15 @@ from edgeprune.files import to_json
 from edgeprune.measure.llama import backend_devices
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.splitting import split
-from edgeprune.prove.smoke import runner as runner_script
+from edgeprune.prove.report import rate
 from edgeprune.prove.smoke.checks import KEYS, Promised, checks
-from edgeprune.prove.smoke.conversation import RUNNER, Measured
+from edgeprune.prove.smoke.conversation import Measured
 from edgeprune.prove.smoke.history import against_baseline, against_earlier, earlier, save
+from edgeprune.prove.smoke.packing import packed_runner
 from edgeprune.prove.smoke.questions import Question, plausible, questions
 from edgeprune.prove.smoke.report import SmokeReport
-from edgeprune.prove.smoke.runner import taken
+from edgeprune.prove.smoke.runner import cards
+from edgeprune.prove.smoke.runner.cards import free_on_gpus, taken
 from edgeprune.stages.deciding import profile_digest
 from edgeprune.stages.smoke import Wish, promises_of, smoke
 
@@ -185,6 +189,15 @@ def test_the_worst_of_the_latest_runs_counts_and_few_runs_prove_little(
     assert verdict(1, []) == "information"
 
 
+def test_more_memory_of_a_graphics_card_than_before_is_told(good: tuple[SmokeReport, Path]) -> None:
+    report, _ = good
+    line = against_earlier(
+        changed(report, memory__device_bytes=2 << 30), [changed(report, memory__device_bytes=1 << 30)]
+    )
+    assert line.verdict == "broken" and "memory of the GPU 2.00 GiB, was 1.00 GiB or less" in line.measured
+    assert against_earlier(changed(report, memory__device_bytes=2 << 30), [report]).verdict == "kept"  # it had none
+
+
 def test_a_fall_in_speed_does_not_become_the_measure_of_the_next_run(
     good: tuple[SmokeReport, Path], tmp_path: Path
 ) -> None:
@@ -319,14 +332,15 @@ def job(model: Path, **changes: Any) -> dict[str, Any]:
 @contextmanager
 def runner(wanted: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
     """The runner as a device starts it: alone, in a folder where no edgeprune is."""
-    command = [sys.executable, "-P", str(RUNNER)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/")
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(json.dumps(wanted).encode() + b"\n")
-    process.stdin.flush()
-    with process.stdin, process.stdout:
-        yield process
-    process.wait(20)
+    with packed_runner() as path:
+        command = [sys.executable, "-P", str(path)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/")
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(wanted).encode() + b"\n")
+        process.stdin.flush()
+        with process.stdin, process.stdout:
+            yield process
+        process.wait(20)
 
 
 def worker_of(process: subprocess.Popen[bytes]) -> psutil.Process:
@@ -339,9 +353,23 @@ def worker_of(process: subprocess.Popen[bytes]) -> psutil.Process:
     raise AssertionError("no child was started")
 
 
+def test_the_runner_is_one_small_file_that_old_python_reads_and_needs_no_package_but_llama_cpp() -> None:
+    with packed_runner() as first, packed_runner() as second:
+        assert first.read_bytes() == second.read_bytes() and first.stat().st_size < 50_000
+        with zipfile.ZipFile(first) as archive:
+            modules = [ast.parse(archive.read(name), name, feature_version=(3, 9)) for name in archive.namelist()]
+    assert not first.exists()
+    named: set[str] = set()
+    for node in (node for module in modules for node in ast.walk(module)):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            named.add(str(node.module))
+    tops = {name.split(".")[0] for name in named}
+    assert tops - sys.stdlib_module_names == {"edgeprune_runner", "llama_cpp"}  # itself, and what it tries
+
+
 def test_the_runner_needs_no_edgeprune(synthetic: toys.Maker) -> None:
-    text = RUNNER.read_text(encoding="utf-8")
-    assert "import edgeprune" not in text and "from edgeprune" not in text
     with runner(job(synthetic("qwen3moe"))) as process:
         assert process.stdout is not None
         said = [json.loads(line) for line in process.stdout]
@@ -501,10 +529,10 @@ def test_free_memory_of_devices_is_what_llama_cpp_says(monkeypatch: pytest.Monke
     from llama_cpp import llama_cpp
 
     llama_cpp.llama_backend_init()
-    cards = [one for one in backend_devices() if one["kind"] == "gpu"]
-    assert set(runner_script._free_on_gpus(llama_cpp._lib)) == {one["name"] for one in cards}
-    monkeypatch.setattr(runner_script, "_GPU", 0)
-    (found,) = runner_script._free_on_gpus(llama_cpp._lib).values()
+    seen = [one for one in backend_devices() if one["kind"] == "gpu"]
+    assert set(free_on_gpus(llama_cpp._lib)) == {one["name"] for one in seen}
+    monkeypatch.setattr(cards, "_GPU", 0)
+    (found,) = free_on_gpus(llama_cpp._lib).values()
     assert 0 < found <= psutil.virtual_memory().total
 
 
@@ -529,6 +557,21 @@ def test_half_of_the_predicted_speed_is_the_least_where_the_device_is_the_plans(
     (line,) = (line for line in checks(Promised(**promised), ASKED, Measured(steps)) if line.key == "decode")
     assert line.verdict == verdict
     assert ("for another device" in line.promised) is (promised == {"decode_per_s": 10.0})
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        ({"load": 3.96, "cores": 2}, "1, on a busy machine (load 4.0 on 2 cores)"),
+        ({"load": 0.9, "cores": 2}, "1"),
+        ({"load": None, "cores": 2}, "1"),
+        ({}, "1"),
+    ],
+)
+def test_a_speed_that_is_missed_on_a_busy_machine_says_so(machine: dict[str, Any], said: str) -> None:
+    steps = {"machine": machine, "speed": {"decode_per_s": 1.0, "prefill_per_s": 1.0, "finite": True}}
+    assert found("decode", steps, promised={"least_decode_per_s": 9.0}) == ("broken", rate(1.0) + said[1:])
+    assert found("decode", steps, promised={"least_decode_per_s": 0.5}) == ("kept", rate(1.0))
 
 
 def test_a_context_that_ends_early_is_a_broken_promise() -> None:

@@ -78,6 +78,7 @@ def test_a_server_is_led_through_all_checks(
     assert {key: verdicts(report)[key] for key in KEPT} == dict.fromkeys(KEPT, "kept")
     assert report.engine.startswith("llama-server ") and report.step("context")["filled_tokens"] == 128
     assert report.step("speed")["prefill_per_s"] > 0 and report.step("memory")["peak_bytes"] > 1e6
+    assert bool(report.machine) is (transport == "local")  # the runner of a phone is not on it
     if not real:
         assert report.engine == "llama-server b1-stand-in" and report.step("load")["vocabulary"] == 320
         assert report.step("speed")["decode_per_s"] == pytest.approx(100.0)

@@ -24,6 +24,7 @@ from edgeprune.device.machine import Machine, load_machine
 from edgeprune.errors import EdgepruneError
 from edgeprune.files import file_digest
 from edgeprune.prove.smoke.conversation import converse
+from edgeprune.prove.smoke.packing import packed_runner
 from edgeprune.prove.smoke.ssh import Ssh
 
 pytest_plugins = ("demo_fixtures",)
@@ -114,10 +115,15 @@ def test_a_file_is_sent_run_and_left_for_the_next_time(synthetic: toys.Maker, de
     done = run_edgeprune("smoke", model, "--device", device, *SHORT, "-o", tmp_path / "own")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{model.name} on board (cpu-8gb), llama-cpp-python ")
+    with packed_runner() as runner:
+        far = tmp_path / "far" / f"{file_digest(runner)[:32]}.pyz"
+        assert far.read_bytes() == runner.read_bytes()
+    far.write_bytes(b"damaged")  # a memory card forgets; the runner is looked at as the model is
     (there,) = (tmp_path / "far").glob("*.gguf")
     assert there.name == f"{file_digest(model)[:32]}.gguf" and there.read_bytes() == model.read_bytes()
     again = run_edgeprune("smoke", model, "--device", device, *SHORT, "-o", tmp_path / "other", "--remove")
     assert again.returncode == 0 and not there.exists()
+    assert far.stat().st_size > 1000
 
 
 def test_what_was_broken_off_is_gone_on_with(synthetic: toys.Maker, device: Path, tmp_path: Path) -> None:
@@ -187,7 +193,7 @@ def test_a_lost_connection_ends_everything_on_the_device(daemon: Daemon, synthet
     def cut(done: int, total: int) -> None:
         """As soon as the model is at work, the connection is gone."""
         below = daemon.process.children(recursive=True)
-        workers.extend(process for process in below if "runner-" in " ".join(process.cmdline()))
+        workers.extend(process for process in below if ".pyz" in " ".join(process.cmdline()))
         for session in daemon.process.children():
             with contextlib.suppress(psutil.Error):
                 session.kill()

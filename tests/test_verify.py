@@ -84,6 +84,7 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(tiny_
         (Wishes(loops=1000), "questions to ask"),
         (Wishes(tasks=("nowhere.jsonl",)), "no task file"),
         (Wishes(write_base=folder / "report.json"), "exists already"),
+        (Wishes(write_base=folder / "nowhere" / "base"), "there is no folder"),
     ):
         ear = Ear()
         with pytest.raises(UsageError, match=message):

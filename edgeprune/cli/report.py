@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgeprune.errors import BadFile
+from edgeprune.errors import BadFile, UsageError
 
 
 @click.command(short_help="Show a finished run again, with pictures as files.")
@@ -33,6 +33,8 @@ def report(folder: Path, pictures: Path | None, as_json: bool) -> None:
     from edgeprune.prove.report import Report
 
     path = folder / "report.json"
+    if not path.is_file():
+        raise UsageError(f"no report in {folder}", hint="name a folder that `edgeprune fit` or `verify` wrote to")
     try:
         found = Report.from_json(read_json(path))
         page = render(found)

@@ -50,7 +50,7 @@ def family(found: Family, folder: Path) -> list[str]:
                 f"{100 * quality['same_top']:.1f} %",
             )
         )
-    lines = [f"{found.model} for several devices", ""]
+    lines = [f"{found.model} in several sizes", ""]
     lines += table(rows, ("", "size", "experts", "memory", "KL mean", "same top token"))
     return [*lines, "", f"report  {folder / 'family.html'}", f"publish it:  edgeprune publish {folder} ORG/NAME"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -184,4 +185,7 @@ def find_profile(name: str) -> Profile:
         UsageError: there is none; suggests near names.
     """
     way_out = "`edgeprune profiles` lists them; 'auto' is this machine"
+    with suppress(UsageError):
+        parse_bytes(name)
+        way_out = "a size of memory is given with --memory, one of files with --file-size, several with --file-sizes"
     return load_profile(lookup.found_file(_KIND, "device profile", name, way_out))

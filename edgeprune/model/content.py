@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ _SETTLED_NS = 3_000_000_000
 _known: dict[str, dict[str, Any]] = {}
 
 
-def content_digest(path: Path) -> str:
+def content_digest(path: Path, progress: Callable[[int, int], None] | None = None) -> str:
     """SHA-256 of the whole file, 64 hexadecimal digits; of a file that was not touched since, without reading it.
+
+    Args:
+        progress: as of ``file_digest``.
 
     Raises:
         BadFile: it cannot be read.
@@ -42,7 +46,7 @@ def content_digest(path: Path) -> str:
         remembered = _known.get(str(note)) or _read_note(note)
         if remembered.get("state") == state:
             return str(remembered["digest"])
-        digest = file_digest(real)
+        digest = file_digest(real, progress)
         unchanged = _state(real) == state
     except OSError as error:
         raise BadFile(f"cannot read {path}: {error.strerror or error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,17 @@ class GgufFile(Header):
             start = first // mmap.PAGESIZE * mmap.PAGESIZE
             self._maps[info.part].madvise(mmap.MADV_DONTNEED, start, first + size - start)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, progress: Callable[[int, int], None] | None = None) -> str:
         """SHA-256 of the whole file, or of those of the parts: any other byte, and it is another model. See
-        ``content`` for what that costs."""
-        digests = [content_digest(path) for path in self.paths]
+        ``content`` for what that costs; ``progress`` is called with steps done and steps in all."""
+        digests = []
+        for number, path in enumerate(self.paths):
+
+            def told(done: int, total: int, number: int = number) -> None:
+                if progress is not None:  # parts are about equally long
+                    progress(number * total + done, len(self.paths) * total)
+
+            digests.append(content_digest(path, told))
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

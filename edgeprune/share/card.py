@@ -262,7 +262,7 @@ def model_card(
     """
     first = sheets[0].report
     alone = len(sheets) == 1 and not others
-    title = first.title if alone else f"{first.source['name']}: GGUF files for several devices"
+    title = first.title if alone else f"{first.source['name']}: GGUF files of several sizes"
     lines = _front_matter(sheets, origin, repository.partition("/")[0])
     lines += [f"# {plain(title)}", ""]
     lines += [plain(first.verdict), ""] if alone else []

@@ -278,9 +278,9 @@ def download(
     for part in verdict.candidate.parts:
         with listener.progress(f"fetch {part.path}"):
             path = hub.read(repository, part.path, remote.head, folder)
-        with listener.progress(f"check {part.path}"):
+        with listener.progress(f"check {part.path}") as progress:
             known = len(part.sha256) == 64  # of a small file that is not in large storage there is only git's own
-            if path.stat().st_size != part.nbytes or (known and content_digest(path) != part.sha256):
+            if path.stat().st_size != part.nbytes or (known and content_digest(path, progress) != part.sha256):
                 _discard(path, folder)
                 raise BadFile(
                     f"{part.path} arrived damaged: it is not what {repository} holds",

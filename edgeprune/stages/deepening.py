@@ -76,6 +76,8 @@ class Wishes:
             BaseFile.read(self.base)
         if self.write_base is not None and self.write_base.exists():
             raise UsageError(f"--write-kld-base: {self.write_base} exists already", hint="choose another name")
+        if self.write_base is not None and not self.write_base.absolute().parent.is_dir():
+            raise UsageError(f"--write-kld-base: there is no folder {self.write_base.parent}", hint="make it first")
 
 
 def deepen(run: Run, report: Report, wishes: Wishes) -> Report:

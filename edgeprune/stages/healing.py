@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from edgeprune.measure.merging import merge
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import shipped_texts, texts_digest
 from edgeprune.model.architecture import Architecture
+from edgeprune.settings import Progress, within
 from edgeprune.stages.measuring import tools
 from edgeprune.stages.narrowing import NarrowStages
 
@@ -31,6 +32,8 @@ MOST_STAGES, MOST_STAGES_OF_WHOLE, LAYERS_OF_WHOLE = 8, 4, 2
 # and up projections, twice a sweep, and once for each look at what is left; matrices of an expert and its tokens go
 # through at half the speed of large ones.
 FIT_PRODUCTS = 40
+# Shares of the time of building what comes before, observing it and fitting, for a bar that moves.
+STEPS = (1, 2, 4)
 # Of the tokens that are kept whole on disk.
 MOST_BYTES = 8 << 30
 
@@ -120,7 +123,8 @@ class HealStages(NarrowStages):
         with contextlib.suppress(BadFile):
             if path.is_file() and Statistics.load(path).made_from == made_from:
                 return path
-        self._tokens(self.source, path, made_from, tokens, self.architecture.experts, "what the original answers")
+        with self.listener.progress("what the original answers") as progress:
+            self._tokens(self.source, path, made_from, tokens, self.architecture.experts, progress)
         return path
 
     def _tokens(
@@ -130,7 +134,7 @@ class HealStages(NarrowStages):
         made_from: dict[str, Any],
         most: int,
         experts: int,
-        title: str,
+        progress: Progress,
         layers: tuple[int, int] | None = None,
     ) -> None:
         """Statistics of ``model`` over ``most`` tokens of the healing text, in ``layers`` alone if given."""
@@ -138,29 +142,28 @@ class HealStages(NarrowStages):
         # The products with these weights show what goes into the experts.
         roles = ("expert_gate", "expert_up", "expert_gate_up")
         wanted = [t.name for t in self.architecture.tensors if t.role in roles and t.layer in looked_at]
-        parts = []
-        for number, (texts, tokens) in enumerate(self._parts(most)):
+        parts, texts_of = [], self._parts(most)
+        for number, (texts, tokens) in enumerate(texts_of):
             part = self.folder.scratch / f"{output.stem}-{number}.safetensors"
-            with self.listener.progress(title) as progress:
-                child.call(
-                    "edgeprune.measure.tasks:collect",
-                    {
-                        "model": str(model),
-                        "output": str(part),
-                        "scratch": str(self.folder.scratch),
-                        "texts": texts,
-                        "window": self.settings.window,
-                        "most_tokens": tokens,
-                        "weights": wanted,
-                        "experts": experts,
-                        "arch": self.architecture.arch,
-                        "made_from": {**made_from, "part": number},
-                        "reservoir_tokens": tokens,
-                        "layers": list(layers) if layers else None,
-                        "tokens_only": True,
-                    },
-                    progress,
-                )
+            child.call(
+                "edgeprune.measure.tasks:collect",
+                {
+                    "model": str(model),
+                    "output": str(part),
+                    "scratch": str(self.folder.scratch),
+                    "texts": texts,
+                    "window": self.settings.window,
+                    "most_tokens": tokens,
+                    "weights": wanted,
+                    "experts": experts,
+                    "arch": self.architecture.arch,
+                    "made_from": {**made_from, "part": number},
+                    "reservoir_tokens": tokens,
+                    "layers": list(layers) if layers else None,
+                    "tokens_only": True,
+                },
+                within(progress, number, 1, len(texts_of)),
+            )
             parts.append(part)
         merge(parts, output, made_from)
         for part in parts:
@@ -184,17 +187,32 @@ class HealStages(NarrowStages):
         done: dict[str, Any] = {}
         with contextlib.suppress(BadFile):
             done = dict(read_json(record))
-        for stage in self._stages(plan, changed):
-            if not all(str(layer) in done for layer in changed if layer in range(*stage)):
-                done |= self._heal(plan, store, stage, merged)
-                write_text(record, to_json(done))
+        stages = self._stages(plan, changed)
+        stages = [s for s in stages if not all(str(layer) in done for layer in changed if layer in range(*s))]
+        if stages:
+            teacher = self.teacher(self.healing_tokens(dropping=_fewer(plan)))
+            with self.listener.progress("heal the experts") as progress:
+                passed, whole = 0, sum(end for _, end in stages)
+                for stage in stages:  # one costs as it is deep: all before it is built and observed
+                    part = within(progress, passed, stage[1], whole)
+                    done |= self._heal(plan, store, stage, merged, teacher, part)
+                    write_text(record, to_json(done))
+                    passed += stage[1]
         for layer, found in done.items():
             if "reason" in found:
                 self.listener.say(f"layer {layer} is not healed: {found['reason']}")
         write_text(self.folder.healing, to_json(done))
         return str(folder)
 
-    def _heal(self, plan: Plan, store: Store, stage: tuple[int, int], merged: str) -> dict[str, Any]:
+    def _heal(
+        self,
+        plan: Plan,
+        store: Store,
+        stage: tuple[int, int],
+        merged: str,
+        teacher: Path,
+        progress: Progress,
+    ) -> dict[str, Any]:
         """One stage: build the prefix, observe it, fit."""
         common = {
             "model": str(self.source),
@@ -204,27 +222,26 @@ class HealStages(NarrowStages):
             "channels": self.channels_of(plan),
             "merged": merged,
         }
-        name = f"layers {stage[0]} to {stage[1] - 1}" if stage[1] - stage[0] > 1 else f"layer {stage[0]}"
         self.folder.scratch.mkdir(parents=True, exist_ok=True)
         prefix = self.folder.scratch / "prefix.gguf"
         student = self.folder.scratch / "student.safetensors"
         tokens = self.healing_tokens(dropping=_fewer(plan))
-        teacher = self.teacher(tokens)
         statistics = self.statistics_file if plan.types else ""
-        with self.listener.progress(f"{name}: build what comes before") as progress:
-            child.call(
-                "edgeprune.build.staged:write_prefix",
-                {**common, "output": str(prefix), "statistics": statistics},
-                progress,
-            )
+        build, observe, fit = (
+            within(progress, *part, sum(STEPS)) for part in zip((0, *accumulate(STEPS)), STEPS, strict=False)
+        )
+        child.call(
+            "edgeprune.build.staged:write_prefix",
+            {**common, "output": str(prefix), "statistics": statistics},
+            build,
+        )
         made_from = {"model": plan.digest, "stage": list(stage)}
-        self._tokens(prefix, student, made_from, tokens, plan.kept, f"{name}: observe", stage)
-        with self.listener.progress(f"{name}: fit") as progress:
-            found: dict[str, Any] = child.call(
-                "edgeprune.build.staged:heal_layers",
-                {**common, "teacher": str(teacher), "student": str(student)},
-                progress,
-            )
+        self._tokens(prefix, student, made_from, tokens, plan.kept, observe, stage)
+        found: dict[str, Any] = child.call(
+            "edgeprune.build.staged:heal_layers",
+            {**common, "teacher": str(teacher), "student": str(student)},
+            fit,
+        )
         prefix.unlink()
         student.unlink()
         return found

@@ -15,6 +15,7 @@ from typing import Any
 from edgeprune import __version__
 from edgeprune.build.builder import Build
 from edgeprune.decide.plan import DROP, PRESET, SOLVER, Plan, folded
+from edgeprune.device.machine import AUTO
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
@@ -176,7 +177,7 @@ class Run(TryStages):
         shipped: str,
         speed: Mapping[str, Any],
     ) -> Report:
-        on_device = self.settings.device in (None, "auto")
+        on_device = self.settings.device in (None, AUTO)
         lines = promises(
             plan.to_json(), build.nbytes, measured["all"], speed, self.budget.to_json(), on_device=on_device
         )
@@ -265,9 +266,10 @@ class Run(TryStages):
     ) -> dict[str, str]:
         tokens = f"{measured['all']['tokens']:,} tokens in windows of at most {self.settings.window}"
         tokens += f"; {_apart(measured)}"
-        where = "this device" if on_device else f"another machine than {self.profile.name}"
+        where = "" if on_device else f", another machine than {self.profile.name}"
+        where = ", the device itself" if self.settings.device == AUTO else where
         return {
-            "measured on": f"{platform.system()} {platform.machine()}, {where}",
+            "measured on": f"{platform.system()} {platform.machine()}{where}",
             "held-out text": tokens,
             "calibration text": f"{self.statistics.tokens:,} tokens in {len(self.statistics.domains)} domains",
             "speed": "median of 3 repeats",

@@ -98,8 +98,8 @@ def smoke(wish: Wish, listener: Listener) -> tuple[SmokeReport, Path]:
     setting = _prepared(wish, listener)
     asked = questions()
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    with listener.progress("SHA-256"):
-        sha256 = setting.file.fingerprint()
+    with listener.progress("SHA-256") as progress:
+        sha256 = setting.file.fingerprint(progress)
     _require_as_built(setting.file.path, sha256)
     job = _job(setting, asked, listener)
     measured = _measured(setting, transport_to(setting.machine), sha256, job, listener)

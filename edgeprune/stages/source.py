@@ -164,8 +164,8 @@ class SourceStages:
     @cached_property
     def fingerprint(self) -> str:
         """Of the source's content. The first look at a large file takes as long as reading it."""
-        with self.listener.progress("fingerprint of the model"):
-            return self.file.fingerprint()
+        with self.listener.progress("fingerprint of the model") as progress:
+            return self.file.fingerprint(progress)
 
     @cached_property
     def profile(self) -> Profile:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import posixpath
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,9 +14,9 @@ from typing import IO, Any, BinaryIO
 
 from edgeprune.device.machine import Machine
 from edgeprune.errors import EdgepruneError
-from edgeprune.prove.smoke.conversation import RUNNER
+from edgeprune.prove.smoke.packing import packed_runner
 from edgeprune.prove.smoke.shelled import Shelled, client, finished, last_of, told, way_out
-from edgeprune.prove.smoke.transport import Job, ended
+from edgeprune.prove.smoke.transport import Job, ended, started
 
 # ``adb push`` cannot go on with a file; what is sent in pieces is lost by a piece at most.
 _PIECE, _BLOCK = 256 << 20, 1 << 20
@@ -66,10 +65,7 @@ class Adb(Shelled):
         there = _FIRST_PORT + os.getpid() % _PORTS
         here = self._run("forward", "tcp:0", f"tcp:{there}").strip()
         try:
-            process = subprocess.Popen(
-                [sys.executable, str(RUNNER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-            )
-            with ended(process):
+            with packed_runner() as runner, ended(started([sys.executable, str(runner)], log)) as process:
                 yield process, {**job, **self._led(job, there), "port": int(here)}
         finally:
             self._run("forward", "--remove", f"tcp:{here}")

@@ -37,6 +37,8 @@ PREDICTED_SHARE = 0.5
 _TOKEN_SECONDS = 0.005
 # A model asked a dozen things may once say nothing at all.
 _IMPLAUSIBLE_SHARE = 0.25
+# Programs waiting for each core, beyond which what is slow may be their doing.
+_BUSY_SHARE = 0.5
 _SHOWN = 4  # names in a line
 
 
@@ -143,7 +145,17 @@ def _decode(promised: Promised, _: Sequence[Question], steps: Mapping[str, Any])
     elif least is None and promised.decode_per_s:
         words = [f"{words[0]} for another device"]
     words += [f"at least {rate(least)}"] if least else []
-    return ", ".join(words), rate(speed), verdict(reached >= least) if least else INFORMATION
+    said = verdict(reached >= least) if least else INFORMATION
+    return ", ".join(words), rate(speed) + (_others(steps) if said == BROKEN else ""), said
+
+
+def _others(steps: Mapping[str, Any]) -> str:
+    """That programs waited for cores in the minute before the run, if they did: a quiet machine may be faster."""
+    machine = steps.get("machine") or {}
+    load, cores = machine.get("load"), machine.get("cores")
+    if not load or not cores or load < _BUSY_SHARE * cores:
+        return ""
+    return f", on a busy machine (load {load:.1f} on {cores} cores)"
 
 
 def _least_of(predicted_per_s: float) -> float:

@@ -7,13 +7,11 @@ import json
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from edgeprune.errors import EdgepruneError
 
 Progress = Callable[[int, int], None]
-RUNNER = Path(__file__).resolve().with_name("runner.py")
 # What a runner does, in order, with the share of the time that each step takes, for a bar that moves.
 STEPS = {"load": 1, "speed": 2, "answers": 4, "repeated": 1, "context": 4, "memory": 0}
 _FACTS = {*STEPS, "machine"}

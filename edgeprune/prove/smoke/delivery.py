@@ -29,16 +29,16 @@ class Shell(Protocol):
         """Append the rest of ``stream`` to the file ``path`` over there; ``progress`` hears how much has left."""
 
 
-def deliver(shell: Shell, model: Path, folder: str, sha256: str, progress: Progress) -> str:
+def deliver(shell: Shell, model: Path, folder: str, sha256: str, progress: Progress, *, ending: str = "gguf") -> str:
     """The path of ``model`` on the other machine, after bringing it there unless it is there already.
 
     The file is named after its hash, so that the same file is sent once whatever it is called, and a part of one file
-    is never gone on with as if it were of another.
+    is never gone on with as if it were of another. ``ending`` is what its name ends in there.
 
     Raises:
         EdgepruneError: no room, or what arrived is not what was sent.
     """
-    target, size = f"{folder}/{sha256[:32]}.gguf", model.stat().st_size
+    target, size = f"{folder}/{sha256[:32]}.{ending}", model.stat().st_size
     partial = f"{target}.partial"
     there, begun, free = _look(shell, folder, target, partial)
     if there == size and _sha256(shell, target) == sha256:

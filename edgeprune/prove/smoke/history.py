@@ -79,10 +79,12 @@ def _slower(report: SmokeReport, before: Sequence[SmokeReport]) -> list[str]:
 
 
 def _larger(report: SmokeReport, before: Sequence[SmokeReport]) -> list[str]:
-    old, new = (_figures(reports, "memory", "peak_bytes") for reports in (before, [report]))
-    if old and new and new[0] > _LARGER * max(old):
-        return [f"peak memory {format_bytes(new[0])}, was {format_bytes(max(old))} or less"]
-    return []
+    lines = []
+    for key, name in (("peak_bytes", KEYS["memory"]), ("device_bytes", KEYS["vram"])):
+        old, new = (_figures(reports, "memory", key) for reports in (before, [report]))
+        if old and new and new[0] > _LARGER * max(old):
+            lines.append(f"{name} {format_bytes(new[0])}, was {format_bytes(max(old))} or less")
+    return lines
 
 
 def _forgotten(report: SmokeReport, old: SmokeReport) -> list[str]:

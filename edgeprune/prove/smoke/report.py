@@ -102,6 +102,8 @@ def _require_comparable(report: SmokeReport) -> None:
     texts = (report.device, report.when, report.engine, report.file["sha256"], report.file["name"], *report.right)
     steps = report.measured["steps"]
     figures = [found[key] for name, key in _FIGURES if isinstance(found := _found(steps, name), Mapping)]
+    if isinstance(memory := _found(steps, "memory"), Mapping):
+        figures.append(memory.get("device_bytes"))  # of late
     right_kinds = all(isinstance(text, str) for text in texts) and isinstance(report.right, list)
     if not right_kinds or not all(figure is None or type(figure) in (int, float) for figure in figures):
         raise TypeError("a field is of another kind")

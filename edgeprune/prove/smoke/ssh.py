@@ -12,9 +12,10 @@ from typing import IO, Any, BinaryIO
 from edgeprune.device.machine import Machine
 from edgeprune.errors import EdgepruneError
 from edgeprune.files import file_digest
-from edgeprune.prove.smoke.conversation import RUNNER
+from edgeprune.prove.smoke.delivery import deliver
+from edgeprune.prove.smoke.packing import packed_runner
 from edgeprune.prove.smoke.shelled import Shelled, client, finished, last_of, told, way_out
-from edgeprune.prove.smoke.transport import Job, ended, with_server
+from edgeprune.prove.smoke.transport import Job, ended, started, with_server
 
 _BLOCK = 1 << 20
 _CONNECT_SECONDS = 15
@@ -81,19 +82,14 @@ class Ssh(Shelled):
     def run(self, job: Job, log: IO[bytes]) -> Any:
         runner = self._send_runner()
         words = self._words(f"exec {shlex.quote(self._machine.runner.python)} {shlex.quote(runner)}")
-        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-        with ended(process):
+        with ended(started(words, log)) as process:
             yield process, with_server(job, self._machine.runner.server)
 
     def _send_runner(self) -> str:
-        """The runner's path over there; it is small, so it is always sent."""
-        path = f"{self._machine.folder}/runner-{file_digest(RUNNER)[:12]}.py"
-        new = shlex.quote(path + ".new")
-        self.ask(f"mkdir -p {shlex.quote(self._machine.folder)} && rm -f {new}")
-        with RUNNER.open("rb") as stream:
-            self.append(stream, path + ".new", lambda count: None)
-        self.ask(f"mv -f {new} {shlex.quote(path)}")
-        return path
+        """The runner's path over there, once it is there and its hash is right."""
+        with packed_runner() as runner:
+            digest, unheard = file_digest(runner), lambda done, total: None
+            return deliver(self, runner, self._machine.folder, digest, unheard, ending="pyz")
 
 
 def _options(machine: Machine) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from edgeprune.device.machine import ADB, LOCAL, Machine
 from edgeprune.errors import EdgepruneError
-from edgeprune.prove.smoke.conversation import RUNNER
+from edgeprune.prove.smoke.packing import packed_runner
 
 Progress = Callable[[int, int], None]
 Job = Mapping[str, Any]
@@ -33,6 +33,11 @@ class Transport(Protocol):
     def run(self, job: Job, log: IO[bytes]) -> AbstractContextManager[tuple[subprocess.Popen[bytes], Job]]:
         """The runner as a process whose standard input and output are pipes, and the job as it is to be told there;
         what goes wrong is written to ``log``. The process has ended when the block has."""
+
+
+def started(words: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process whose standard input and output are pipes; its errors go to ``log``."""
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 
 
 @contextmanager
@@ -72,17 +77,16 @@ class Local:
     @contextmanager
     def run(self, job: Job, log: IO[bytes]) -> Any:
         python = self._machine.runner.python or sys.executable
-        try:
-            process = subprocess.Popen(
-                [python, str(RUNNER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-            )
-        except OSError as error:
-            raise EdgepruneError(
-                f"{self._machine.name}: {python} cannot be started: {error.strerror or error}",
-                hint="mend `python` under [runner] in the device's file",
-            ) from error
-        with ended(process):
-            yield process, with_server(job, self._machine.runner.server)
+        with packed_runner() as runner:
+            try:
+                process = started([python, str(runner)], log)
+            except OSError as error:
+                raise EdgepruneError(
+                    f"{self._machine.name}: {python} cannot be started: {error.strerror or error}",
+                    hint="mend `python` under [runner] in the device's file",
+                ) from error
+            with ended(process):
+                yield process, with_server(job, self._machine.runner.server)
 
 
 def transport_to(machine: Machine) -> Transport:
