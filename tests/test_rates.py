@@ -110,6 +110,16 @@ def test_fetching_weights_comes_on_top_of_multiplying_with_them(architecture: Ar
     assert far.prefill_per_s == near.prefill_per_s
 
 
+def test_a_dense_matrix_comes_back_sooner_than_an_expert(architecture: Architecture) -> None:
+    """With a cache that holds what one token meets, but not all experts. The table of rows is never read through."""
+    met = [tensor for tensor in architecture.tensors if len(tensor.shape) > 1 and tensor.role != "embedding"]
+    everything = sum(tensor.nbytes for tensor in met)
+    experts = sum(tensor.nbytes for tensor in met if tensor.is_expert) * toys.USED / toys.EXPERTS
+    one_token = everything - sum(tensor.nbytes for tensor in met if tensor.is_expert) + experts
+    knee = timed(architecture, streams=[(int(one_token), 0.0), (everything, 8e-12)])
+    assert 1 / knee.decode_per_s - 1 / timed(architecture).decode_per_s == pytest.approx(experts * 8e-12)
+
+
 def test_every_row_takes_its_time_whatever_its_length(architecture: Architecture) -> None:
     """Of attention, router, used experts, and of the output for a prompt's last token."""
     none, some = timed(architecture), timed(architecture, rows=(1e-8, 1e-9))

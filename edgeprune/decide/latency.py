@@ -60,20 +60,23 @@ def speed(
         bandwidth: of the memory, bytes per second, which they share, too.
         width: channels of every expert, or 0 for all.
     """
-    nbytes = sum(_nbytes(tensor, kept, types, width) for tensor in architecture.tensors)
-    fetching = rates.stream(nbytes) - rates.stream(0)
+    works = {tensor.name: _work(architecture, tensor, kept, width) for tensor in architecture.tensors}
+    met = [tensor for tensor in architecture.tensors if works[tensor.name]]
+    nbytes = sum(_nbytes(tensor, kept, types, width) for tensor in met)
+    token_bytes = sum(works[tensor.name] * _bytes_per_weight(tensor, types) for tensor in met)
+    # A dense matrix is met again after all that one token meets, an expert after about all of the file.
+    dense_fetch, expert_fetch = (rates.stream(int(size)) - rates.stream(0) for size in (token_bytes, nbytes))
     least = 1 / bandwidth if threads > 1 and nbytes >= rates.streams[-1][0] else 0.0
     decode = _attention(architecture, prompt_tokens) * rates.cache / threads
     prefill = _attention(architecture, prompt_tokens / 2) * rates.dense_batch[_CACHE_TYPE] / threads
-    for tensor in architecture.tensors:
-        work, kind = _work(architecture, tensor, kept, width), types.get(tensor.name, tensor.type)
-        if not work:
-            continue
+    for tensor in met:
+        work, kind = works[tensor.name], types.get(tensor.name, tensor.type)
         one, many = (rates.experts, rates.experts_batch) if tensor.is_expert else (rates.dense, rates.dense_batch)
         if kind not in one or kind not in many:
             return None
         row = tensor.kept_shape(kept, width)[0]
-        bytes_per_weight = ggml.BY_NAME[kind].bits_per_weight / 8
+        bytes_per_weight = _bytes_per_weight(tensor, types)
+        fetching = expert_fetch if tensor.is_expert else dense_fetch
         # Products were measured with weights in the nearest cache; fetching them from further off comes on top, and
         # threads together are not faster than the memory with what no cache holds.
         alone = one[kind] + bytes_per_weight * fetching + rates.rows[0] / row
@@ -84,6 +87,10 @@ def speed(
     decode += _besides(architecture, rates.besides)
     prefill += _besides(architecture, rates.besides_batch)
     return Speed(1 / prefill, 1 / decode)
+
+
+def _bytes_per_weight(tensor: Tensor, types: Mapping[str, str]) -> float:
+    return ggml.BY_NAME[types.get(tensor.name, tensor.type)].bits_per_weight / 8
 
 
 def _nbytes(tensor: Tensor, kept: int, types: Mapping[str, str], width: int) -> int:
