@@ -38,22 +38,27 @@ class TryStages(DecideStages):
             return plan
         path = self.folder.path / "tried.json"
         about = digest([plan.made_from, *self._judge])
-        with contextlib.suppress(BadFile, KeyError):
-            if read_json(path)["made_from"] == about:
-                return plan
-        line = sorted((candidate.plan for candidate in self.candidates()), key=_place)
+        taken = _taken(path, about)
+        if taken == place(plan):
+            return plan
+        line = sorted((candidate.plan for candidate in self.candidates()), key=place)
+        places = [place(own) for own in line]
+        if taken in places:  # a run that was killed had decided, but not saved the plan
+            return self._saved(line[places.index(taken)])
         rivals = [own.predicted.nats for own in line if own.keep or own.width]
         if len(line) > 1 and rivals and min(rivals) <= _NEAR * plan.predicted.nats:
-            start = next(index for index, own in enumerate(line) if _place(own) == _place(plan))
-            nats = self._walk(line, start)
+            nats = self._walk(line, places.index(place(plan)))
             best = line[min(nats, key=lambda index: nats[index])]
-            if _place(best) != _place(plan):
-                plan = best
-                plan.save(self.folder.plan)
             tried = [
                 {"kept": line[index].kept, "width": line[index].width, "nats": value} for index, value in nats.items()
             ]
-            write_text(path, to_json({"made_from": about, "tried": tried}))
+            write_text(path, to_json({"made_from": about, "taken": place(best), "tried": tried}))
+            if place(best) != place(plan):
+                return self._saved(best)
+        return plan
+
+    def _saved(self, plan: Plan) -> Plan:
+        plan.save(self.folder.plan)
         return plan
 
     def _walk(self, line: Sequence[Plan], start: int) -> dict[int, float]:
@@ -110,7 +115,17 @@ class TryStages(DecideStages):
         return nats
 
 
-def _place(plan: Plan) -> tuple[int, int]:
+def _taken(path: Path, about: str) -> tuple[int, int] | None:
+    """The place of the plan that was taken when files were last tried, or None if none were, or of other things."""
+    with contextlib.suppress(BadFile, KeyError, TypeError, ValueError):
+        known = read_json(path)
+        if known["made_from"] == about:
+            first, second = known["taken"]
+            return int(first), int(second)
+    return None
+
+
+def place(plan: Plan) -> tuple[int, int]:
     """Where ``plan`` is in the line from the fewest experts over all of them to the narrowest."""
     return (0, plan.kept) if plan.keep else (1, -plan.width if plan.width else -(1 << 31))
 
