@@ -50,13 +50,18 @@ class Carried:
         for rows in self._rows:
             yield torch.from_numpy(np.array(array[rows]))[None]
 
+    def window(self, kind: str, boundary: int, index: int) -> torch.Tensor:
+        """One window, [1, T, D]."""
+        array: Floats = np.memmap(self._path(kind, boundary), np.float32, "r", shape=(self._tokens, self._width))
+        return torch.from_numpy(np.array(array[self._rows[index]]))[None]
+
     def write(self, kind: str, boundary: int, windows: Iterator[torch.Tensor]) -> None:
         """All windows in turn; the array is there when the last of them is."""
         path = self._path(kind, boundary)
         partial = path.with_name(path.name + PARTIAL_SUFFIX)
         with partial.open("wb") as stream:
             for window in windows:
-                stream.write(np.ascontiguousarray(window.detach().numpy(), np.float32).tobytes())
+                stream.write(np.ascontiguousarray(window.detach().cpu().numpy(), np.float32).tobytes())
         partial.replace(path)
 
     def forget(self, kind: str, boundary: int) -> None:

@@ -25,16 +25,12 @@ from edgeprune.files import digest, require_space, room_for
 from edgeprune.measure.arena import Arena
 from edgeprune.measure.layerwise.carried import Carried
 from edgeprune.measure.layerwise.experts import Observer
-from edgeprune.measure.layerwise.parameters import Parameters, moved
+from edgeprune.measure.layerwise.parameters import moved, opened_parameters
 from edgeprune.measure.layerwise.skeleton import Skeleton
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.statistics import InputMoments, LayerStatistics, Statistics
 from edgeprune.measure.sums import Sums
 from edgeprune.measure.text import Window
-from edgeprune.model.checkpoint import open_checkpoint
-from edgeprune.model.converter import converter_for
-from edgeprune.model.planning import apply_tying
-from edgeprune.model.values import language_config, prefix_of, sizes_of
 
 Progress = Callable[[int, int], None]
 HIDDEN, GRADIENT = "hidden", "gradient"
@@ -91,12 +87,7 @@ class Engine:
         made_from: dict[str, Any],
         progress: Progress | None,
     ) -> None:
-        opened = open_checkpoint(checkpoint)
-        converter = converter_for(str(opened.config.get("model_type", "")))
-        converter = converter.with_prefix(prefix_of(converter, opened))
-        config = language_config(converter, opened.config)
-        apply_tying(opened, config)
-        self.parameters, self.sizes = Parameters(opened, converter, experts), sizes_of(converter, config, opened)
+        self.parameters, self.sizes = opened_parameters(checkpoint, experts)
         self.skeleton = Skeleton(checkpoint, self.parameters)
         self.text, self.weights, self.experts = text, set(weights), experts
         self.window, self.made_from, self.folder, self.progress = window, made_from, folder, progress

@@ -122,9 +122,9 @@ class Observer:
             if not len(places):
                 continue
             x = hidden_states[places // used]
-            product = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", expert, x)
+            product = expert_product(experts, "gate_up_proj" if experts.has_gate else "up_proj", expert, x)
             a = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
-            f = _linear(experts, "down_proj", expert, a)
+            f = expert_product(experts, "down_proj", expert, a)
             products.append(product)
             hidden.append(a)
             contributions.append(f * top_k_weights.reshape(-1)[places, None])
@@ -211,7 +211,8 @@ class Observer:
         return _floats(value), _floats(slope)
 
 
-def _linear(experts: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+def expert_product(experts: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """``x`` [n, inputs] through one expert's matrix, its bias added, [n, outputs]."""
     weight = getattr(experts, name)[expert]
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
     return nn.functional.linear(x, weight.T if experts.is_transposed else weight, bias)

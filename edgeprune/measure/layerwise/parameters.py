@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.errors import BadFile
-from edgeprune.model.checkpoint import Checkpoint
-from edgeprune.model.converter import Converter
-from edgeprune.model.planning import choose
+from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
+from edgeprune.model.converter import Converter, converter_for
+from edgeprune.model.planning import apply_tying, choose
 from edgeprune.model.transforms import TRANSFORMS, Sizes
+from edgeprune.model.values import language_config, prefix_of, sizes_of
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +101,24 @@ class Parameters:
             for source in sources
             if source.name.format(layer=layer, expert=0) == name
         }
+
+
+def opened_parameters(checkpoint: Path, experts: int) -> tuple[Parameters, Sizes]:
+    """The parameters of the checkpoint in the folder ``checkpoint``, and the sizes that its converter names.
+
+    Args:
+        experts: routed experts per layer.
+
+    Raises:
+        BadFile: it cannot be read.
+        Unsupported: there is no converter for it.
+    """
+    opened = open_checkpoint(checkpoint)
+    converter = converter_for(str(opened.config.get("model_type", "")))
+    converter = converter.with_prefix(prefix_of(converter, opened))
+    config = language_config(converter, opened.config)
+    apply_tying(opened, config)
+    return Parameters(opened, converter, experts), sizes_of(converter, config, opened)
 
 
 def moved(transform: str, shape: tuple[int, int], sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from edgeprune.errors import Unsupported
 from edgeprune.measure.layerwise.parameters import Parameters
 
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 Visitor = Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 
 
@@ -24,11 +26,13 @@ class _Stop(Exception):
 class Skeleton:
     """The model's modules, empty. Layers, embeddings and output are filled while they are used.
 
-    Everything is computed in float32 on the CPU, whatever the checkpoint is stored in.
+    Everything is computed in float32, whatever the checkpoint is stored in.
 
     Args:
         folder: of the checkpoint.
         parameters: its tensors.
+        keep: ids of the experts that stay by layer, as many in each, or None for all: the model has no others.
+        device: where it is computed.
 
     Raises:
         Unsupported: transformers has no such model, or it is not a plain row of layers.
@@ -39,11 +43,19 @@ class Skeleton:
         width: of the residual stream.
     """
 
-    def __init__(self, folder: Path, parameters: Parameters) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        parameters: Parameters,
+        keep: Mapping[int, Sequence[int]] | None = None,
+        device: str = "cpu",
+    ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            if keep:
+                self._set_experts(config.get_text_config(), parameters, len(next(iter(keep.values()))))
             with torch.device("meta"):
                 self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
@@ -51,15 +63,28 @@ class Skeleton:
                 f"transformers cannot make a model of {folder / 'config.json'}: {error}"[:300]
             ) from error
         self.model.eval().requires_grad_(False)
-        self._parameters = parameters
-        self.layers, self._prefix = _layers(self.model, config.get_text_config().num_hidden_layers)
+        self._parameters, self._keep, self.device = parameters, keep or {}, device
+        self.layers, self.prefix = _layers(self.model, config.get_text_config().num_hidden_layers)
         self.width = int(config.get_text_config().hidden_size)
         _restore_buffers(self.model)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
         self._forwards = [layer.forward for layer in self.layers]
         self._visitor: Visitor | None = None
         for index, layer in enumerate(self.layers):
             layer.forward = partial(self._visit, index)
         self.arguments = lru_cache(maxsize=16)(self._arguments)
+
+    @staticmethod
+    def _set_experts(config: Any, parameters: Parameters, count: int) -> None:
+        """Have the model of the configuration made with ``count`` experts per layer."""
+        names = [name for name in parameters.converter.experts if isinstance(getattr(config, name, None), int)]
+        if not names:
+            raise Unsupported("the configuration says nowhere how many experts the model has")
+        for name in names:
+            setattr(config, name, count)
 
     def _visit(self, index: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         assert self._visitor is not None
@@ -78,7 +103,8 @@ class Skeleton:
         """The modules' own parameters and buffers in memory, until the context ends."""
         for prefix, module in modules:
             names = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
-            tensors = {name: self._parameters.read(f"{prefix}.{name}") for name in names}
+            shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+            tensors = {name: self._read(f"{prefix}.{name}", shapes[name]).to(self.device) for name in names}
             module.load_state_dict(tensors, strict=False, assign=True)
             module.requires_grad_(False)
         try:
@@ -89,9 +115,19 @@ class Skeleton:
                     for name, parameter in list(part.named_parameters(recurse=False)):
                         setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
+    def _read(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """A parameter; of one that is larger than ``shape``, the rows of the experts that stay."""
+        tensor, found = self._parameters.read(name), _LAYER.search(name)
+        kept = self._keep.get(int(found[1])) if found else None
+        if kept is None or tensor.shape == shape:
+            return tensor
+        if tensor.shape[1:] != shape[1:] or tensor.shape[0] != self._parameters.experts or shape[0] != len(kept):
+            raise Unsupported(f"{name} of the shape {list(tensor.shape)} has no place for fewer experts")
+        return tensor[list(kept)]
+
     def filled_layer(self, index: int) -> contextlib.AbstractContextManager[None]:
         """Layer ``index`` with its weights."""
-        return self._filled([(f"{self._prefix}.{index}", self.layers[index])])
+        return self._filled([(f"{self.prefix}.{index}", self.layers[index])])
 
     @contextlib.contextmanager
     def filled_output(self) -> Iterator[nn.Module]:
@@ -127,7 +163,7 @@ class Skeleton:
                     found.append(hidden)
                     raise _Stop
 
-                self._run(first, input_ids=torch.tensor([list(tokens)]))
+                self._run(first, input_ids=torch.tensor([list(tokens)], device=self.device))
                 yield found[0]
 
     def _arguments(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -136,7 +172,7 @@ class Skeleton:
         Raises:
             Unsupported: the model does more between its layers than to hand their outputs on.
         """
-        start = torch.zeros(1, length, self.width)
+        start = torch.zeros(1, length, self.width, device=self.device)
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def note(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -161,10 +197,16 @@ class Skeleton:
     def loss(self, tokens: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of every next token in nats, summed over the window, from the last layer's output ``hidden``
         [1, T, D]; to be called with the output filled."""
-        logits = self._run(lambda *_: hidden, inputs_embeds=torch.zeros_like(hidden)).logits
-        wanted = torch.tensor(list(tokens[1:]))
-        loss: torch.Tensor = nn.functional.cross_entropy(logits[0, :-1].float(), wanted, reduction="sum")
+        wanted = torch.tensor(list(tokens[1:]), device=hidden.device)
+        loss: torch.Tensor = nn.functional.cross_entropy(self.logits(hidden)[:-1], wanted, reduction="sum")
         return loss
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of every next token, float32 [T, V], from the last layer's output ``hidden`` [1, T, D], which may be
+        any part of a window; to be called with the output filled."""
+        output = self._run(lambda *_: hidden, inputs_embeds=torch.zeros_like(hidden))
+        found: torch.Tensor = output.logits[0].float()
+        return found
 
 
 def _layers(model: nn.Module, count: int) -> tuple[nn.ModuleList, str]:
