@@ -56,6 +56,10 @@ class RunFolder:
     def healing(self) -> Path:
         return self.path / "healing.json"
 
+    @property
+    def training(self) -> Path:
+        return self.path / "training.json"
+
     def channels(self, narrowing: str) -> Path:
         return self.path / f"channels-{narrowing}.safetensors"
 

@@ -78,6 +78,9 @@ class Settings:
         engine: what the statistics are measured with, one of ``ENGINES``; ``torch`` needs a checkpoint.
         reduce: what becomes of experts that are not kept, one of ``decide.plan.REDUCTIONS``.
         heal: whether the down projections of changed experts are fitted anew.
+        train: whether what is left of a checkpoint is trained before, where experts are dropped or narrowed.
+        training_tokens: most tokens that are used for it.
+        training_steps: most steps that it takes.
         heal_stages: most groups of layers that this is done in, or 0 for the default.
         healing_tokens: how much text is used for it where experts are dropped; half of that where all stay.
         mtp: what becomes of blocks that predict further tokens, ``keep`` or ``drop``.
@@ -110,6 +113,9 @@ class Settings:
     engine: str = LLAMA
     reduce: str = "drop"
     heal: bool = True
+    train: bool = False
+    training_tokens: int = 131_072
+    training_steps: int = 300
     heal_stages: int = 0
     healing_tokens: int = 49_152
     mtp: str = DROP
@@ -139,6 +145,13 @@ class Settings:
         if self.reduce != "drop" and self.width not in (0, 1):
             raise UsageError(
                 f"--reduce {self.reduce} merges experts, and --width {self.width:g} narrows them without merging any",
+                hint="do one of the two",
+            )
+        if self.train and not self.heal:
+            raise UsageError("--heal train trains experts, and --no-heal leaves them as they are", hint="give one")
+        if self.train and self.reduce != "drop":
+            raise UsageError(
+                f"--reduce {self.reduce} merges experts, and --heal train trains those of the original",
                 hint="do one of the two",
             )
         if self.folder.resolve() == Path(self.source).resolve():

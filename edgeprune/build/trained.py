@@ -86,6 +86,6 @@ def _encoded(tensor: Tensor, values: Floats) -> Bytes:
     return ggml.encode(ggml.BY_NAME[tensor.type], values, None, tensor.name).reshape(-1)
 
 
-def trainable(architecture: Architecture) -> Tensor | None:
+def without_room(architecture: Architecture) -> Tensor | None:
     """The first expert tensor whose type has no room for small changes, or None."""
     return next((t for t in architecture.tensors if t.is_expert and t.type not in ("F32", "BF16", "F16")), None)

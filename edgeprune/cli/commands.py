@@ -59,8 +59,13 @@ _CHOICE = (
     ),
     click.option("--types", metavar="T,T", help="Use only these GGML types, for example Q4_K,Q6_K."),
     click.option(
-        "--heal/--no-heal", default=True, help="Fit the kept experts' down projections anew.  [default: heal]"
+        "--heal",
+        type=click.Choice(["closed-form", "train"]),
+        default="closed-form",
+        show_default=True,
+        help="Fit the kept experts' down projections anew; train routers, norms and experts before.",
     ),
+    click.option("--no-heal", is_flag=True, help="Leave the kept experts as they are."),
     click.option("--heal-stages", type=click.IntRange(1), help="Most groups of layers that are healed one by one."),
     click.option(
         "--time-limit", type=_Time(), help="Most time to encode the file here, for example 30m; without healing."
@@ -153,11 +158,12 @@ def _settings(source: str, options: dict[str, Any]) -> Settings:
         "keep": options.get("keep"),
         "width": options.get("width") or 0.0,
         "types": tuple(name.strip() for name in types.split(",") if name.strip()) if types else (),
-        "method": options.get("method") or ("reap" if options.get("heal", True) else "replay"),
+        "method": options.get("method") or ("replay" if options.get("no_heal") else "reap"),
         "reduce": options.get("reduce") or "drop",
         "mixture": options.get("mix") or "pooled",
         "engine": options.get("engine") or "llama.cpp",
-        "heal": options.get("heal", True),
+        "heal": not options.get("no_heal"),
+        "train": options.get("heal") == "train",
         "limit_seconds": options.get("time_limit") or 0.0,
         "mtp": options.get("mtp") or "drop",
         "heal_stages": options.get("heal_stages") or 0,

@@ -142,6 +142,7 @@ def plan(chosen: Plan, run: Run) -> list[str]:
         f"chosen: {experts_in_words(chosen.to_json(), ' per layer')} ({_chosen_by(chosen)}), "
         f"{format_bytes(predicted.file_bytes)}, {predicted.nats:.4g} nats per token predicted",
         f"encoding takes {format_seconds(predicted.encode_seconds)} here"
+        + (", the experts are trained for as long as it takes" if chosen.train else "")
         + (_healing_in_words(predicted.heal_seconds) if chosen.heal else ""),
         *type_lines(folded(chosen, run.architecture)),
         "",

@@ -65,6 +65,7 @@ class Problem:
         launch: settings before placement.
         made_from: digests for the plan.
         heal: whether the plan's changed experts are healed.
+        train: whether those of a plan with fewer or narrower ones are trained before.
         limit_seconds: most time to encode what changes type, on all cores.
         part_bytes: most bytes of one file if it is to be split, or 0.
         healing: about how many seconds healing a plan takes here.
@@ -88,6 +89,7 @@ class Problem:
     method: str
     made_from: dict[str, Any]
     heal: bool = False
+    train: bool = False
     limit_seconds: float = math.inf
     part_bytes: int = 0
     rates: KernelRates | None = None
@@ -196,6 +198,7 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
             t.is_expert and (kept < problem.architecture.experts or problem.width or t.name in types)
             for t in problem.architecture.tensors
         ),
+        train=problem.heal and problem.train and bool(kept < problem.architecture.experts or problem.width),
         width=problem.width,
         narrowing=problem.narrowing if problem.width else "",
         channels=problem.channels if problem.width else "",

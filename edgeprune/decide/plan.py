@@ -98,6 +98,7 @@ class Plan:
         made_from: digests of what the plan was made from.
         heal: the down projections of experts in layers that change are fitted anew, so that the layers answer as
             before.
+        train: first, what is left is trained to answer as the original; see ``measure.layerwise.training``.
         mtp: blocks that predict further tokens are kept.
         reduce: what becomes of the experts that do not stay, one of ``REDUCTIONS``.
         merge: by layer, the expert that each of them is averaged into; what is not named is dropped. Empty for
@@ -128,9 +129,11 @@ class Plan:
     width: int = 0
     narrowing: str = ""
     channels: str = ""
+    train: bool = False
 
     def __post_init__(self) -> None:
         self._check_merges()
+        self._check_training()
         if self.width < 0 or bool(self.width) != bool(self.narrowing):
             raise BadFile(f"the plan narrows experts to {self.width} channels by the score '{self.narrowing}'")
         if self.width and self.reduce != DROP:
@@ -153,6 +156,15 @@ class Plan:
                 raise BadFile(f"the plan gives {name} the unknown type {type_name}")
             if type_name in _NOT_FOR_WEIGHTS:
                 raise BadFile(f"the plan gives {name} {type_name}, which is no type for weights")
+
+    def _check_training(self) -> None:
+        if self.train and not (self.heal and (self.keep or self.width)):
+            raise BadFile(
+                "the plan trains experts, and " + ("drops and narrows none" if self.heal else "does not heal them"),
+                hint='let it say "train": false',
+            )
+        if self.train and self.reduce != DROP:
+            raise BadFile(f"the plan merges experts by {self.reduce} and trains them", hint="do one of the two")
 
     def _check_merges(self) -> None:
         if self.reduce not in REDUCTIONS:
@@ -232,6 +244,7 @@ class Plan:
             # Encodings depend on the importance matrix.
             "statistics": self.made_from.get("statistics") if self.types else None,
             "healed": self.made_from.get("healing") if self.heal else None,
+            **({"trained": self.made_from.get("training")} if self.train else {}),
             **({"mtp": True} if self.mtp else {}),
             **({"width": self.width, "channels": self.channels} if self.width else {}),
         }
@@ -251,6 +264,8 @@ class Plan:
         ]
         if self.heal:
             entries.append(make_entry("edgeprune.healed", "bool", True))
+        if self.train:
+            entries.append(make_entry("edgeprune.trained", "bool", True))
         if self.width:
             entries.append(make_entry("edgeprune.narrowing", "str", f"{self.narrowing}, {self.channels:64}"))
         if self.reduce != DROP:
@@ -263,6 +278,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
+        if not self.train:  # as plans were before there was training, so that their signatures hold
+            del value["train"]
         value["keep"] = {str(layer): list(ids) for layer, ids in self.keep.items()}
         value["merge"] = {str(layer): {str(a): b for a, b in own.items()} for layer, own in self.merge.items()}
         value["launch"] = self.launch.to_json()
@@ -278,7 +295,7 @@ class Plan:
             BadFile: missing or unknown keys, or an unloadable plan.
         """
         names = set(cls.__dataclass_fields__)
-        optional = {"predicted", "heal", "mtp", "reduce", "merge", "width", "narrowing", "channels"}
+        optional = {"predicted", "heal", "mtp", "reduce", "merge", "width", "narrowing", "channels", "train"}
         check_keys(where, value, names - optional, optional | {"digest", "signature"})
         try:
             return cls(
@@ -302,6 +319,7 @@ class Plan:
                 width=index(value.get("width", 0)),
                 narrowing=str(value.get("narrowing", "")),
                 channels=str(value.get("channels", "")),
+                train=bool(value.get("train", False)),
             )
         except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise BadFile(f"{where} is not a plan: {error}") from error

@@ -31,7 +31,7 @@ from edgeprune.model.parts import stem
 from edgeprune.rundir import changed_fields
 from edgeprune.settings import KEEP
 from edgeprune.stages.measuring import tools
-from edgeprune.stages.merging import MergeStages
+from edgeprune.stages.training import TrainStages
 from edgeprune.units import format_bytes
 
 # How much the memory of a process varies from run to run; no reason to make another plan.
@@ -48,7 +48,7 @@ def profile_digest(profile: Profile, *, local: bool | None = None) -> str:
 
 
 @dataclass
-class DecideStages(MergeStages):
+class DecideStages(TrainStages):
     """Candidates, the plan, and the file that obeys it."""
 
     def _counts(self) -> list[int]:
@@ -85,6 +85,7 @@ class DecideStages(MergeStages):
             "method": self.settings.method,
             "mixture": self.settings.mixture,
             "healing": self.healing if self.settings.heal else None,
+            **({"training": self.training} if self.settings.train else {}),
             "limit_seconds": self.settings.limit_seconds,
             **({"mtp": self.settings.mtp} if self.settings.mtp == KEEP else {}),
             **({"reduce": self.settings.reduce} if self.settings.reduce != DROP else {}),
@@ -114,6 +115,7 @@ class DecideStages(MergeStages):
             made_from=self._made_from(measured=True),
             mtp=self.settings.mtp == KEEP,
             heal=self.settings.heal,
+            train=self.settings.train,
             limit_seconds=self.settings.limit_seconds or math.inf,
             part_bytes=self.settings.part_bytes or 0,
             rates=self.rates,
@@ -236,6 +238,7 @@ class DecideStages(MergeStages):
 
     def plan(self) -> Plan:
         """The plan in the folder if it is still right, else the best candidate, saved."""
+        self.check_training()
         self._fail_early()
         untouched = self._untouched()
         made_from = self._made_from(measured=untouched is None)
@@ -352,6 +355,8 @@ class DecideStages(MergeStages):
 
     def build(self, plan: Plan) -> Build:
         """The planned file, or the one in the folder if it is exactly that."""
+        if self.settings.train and plan.heal and not plan.train:
+            self.listener.say("no expert is dropped or narrowed, so nothing is trained: the closed form heals alone")
         output = self.folder.path / describe(self.architecture, plan)
         found = self._built(output, plan)
         if found is not None:
@@ -386,7 +391,7 @@ class DecideStages(MergeStages):
 
     def construct(self, plan: Plan, output: Path) -> Build:
         """Write the file for ``plan`` as ``output``, healed if it says so."""
-        merged = self.merged(plan)
+        merged = self.trained(plan) or self.merged(plan)
         store = self.healed(plan, merged)
         with self.listener.progress("build") as progress:
             value = child.call(

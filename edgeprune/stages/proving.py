@@ -135,6 +135,7 @@ class Run(TryStages):
             method="all experts kept",
             origin=f"{PRESET}{rival.preset}",
             heal=False,
+            train=False,
             reduce=DROP,
             merge={},
             width=0,
@@ -261,6 +262,14 @@ class Run(TryStages):
             f"{after:.3g} after, of its energy"
         )
 
+    def _training(self, plan: Plan) -> str:
+        """What training came to, in a line."""
+        found = read_json(self.folder.training)
+        return (
+            f"{found['best']} steps on {found['tokens']:,} tokens; KL divergence on {found['held_out']:,} others "
+            f"{found['before']:.4g} nats per token before, {found['after']:.4g} after"
+        )
+
     def _conditions(
         self, plan: Plan, on_device: bool, speed: Mapping[str, Any], measured: Mapping[str, Any]
     ) -> dict[str, str]:
@@ -274,6 +283,7 @@ class Run(TryStages):
             "calibration text": f"{self.statistics.tokens:,} tokens in {len(self.statistics.domains)} domains",
             "speed": "median of 3 repeats",
             **self._additivity(plan),
+            **({"training": self._training(plan)} if plan.train else {}),
             **({"healing": healed} if (healed := self._healing(plan)) else {}),
             "memory": f"predicted for {plan.launch.context:,} tokens of context, measured with {speed['context']:,}",
         }

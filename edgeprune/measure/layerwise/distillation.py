@@ -31,13 +31,13 @@ Progress = Callable[[int, int], None]
 Floats = npt.NDArray[np.float32]
 
 
-def require_trainable(checkpoint: str, experts: int) -> None:
+def require_trainable(checkpoint: str) -> None:
     """See whether torch runs a checkpoint's layers and experts. A task for a child process; no weights are read.
 
     Raises:
         Unsupported: it does not.
     """
-    parameters, _ = opened_parameters(Path(checkpoint), experts)
+    parameters, _ = opened_parameters(Path(checkpoint), 0)
     for layer in Skeleton(Path(checkpoint), parameters).layers:
         Observer(layer)
 
@@ -73,7 +73,9 @@ def train(
     architecture = read_architecture(file)
     opened = Session(Path(model), Launch(), vocab_only=True)
     with contextlib.closing(opened):
-        windows = [w.tokens for texts, most in parts for w in chosen_windows(opened, texts, "calibration", window, most)]
+        windows = [
+            w.tokens for texts, most in parts for w in chosen_windows(opened, texts, "calibration", window, most)
+        ]
     kept = {int(layer): ids for layer, ids in keep.items()}
     orders = channel_orders.loaded(channels, channels_digest) if width else None
     masks = {}
@@ -86,9 +88,7 @@ def train(
     Path(folder).mkdir(parents=True, exist_ok=True)
     parameters, sizes = opened_parameters(Path(checkpoint), architecture.experts)
     tensors, how = set(file.tensors), Recipe(**recipe)
-    trainer = Trainer(
-        Path(checkpoint), parameters, windows, kept, masks, tensors, Path(folder), how, progress
-    )
+    trainer = Trainer(Path(checkpoint), parameters, windows, kept, masks, tensors, Path(folder), how, progress)
     trainer.teach()
     record = trainer.train()
     found = {
@@ -123,7 +123,9 @@ def save(
                 shapes.append(Shape(name, "float32", values.shape))
         if place.experts is not None:
             interleaved = not place.experts.is_concatenated
-            shapes += [Shape(f"{index}.{_short(place.experts, n)}", "float32", place.shapes[n]) for n in _factors(place)]
+            shapes += [
+                Shape(f"{index}.{_short(place.experts, n)}", "float32", place.shapes[n]) for n in _factors(place)
+            ]
 
     def pieces() -> Iterator[Floats]:
         for index, place in enumerate(trainer.places):
@@ -166,5 +168,3 @@ def _of_gguf(
         if gguf in tensors:
             made = torch.cat(list(TRANSFORMS[transform].apply(whole, sizes)))
             yield gguf, np.ascontiguousarray(made.float().numpy())
-
-

@@ -1,4 +1,4 @@
-"""What is trained of one layer, with its optimiser, in a mapped file: it comes into memory and goes with the layer."""
+"""What is trained of one layer, with its optimiser, in a mapped file that comes into memory and goes with it."""
 
 from __future__ import annotations
 
@@ -161,7 +161,9 @@ class Trained:
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         """The experts with their updates, as their own routine computes them without."""
-        parts = {name: own.unbind(0) for name, own in leaves.items() if name.endswith((f".{_IN_FRONT}", f".{_BEHIND}"))}
+        parts = {
+            name: own.unbind(0) for name, own in leaves.items() if name.endswith((f".{_IN_FRONT}", f".{_BEHIND}"))
+        }
 
         def product(name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
             update = x @ parts[f"{name}.{_IN_FRONT}"][expert].T @ parts[f"{name}.{_BEHIND}"][expert].T

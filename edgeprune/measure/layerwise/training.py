@@ -252,7 +252,7 @@ class Trainer:
             place.keep(self.folder / f"best-{index}.f32")
 
     def _batches(self) -> Iterator[list[int]]:
-        """Windows of one step after the other, all of them before one comes again, in an order of its own each time."""
+        """Windows of one step after the other; all of them, in a new order, before one comes again."""
         random = np.random.default_rng(self.recipe.seed)
         batch: list[int] = []
         while True:
