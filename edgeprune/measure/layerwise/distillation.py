@@ -1,4 +1,4 @@
-"""Distillation as tasks for a child process: whether a checkpoint can be trained, and what it has learnt as a file."""
+"""Distillation as tasks for a child process: whether a checkpoint can be trained, and what it has learnt."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _of_gguf(
     trained: torch.Tensor | None,
     kept: Sequence[int],
 ) -> Iterator[tuple[str, Floats]]:
-    """What the GGUF makes of the parameter ``name``, which is ``trained`` if given, of all experts or those ``kept``."""
+    """What the GGUF makes of the parameter ``name``, ``trained`` if given, of all experts or those ``kept``."""
     whole = parameters.read(name)
     if trained is not None:
         if trained.shape == whole.shape:

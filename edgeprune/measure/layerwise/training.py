@@ -55,7 +55,7 @@ class Recipe:
     rank: int = 16
     steps: int = 300
     batch: int = 2_048
-    rate: float = 2e-3
+    rate: float = 5e-3
     warm_up: float = 0.05
     looks: int = 12
     patience: int = 3
