@@ -92,7 +92,7 @@ class Trained:
         self.path, self.smalls, self.device, self._seed = path, smalls, device, seed
         self.experts = observer.experts if observer is not None else None
         self.channels = None if channels is None else channels.to(device, torch.float32)
-        self.shapes = {small.name: tuple(small.module.weight.shape) for small in smalls}  # type: ignore[union-attr, arg-type]
+        self.shapes = {small.name: tuple(small.module.weight.shape) for small in smalls}  # type: ignore[arg-type]
         self._undecayed = sum(map(prod, self.shapes.values()))
         if self.experts is not None:
             self.shapes |= low_rank(self.experts, rank)
@@ -113,14 +113,14 @@ class Trained:
         for (name, shape), values in zip(self.shapes.items(), self._split(own[0]), strict=True):
             small = next((each for each in self.smalls if each.name == name), None)
             if small is not None:
-                values.copy_(small.module.weight.detach().cpu())  # type: ignore[union-attr, operator]
+                values.copy_(small.module.weight.detach().cpu())  # type: ignore[operator]
             elif name.endswith(_IN_FRONT):
                 values.copy_(torch.randn(shape, generator=generator) / shape[-1] ** 0.5)
         del own
         partial_path.replace(self.path)
 
     def _split(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        parts = flat.split([prod(shape) for shape in self.shapes.values()])
+        parts = torch.split(flat, [prod(shape) for shape in self.shapes.values()])
         return [part.view(shape) for part, shape in zip(parts, self.shapes.values(), strict=True)]
 
     def values(self, path: Path | None = None) -> dict[str, torch.Tensor]:
@@ -143,7 +143,7 @@ class Trained:
         leaves = {name: own.to(self.device).requires_grad_() for name, own in self.values().items()}
         for small in self.smalls:
             leaves[small.name] = nn.Parameter(leaves[small.name].detach())
-            small.module.weight = leaves[small.name]  # type: ignore[assignment]
+            small.module.weight = leaves[small.name]
         if self.experts is not None:
             self.experts.forward = partial(self._forward, self.experts, leaves)
         try:
