@@ -94,6 +94,7 @@ def collect(
     reservoir_tokens: int = 0,
     layers: list[int] | None = None,
     tokens_only: bool = False,
+    beside: list[dict[str, str]] | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -107,6 +108,7 @@ def collect(
         layers: first layer and the one after the last that are looked at, instead of all; the model is not
             computed further.
         tokens_only: the sums are not wanted, only tokens and the moments of ``weights``.
+        beside: other texts, of which ``most_tokens`` are read after those of ``texts``.
 
     Returns:
         tokens seen and peak memory in bytes; ``left_out``: by domain, how many documents were too short, of how many,
@@ -122,6 +124,7 @@ def collect(
     observer = Switch()
     with room_for(Path(output)), session(Path(model), _launch(window, threads), observer) as opened:
         shards, found = _calibration(opened, texts, window, most_tokens)
+        shards += _calibration(opened, beside, window, most_tokens)[0] if beside else []
         kept = _kept_positions([part for shard in shards for part in shard], reservoir_tokens)
         total, done = sum(map(len, shards)), 0
         paths: list[Path] = []
