@@ -54,7 +54,9 @@ class Reservoir:
 
     def rows(self, which: npt.NDArray[np.intp]) -> Reservoir:
         """The tokens at the positions ``which`` alone."""
-        return Reservoir(**{n: None if rows is None else rows[which] for n, rows in self.unpacked().items()})
+        every = self.unpacked()
+        chosen: dict[str, Any] = {name: None if rows is None else rows[which] for name, rows in every.items()}
+        return Reservoir(**chosen)
 
     def unpacked(self) -> dict[str, Any]:
         """Every attribute by name."""

@@ -31,9 +31,9 @@ MOST_STAGES, MOST_STAGES_OF_WHOLE, LAYERS_OF_WHOLE = 8, 4, 2
 # and up projections, twice a sweep, and once for each look at what is left; matrices of an expert and its tokens go
 # through at half the speed of large ones.
 FIT_PRODUCTS = 28
-# Share of the healing text that is used where all experts stay: the error of their types is small and even. A file of
-# 4.5 bits per weight was 0.00094 nats away with half of the text, 0.00101 with a third and 0.00105 with a quarter, and
-# healing it took 5.2, 4.1 and 2.9 times as long as building it did.
+# Share of the healing text that is used where all experts stay: the error of their types is small and even. A file
+# of 4.5 bits per weight was 0.00094 nats away with half of the text, 0.00101 with a third and 0.00105 with a quarter;
+# healing took 5.2, 4.1 and 2.9 times as long as encoding alone.
 SHARE_OF_WHOLE = 0.3
 # Shares of the time of building what comes before, observing it and fitting, for a bar that moves.
 STEPS = (1, 10, 15)
