@@ -18,6 +18,7 @@ from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import shipped_texts, texts_digest
+from edgeprune.measure.weights import layer_tensors
 from edgeprune.model.architecture import Architecture
 from edgeprune.settings import Progress, within
 from edgeprune.stages.measuring import tools
@@ -177,7 +178,8 @@ class HealStages(NarrowStages):
         record, store = folder / "record.json", Store(folder)
         done: dict[str, Any] = {}
         with contextlib.suppress(BadFile):
-            done = dict(read_json(record))
+            recorded = dict(read_json(record))
+            done = {layer: found for layer, found in recorded.items() if self._whole(store, layer, found)}
         stages = self._stages(plan, changed)
         stages = [s for s in stages if not all(str(layer) in done for layer in changed if layer in range(*s))]
         if stages:
@@ -194,6 +196,13 @@ class HealStages(NarrowStages):
                 self.listener.say(f"layer {layer} is not healed: {found['reason']}")
         write_text(self.folder.healing, to_json(done))
         return str(folder)
+
+    def _whole(self, store: Store, layer: str, found: dict[str, Any]) -> bool:
+        """Whether all is there that the record says of ``layer``: a run may have been killed while it deleted them,
+        and what is missing would be encoded without healing."""
+        roles = ("expert_gate", "expert_up", "expert_gate_up", "expert_down")
+        own = layer_tensors(self.architecture, int(layer))
+        return "reason" in found or all(own[role].name in store for role in roles if role in own)
 
     def _heal(
         self,
