@@ -450,6 +450,16 @@ def test_verdicts(changes: dict[str, Any], name: str, verdict: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("share", "said"),
+    [(None, "18"), (0.04, "18"), (0.43, "18, other programs used 43 % of the cores meanwhile")],
+)
+def test_a_speed_that_other_programs_spoiled_says_so(share: float | None, said: str) -> None:
+    arguments: dict[str, Any] = {"build_bytes": 1000, "quality": QUALITY, "speed": {**SPEED, "others": share}}
+    lines = promises(**arguments, budget=BUDGET, plan=PLAN, on_device=True)
+    assert {line.name: line.measured for line in lines}["decode (tokens per second)"] == said
+
+
+@pytest.mark.parametrize(
     ("preset", "chosen_by", "said"),
     [
         (0.4, 0.3, "0.50 of the best stock preset of at most this size (IQ3_S)."),

@@ -17,6 +17,8 @@ from edgeprune.units import format_bytes, format_seconds
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
 # A prediction of speed or divergence is a guide, not a promise; size and memory are promises.
 _MEMORY_TOLERANCE = 0.01
+# Of all cores, used by other programs: from here on a speed is theirs, too.
+_DISTURBED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,11 @@ def rate(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
+def disturbance(share: float | None) -> str:
+    """That other programs used the ``share`` of all cores meanwhile, 0 to 1; "" where nobody knows."""
+    return "" if share is None else f"other programs used {100 * share:.0f} % of the cores meanwhile"
+
+
 def _held(pool: Mapping[str, Any]) -> int:
     """What the system and other programs hold of a pool of a ``Budget`` as JSON."""
     return sum(line["nbytes"] for line in pool["lines"] if line["name"] in (SYSTEM, DESKTOP))
@@ -207,16 +214,18 @@ def promises(
             INFORMATION if math.isfinite(quality["kl_mean"]) else BROKEN,
         )
     )
+    share = speed.get("others")
+    beside = f"{here}, {disturbance(share)}" if share is not None and share >= _DISTURBED_SHARE else here
     lines.append(
         Promise(
             "decode (tokens per second)",
             rate(predicted["decode_per_s"]),
-            rate(speed["decode_per_s"]) + here,
+            rate(speed["decode_per_s"]) + beside,
             INFORMATION,
         )
     )
     expected = rate(predicted["prefill_per_s"]) if predicted.get("prefill_per_s") else ""
-    prefill = rate(speed["prefill_per_s"]) + here
+    prefill = rate(speed["prefill_per_s"]) + beside
     lines.append(Promise("prefill (tokens per second)", expected, prefill, INFORMATION))
     first = f"first token after {speed['prompt_tokens']} tokens"
     lines.append(Promise(first, "", format_seconds(speed["first_token_seconds"]) + here, INFORMATION))
