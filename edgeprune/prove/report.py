@@ -15,6 +15,7 @@ from edgeprune.prove.provenance import UNKNOWN, Provenance
 from edgeprune.units import format_bytes, format_seconds
 
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
+DECODE, MEANWHILE = "decode (tokens per second)", "meanwhile, other programs used"  # names of lines
 # A prediction of speed or divergence is a guide, not a promise; size and memory are promises.
 _MEMORY_TOLERANCE = 0.01
 # Of all cores, used by other programs: from here on a speed is theirs, too.
@@ -214,19 +215,19 @@ def promises(
             INFORMATION if math.isfinite(quality["kl_mean"]) else BROKEN,
         )
     )
-    share = speed.get("others")
-    beside = f"{here}, {disturbance(share)}" if share is not None and share >= _DISTURBED_SHARE else here
     lines.append(
         Promise(
-            "decode (tokens per second)",
+            DECODE,
             rate(predicted["decode_per_s"]),
-            rate(speed["decode_per_s"]) + beside,
+            rate(speed["decode_per_s"]) + here,
             INFORMATION,
         )
     )
     expected = rate(predicted["prefill_per_s"]) if predicted.get("prefill_per_s") else ""
-    prefill = rate(speed["prefill_per_s"]) + beside
+    prefill = rate(speed["prefill_per_s"]) + here
     lines.append(Promise("prefill (tokens per second)", expected, prefill, INFORMATION))
     first = f"first token after {speed['prompt_tokens']} tokens"
     lines.append(Promise(first, "", format_seconds(speed["first_token_seconds"]) + here, INFORMATION))
+    if (share := speed["others"]) is not None and share >= _DISTURBED_SHARE:
+        lines.append(Promise(MEANWHILE, "", f"{100 * share:.0f} % of the cores", INFORMATION))
     return lines

@@ -97,13 +97,14 @@ def smoke(wish: Wish, listener: Listener) -> tuple[SmokeReport, Path]:
             line of the report.
     """
     setting = _prepared(wish, listener)
+    way = transport_to(setting.machine)  # before a file of 20 GB is read: its program may be missing here
     asked = questions()
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with listener.progress("SHA-256") as progress:
         sha256 = setting.file.fingerprint(progress)
     _require_as_built(setting.file.path, sha256)
     job = _job(setting, asked, listener)
-    measured = _measured(setting, transport_to(setting.machine), sha256, job, listener)
+    measured = _measured(setting, way, sha256, job, listener)
     try:
         report = _report(setting, when, sha256, asked, measured)
         before = history.earlier(report, setting.folder, listener.say)
