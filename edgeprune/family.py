@@ -38,7 +38,10 @@ def members_of(settings: Settings, devices: Sequence[str], file_sizes: Sequence[
     runs += [replace(settings, file_bytes=nbytes) for nbytes in file_sizes]
     names = [run.target for run in runs]
     if len(names) < 2 or len(set(names)) < len(names):
-        raise UsageError(f"a family needs different targets, not {', '.join(names)}", hint="for example 9MB,7MB,5MB")
+        example = "--devices cpu-16gb,cpu-8gb" if devices else "--file-sizes 9MB,7MB,5MB"
+        raise UsageError(
+            f"a family needs several targets, each another, not {', '.join(names)}", hint=f"for example `{example}`"
+        )
     made = [replace(run, output=str(folder / run.target)) for run in runs]
     for run in made:
         run.check()
