@@ -153,13 +153,13 @@ def toy_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer"
 
 
-def test_where_a_layer_in_the_middle_differs_everything_is_read(hub: hub_files.Hub, tmp_path: Path) -> None:
+def test_a_layer_that_differs_in_the_middle_is_read(hub: hub_files.Hub, tmp_path: Path) -> None:
     tensors = qwen3()
     del tensors["model.layers.20.mlp.experts.77.up_proj.weight"]
     folder = published(tmp_path / "model", QWEN3, in_files(tensors, 16))
     serve(hub, folder)
     there = dict(inspect_model(REPO).facts)
-    assert "headers" not in there
+    assert int(there["headers"].split()[0]) > 8  # from both ends to there
     assert "lacks tensor model.layers.20.mlp.experts.77.up_proj.weight" in there["conversion"]
 
 
