@@ -31,7 +31,7 @@ SINGLE = "model.safetensors"
 # Of what a checkpoint needs beside its weights: configurations, tokenizers, chat templates.
 SMALL = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 # Raised when conversion changes its result, so that converted files are made again.
-CONVERSION_FORMAT = 1
+CONVERSION_FORMAT = 2
 LARGEST_HEADER = 100_000_000
 # A weight of a routed expert, of one (``experts.7.``) or of all of them stacked.
 EXPERT_TENSOR = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?")
