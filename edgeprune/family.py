@@ -38,7 +38,10 @@ def members_of(settings: Settings, devices: Sequence[str], file_sizes: Sequence[
     runs += [replace(settings, file_bytes=nbytes) for nbytes in file_sizes]
     names = [run.target for run in runs]
     if len(names) < 2 or len(set(names)) < len(names):
-        raise UsageError(f"a family needs different targets, not {', '.join(names)}", hint="for example 9MB,7MB,5MB")
+        example = "--devices cpu-16gb,cpu-8gb" if devices else "--file-sizes 9MB,7MB,5MB"
+        raise UsageError(
+            f"a family needs several targets, each another, not {', '.join(names)}", hint=f"for example `{example}`"
+        )
     made = [replace(run, output=str(folder / run.target)) for run in runs]
     for run in made:
         run.check()
@@ -71,6 +74,7 @@ def fit_family(
                 continue
         members.append(Member(run.target, Report.from_json(read_json(own.report))))
         before = own
+    members = [_no_worse(member, members, folder, runs, listener) for member in members]
     family = make_family(members, failures)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / FAMILY, to_json(family.to_json()))
@@ -80,6 +84,28 @@ def fit_family(
             f"{len(failures)} of {len(runs)} targets were not met", rows=failures, hint=f"see {folder / PAGE}"
         )
     return family, folder
+
+
+def _no_worse(
+    member: Member, members: Sequence[Member], folder: Path, runs: Sequence[Settings], listener: Listener
+) -> Member:
+    """``member``, or made anew with the plan of a smaller one that measured better.
+
+    Raises:
+        BrokenPromise: as ``pipeline.fit``.
+    """
+    own, smaller = _nats(member), [m for m in members if m.report.build["nbytes"] < member.report.build["nbytes"]]
+    best = min(smaller, key=_nats, default=member)
+    if _nats(best) >= own:
+        return member
+    listener.say(f"{member.folder} measures worse than the smaller {best.folder}: {own:.4g} nats, {_nats(best):.4g}")
+    run = next(run for run in runs if run.target == member.folder)
+    report, _ = pipeline.fit(run, listener, RunFolder(folder / best.folder))
+    return replace(member, report=report)
+
+
+def _nats(member: Member) -> float:
+    return float(member.report.quality["kl_mean"])
 
 
 def _claim(folder: Path) -> None:

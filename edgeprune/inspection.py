@@ -16,9 +16,10 @@ from edgeprune.model.cached import NotHere, cached
 from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint
 from edgeprune.model.convert import bare_header
 from edgeprune.model.converter import Converter, converter_for
+from edgeprune.model.download import beside_weights, fetch_beside
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.headers import Header, read_header
-from edgeprune.model.hub import Unreachable
+from edgeprune.model.hub import Listing, Unreachable
 from edgeprune.model.location import HubName, located
 from edgeprune.model.planning import OUTPUT, Conversion
 from edgeprune.model.quantised import FP8, MXFP4
@@ -26,6 +27,7 @@ from edgeprune.model.remote import Budget, remote_checkpoint, remote_header
 from edgeprune.model.selection import chosen_gguf, has_checkpoint
 from edgeprune.model.tokenizer import DIFFERENCES_KEY, tokenizer_entries
 from edgeprune.model.values import MOST_HEADS, extra_layers, language_config, lookup, prefix_of
+from edgeprune.settings import Listener, Silent
 from edgeprune.stages.converting import require_convertible
 from edgeprune.units import format_bytes
 
@@ -66,9 +68,13 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_model(model: str) -> Inspection:
+def inspect_model(model: str, listener: Listener | None = None, *, tokenizer: bool = False) -> Inspection:
     """What ``model`` is: ``demo``, a GGUF file, a checkpoint folder, or one of these on the Hub, of which only the
     headers are fetched.
+
+    Args:
+        listener: told of a tokenizer that is fetched.
+        tokenizer: fetch that of a checkpoint on the Hub, some megabytes, and look at it too.
 
     Raises:
         UsageError: nothing there.
@@ -81,7 +87,7 @@ def inspect_model(model: str) -> Inspection:
             place = cached(place)
         else:
             try:
-                return _inspect_remote(place)
+                return _inspect_remote(place, listener or Silent(), tokenizer)
             except Unreachable:
                 with contextlib.suppress(NotHere):
                     return _inspect_local(cached(place))
@@ -93,11 +99,11 @@ def _inspect_local(place: Path) -> Inspection:
     if place.is_dir():
         checkpoint = open_checkpoint(place)
         total = sum((place / shard).stat().st_size for shard in set(checkpoint.shard_of.values()))
-        return _inspect_checkpoint(checkpoint, total)
+        return _inspect_checkpoint(checkpoint, total, place)
     return _inspect_gguf(GgufFile(place))
 
 
-def _inspect_remote(name: HubName) -> Inspection:
+def _inspect_remote(name: HubName, listener: Listener, tokenizer: bool) -> Inspection:
     listing, budget = hub.list_files(name), Budget()
     if name.wanted or not has_checkpoint(listing):
         model = chosen_gguf(listing)
@@ -106,11 +112,25 @@ def _inspect_remote(name: HubName) -> Inspection:
         if len(model.files) > 1:
             found.facts.append(("files", f"{len(model.files)} parts"))
     else:
-        checkpoint, whole = remote_checkpoint(listing, budget)
-        found = _inspect_checkpoint(checkpoint, whole)
+        looked = remote_checkpoint(listing, budget)
+        whole = looked.nbytes
+        folder = _fetched_tokenizer(listing, listener) if tokenizer else None
+        found = _inspect_checkpoint(looked.checkpoint, whole, folder)
+        if folder is None:
+            size = format_bytes(sum(file.size for file in beside_weights(listing)))
+            found.facts.append(("tokenizer", f"not looked at; --tokenizer fetches it, at most {size}"))
+        if looked.read < looked.files:
+            found.facts.append(
+                ("headers", f"{looked.read} of {looked.files} read; the other layers are like theirs, to the byte")
+            )
     fetched = f"{format_bytes(budget.fetched)} of {format_bytes(whole)} in {budget.requests} requests"
     found.facts.append(("fetched", fetched))
     return replace(found, fetched_bytes=budget.fetched)
+
+
+def _fetched_tokenizer(listing: Listing, listener: Listener) -> Path:
+    with listener.progress("download the tokenizer") as progress:
+        return fetch_beside(listing, progress, listener.say)
 
 
 def _inspect_gguf(header: Header) -> Inspection:
@@ -164,9 +184,9 @@ def _numbers(architecture: Architecture) -> list[tuple[str, str]]:
     return facts
 
 
-def _inspect_checkpoint(checkpoint: Checkpoint, total: int) -> Inspection:
+def _inspect_checkpoint(checkpoint: Checkpoint, total: int, folder: Path | None) -> Inspection:
     """A checkpoint's facts, from the headers of its files, which have ``total`` bytes: those of the GGUF that it
-    becomes, or as much as can be said of one that cannot be converted."""
+    becomes, or as much as can be said of one that cannot be converted. Its tokenizer is in ``folder``, if here."""
     checkpoint.require_experts()
     model_type = str(checkpoint.config.get("model_type", ""))
     converter = converter_for(model_type)
@@ -184,15 +204,12 @@ def _inspect_checkpoint(checkpoint: Checkpoint, total: int) -> Inspection:
         checkpoint.stored = stored
         return _inspect_sketch(checkpoint, converter, facts, total, error.cause)
     facts += [*_numbers(architecture), *(("conversion", remark) for remark in planned.remarks)]
-    facts += [("tokenizer", text) for text in _told(checkpoint.folder, planned)]
+    facts += [("tokenizer", text) for text in (_told(folder, planned) if folder is not None else [])]
     return _inspected(facts, architecture, header)
 
 
 def _told(folder: Path, planned: Conversion) -> list[str]:
-    """What llama.cpp's tokenizer does otherwise, or why the checkpoint's cannot be converted; nothing of one that is
-    not here."""
-    if not folder.is_dir():
-        return []
+    """What llama.cpp's tokenizer does otherwise, or why the checkpoint's cannot be converted."""
     try:
         entries = tokenizer_entries(folder, planned.settings.config, planned.vocabulary)
     except EdgepruneError as error:

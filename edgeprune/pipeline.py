@@ -13,6 +13,7 @@ from pathlib import Path
 from edgeprune.errors import BrokenPromise
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.report import Report
+from edgeprune.rundir import RunFolder
 from edgeprune.settings import Listener, Progress, Settings
 from edgeprune.stages import comparing, deepening
 from edgeprune.stages.deepening import Wishes
@@ -40,8 +41,11 @@ def opened(settings: Settings, listener: Listener) -> Iterator[Run]:
         yield run
 
 
-def fit(settings: Settings, listener: Listener) -> tuple[Report, Path]:
+def fit(settings: Settings, listener: Listener, smaller: RunFolder | None = None) -> tuple[Report, Path]:
     """The main job: source, measure, decide, build, prove; the report and the folder.
+
+    Args:
+        smaller: finished run of the same model for less room, whose plan is taken if its file measures better.
 
     Raises:
         DoesNotFit: no plan meets the budget.
@@ -52,6 +56,8 @@ def fit(settings: Settings, listener: Listener) -> tuple[Report, Path]:
     with opened(settings, listener) as run:
         plan = run.best_plan()
         build = run.build(plan)
+        if smaller is not None:
+            plan, build = run.better_of(plan, build, smaller)
         report = run.verify(plan, build)
         run.clear_scratch()
         raise_if_broken(report, run.folder.page)

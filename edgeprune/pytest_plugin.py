@@ -124,7 +124,7 @@ class SmokeCheck(pytest.Item):
 
     def runtest(self) -> None:
         from edgeprune.errors import BrokenPromise
-        from edgeprune.prove.smoke.report import BROKEN, NOT_REACHED
+        from edgeprune.prove.smoke.report import BROKEN, NOT_REACHED, NOT_RUN
 
         report = self.parent.report()
         if self.parent.listener.said:
@@ -135,6 +135,8 @@ class SmokeCheck(pytest.Item):
         self.user_properties.append(("edgeprune", {"promised": check.promised, "measured": check.measured}))
         if check.verdict == NOT_REACHED:
             pytest.skip(f"{check.name}: not reached, {report.measured['failed']} failed")
+        if check.verdict == NOT_RUN:
+            pytest.skip(f"{check.name}: not run, {check.measured}")
         if check.verdict == BROKEN:
             raise BrokenPromise(check.line, rows=[("log", line) for line in report.measured["log"]])
 

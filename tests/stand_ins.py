@@ -1,7 +1,8 @@
-"""Stand-ins for programs that a test machine may lack: ``adb`` with a device that is a folder, and ``llama-server``.
+"""Stand-ins for programs that a test machine may lack: ``adb`` with a device that is a folder, ``llama-server`` and
+``llama-bench``.
 
 Each is a script that is run by its command line, as the real one is; the answers have the form of the real ones'
-(adb 35, llama-server of November 2026).
+(adb 35, llama-server and llama-bench of November 2026).
 """
 
 from __future__ import annotations
@@ -109,6 +110,55 @@ class Handler(BaseHTTPRequestHandler):
 
 
 HTTPServer((given["host"], int(given["port"])), Handler).serve_forever()
+"""
+
+LLAMA_BENCH = r"""
+import argparse, json, os, sys, time
+
+words = sys.argv[1:]
+mood = os.environ.get("STAND_IN_MOOD", "")
+if mood == "old" and "--repack" in words:
+    print("error: invalid parameter for argument: --repack", file=sys.stderr)
+    print("usage: llama-bench [options]\n\noptions:\n  -h, --help", file=sys.stderr)
+    sys.exit(1)
+parser = argparse.ArgumentParser(allow_abbrev=False)
+for option in ("-m", "-t", "-b", "-ub", "-ngl", "-ctk", "-ctv", "-fa", "--n-cpu-moe", "-sm", "--repack", "-o"):
+    parser.add_argument(option)
+for option in ("-p", "-n", "-d", "-r"):
+    parser.add_argument(option, type=int, default=0)
+parser.add_argument("--progress", action="store_true")
+parser.add_argument("--no-warmup", action="store_true")
+given = parser.parse_args()
+
+
+def tell(text):
+    print(f"llama-bench: benchmark 1/1: {text}", file=sys.stderr, flush=True)
+
+
+tell("starting")
+if mood == "dies" or not os.path.isfile(given.m):
+    print(f"llama_bench: error: failed to load model '{given.m}'", file=sys.stderr)
+    sys.exit(1)
+kind = "prompt" if given.p else "generation"
+if not given.no_warmup:
+    tell(f"warmup {kind} run")
+if mood == "aborts" or (mood == "dies at the end" and given.no_warmup):
+    print("ggml.c:1: GGML_ASSERT(out of luck) failed", file=sys.stderr, flush=True)
+    os.abort()
+if mood == "hangs":
+    time.sleep(600)
+for number in range(1, given.r + 1):
+    if given.d:
+        tell(f"depth run {number}/{given.r}" + (" (cached)" if number > 1 else ""))
+    tell(f"{kind} run {number}/{given.r}")
+if mood == "silent":
+    sys.exit(0)
+per_s = [(1000.0 if given.p else 10.0) * number for number in range(1, given.r + 1)]
+print(json.dumps({
+    "build_commit": "stand-in", "build_number": 7, "model_filename": given.m, "n_threads": int(given.t),
+    "n_prompt": given.p, "n_gen": given.n, "n_depth": given.d, "avg_ts": sum(per_s) / len(per_s),
+    "samples_ns": [round(1e9 * (given.p or given.n) / value) for value in per_s], "samples_ts": per_s,
+}))
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -191,6 +192,18 @@ def test_one_file_of_weights_counts_where_there_are_shards_too(sharded: Path) ->
     """As for transformers."""
     save_file({"a": A + 1, "b": B}, sharded / SINGLE)
     assert torch.equal(open_checkpoint(sharded).tensor("a"), A + 1)
+
+
+def test_reading_a_checkpoint_for_its_fingerprint_tells_how_far_it_is(sharded: Path) -> None:
+    told: list[tuple[int, int]] = []
+    for shard in sharded.glob("*.safetensors"):
+        os.utime(shard)  # whatever was remembered of it
+    checkpoint = open_checkpoint(sharded)
+    assert checkpoint.origin(progress=lambda done, total: told.append((done, total))) == checkpoint.origin()
+    whole = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+    shards = len(list(sharded.glob("*.safetensors")))
+    assert told == sorted(told) and told[-1] == (whole, whole) and shards > 1
+    assert len({done for done, _ in told}) >= shards
 
 
 def test_a_further_chat_template_is_part_of_the_fingerprint(sharded: Path) -> None:

@@ -28,7 +28,7 @@ from edgeprune.device.profile import known_profiles
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
-from edgeprune.prove.report import Baseline
+from edgeprune.prove.report import MEANWHILE, Baseline, Promise
 from edgeprune.settings import within
 
 pytest_plugins = ("demo_fixtures",)
@@ -225,8 +225,14 @@ def test_the_summary_of_a_deep_model_fits_one_screen(tiny_fit: Fit, tmp_path: Pa
     lines = folded(plan, architecture)
     assert max(map(len, lines)) > 150 and len(lines) >= 8
     rivals = [Baseline(name, 1000, tiny_fit.report.quality) for name in ("IQ3_S", "Q3_K_S")]
-    summary = show.report(replace(tiny_fit.report, folded=lines, baselines=rivals), Path("runs/deep"))
-    assert 24 <= len(summary) <= 40
+    busy = Promise(MEANWHILE, "", "43 % of the cores", "information")
+    promises = [line for line in tiny_fit.report.promises if line.name != MEANWHILE]
+    found = replace(tiny_fit.report, folded=lines, baselines=rivals)
+    summary = show.report(replace(found, promises=promises), Path("runs/deep"))
+    beside = show.report(replace(found, promises=[*promises, busy]), Path("runs/deep"))
+    (told,) = set(beside) - set(summary)
+    assert told.startswith("decode") and told.endswith("  while other programs used 43 % of the cores")
+    assert 24 <= len(summary) == len(beside) <= 40
     assert not [line for line in show.type_lines(lines) if len(line) > 110]
     for line in lines:  # every type is told, with the layers or how many they are
         assert line.split()[0] in "\n".join(summary)

@@ -174,7 +174,7 @@ def routed(mass: Doubles, ids: npt.NDArray[np.intp], gates: Doubles) -> Reservoi
     probs = mass.astype(np.float32)
     return Reservoir(
         np.zeros(count, np.int16), wide, wide, ids.astype(np.int16), gates.astype(np.float32), probs, probs,
-        wide[:, 0], wide[:, 0],
+        wide[:, 0], wide[:, 0], None,
     )  # fmt: skip
 
 
@@ -435,7 +435,7 @@ def test_a_layer_whose_tokens_do_not_fit_its_weights_is_not_replayed(
     family: Family, toy_gguf: Toy, tmp_path: Path
 ) -> None:
     tokens = family.both.reservoirs[0]
-    broken = {**family.both.reservoirs, 0: Reservoir(**{**tokens.__dict__, "x": tokens.x[::-1].copy()})}
+    broken = {**family.both.reservoirs, 0: Reservoir(**{**tokens.unpacked(), "x": tokens.x[::-1].copy()})}
     made = family.both
     made = type(made)(made.domains, made.tokens, made.window, made.layers, made.moments, made.made_from, broken)
     made.save(tmp_path / "s.safetensors")
@@ -448,12 +448,12 @@ def test_tokens_count_relative_to_their_stream_and_domains_alike() -> None:
     tokens = routed(np.full((count, 4), 0.25), np.zeros((count, 1), np.intp), np.ones((count, 1)))
     output = np.array([1, 1, 1, 1, 1, 10], np.float32)[:, None]
     streams = np.array([10, 10, 10, 20, 20, 100], np.float32)
-    tokens = Reservoir(**{**tokens.__dict__, "y": output, "residual": streams})
+    tokens = Reservoir(**{**tokens.unpacked(), "y": output, "residual": streams})
     weight = token_weights(tokens)
     assert weight.mean() == pytest.approx(1)
     assert weight[0] == weight[2] > weight[3] > weight[5] > 0  # the longer the stream, the less an error matters
-    parted = Reservoir(**{**tokens.__dict__, "domain": np.array([0, 0, 0, 0, 1, 1], np.int16)})
+    parted = Reservoir(**{**tokens.unpacked(), "domain": np.array([0, 0, 0, 0, 1, 1], np.int16)})
     balanced = token_weights(parted, balanced=True)
     assert balanced[4] / balanced[3] == pytest.approx(2)  # half as many tokens of that domain
-    nothing = Reservoir(**{**tokens.__dict__, "y": 0 * output, "residual": 0 * streams})
+    nothing = Reservoir(**{**tokens.unpacked(), "y": 0 * output, "residual": 0 * streams})
     assert np.isfinite(token_weights(nothing)).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from hub_server import Command, HubServer, value
 from rulers import looked_at, needs_browser
 from runs import Ear, Fit, read, settings
 
+from edgeprune import pipeline
+from edgeprune.decide.plan import FAMILY
 from edgeprune.errors import BrokenPromise, UsageError
-from edgeprune.family import fit_family, members_of
+from edgeprune.family import _no_worse, fit_family, members_of
 from edgeprune.prove.family import Member, make_family, member_folders
 from edgeprune.prove.report import Report
 from edgeprune.settings import Settings
@@ -75,6 +77,33 @@ def test_experts_of_the_smaller_are_among_those_of_the_larger(made: Made) -> Non
     assert small.plan["kept"] < large.plan["kept"] < 8
     for layer, ids in small.plan["keep"].items():
         assert set(ids) < set(large.plan["keep"][layer])
+
+
+def test_a_larger_target_that_measures_worse_takes_the_plan_of_the_smaller(tiny_fit: Fit, tmp_path: Path) -> None:
+    ear = Ear()
+    small = wishes(tiny_fit, tmp_path / "file-400kB")
+    large = wishes(tiny_fit, tmp_path / "file-500kB", keep=2)  # needlessly few
+    runs = [replace(large, file_bytes=500_000), replace(small, file_bytes=400_000)]
+    members = []
+    for run in runs:
+        tiny_fit.copy(run.folder)
+        report, folder = pipeline.fit(run, ear)
+        members.append(Member(folder.name, report))
+    worse, better = members
+    assert worse.report.plan["kept"] == 2 and worse.report.quality["kl_mean"] > better.report.quality["kl_mean"]
+    smaller = replace(better, report=replace(better.report, build={**better.report.build, "nbytes": 1}))
+
+    taken = _no_worse(worse, [worse, smaller], tmp_path, runs, ear)
+
+    assert any("measures worse than the smaller" in line for line in ear.said)
+    for part in ("keep", "types", "kept", "width"):
+        assert taken.report.plan[part] == better.report.plan[part], part
+    assert taken.report.plan["origin"] == FAMILY and Path(taken.report.build["path"]).name in {
+        path.name for path in runs[0].folder.glob("*.gguf")
+    }
+    again, _ = pipeline.fit(runs[0], ear)
+    assert again.plan == taken.report.plan
+    assert _no_worse(better, [taken, better], tmp_path, runs, ear) is better
 
 
 def test_the_page_and_its_numbers_compare_them(made: Made) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from edgeprune.decide.narrowing import rank
 from edgeprune.decide.neurons import NARROWINGS
 from edgeprune.decide.neurons.layer import NeuronEvidence
 from edgeprune.decide.neurons.ziplm import _RIDGE, removals
+from edgeprune.errors import DoesNotFit
 from edgeprune.measure.activation import GATED
 from edgeprune.measure.channels import Channels
 from edgeprune.measure.projections import neuron_projections
@@ -174,6 +176,23 @@ def test_a_narrow_file_is_healed_and_has_the_predicted_size(
     made = GgufFile(Path(build.path))
     assert read_architecture(made).expert_width == 64
     assert plan.channels in made.get("edgeprune.narrowing")
+
+
+def test_a_size_that_narrower_experts_alone_reach_is_not_refused(
+    tiny_checkpoint: Path, small_text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "busy"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = read(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 7}))  # of 8: hardly any to drop
+    least = few(folder, small_text, tmp_path / "least", file_bytes=1)
+    with pipeline.opened(least, Ear()) as run, pytest.raises(DoesNotFit) as error:
+        run._fail_early()
+    assert error.value.rows[0] == ("smallest plan", "K=8, 64 channels, IQ4_NL")
+    with pipeline.opened(replace(least, file_bytes=400_000), Ear()) as run:
+        run._fail_early()
+    with pipeline.opened(replace(least, file_bytes=400_000, keep=7), Ear()) as run, pytest.raises(DoesNotFit):
+        run._fail_early()
 
 
 def test_widths_are_candidates_where_nothing_is_forced(

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toys
 from hub_server import Blob, Command, HubServer, Repository, value
 from observed import LAUNCH
 from runs import Fit
 
 from edgeprune.device.profile import find_profile
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError, UsageError
-from edgeprune.files import to_json
+from edgeprune.files import file_digest, to_json
+from edgeprune.measure import memory
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import session
+from edgeprune.model.architecture import read_architecture
+from edgeprune.model.gguf import GgufFile
+from edgeprune.model.layout import layout
 from edgeprune.share.index import Memory, Stored
 from edgeprune.share.pulling import Candidate, Target, choose
 
@@ -140,6 +145,43 @@ def test_what_arrives_damaged_is_not_kept(words: tuple[str, ...], shelf: HubServ
 
 
 # Repositories of others.
+
+
+def needed_bytes(path: Path) -> int:
+    """What llama.cpp takes for the file with 64 tokens of context."""
+    file = GgufFile(path)
+    shape = read_architecture(file)
+    needs = memory.price(layout(file, shape, shape.experts, {}, []), Launch(context=64), shape)
+    parts = (needs.kv_bytes, needs.compute_bytes, needs.runtime_bytes, needs.host_compute_bytes)
+    return sum(parts) + sum(tensor.nbytes for tensor in shape.tensors)
+
+
+def test_where_the_chosen_file_is_too_large_after_all_the_next_smaller_one_is_taken(
+    shelf: HubServer, command: Command, synthetic: toys.Maker, tmp_path: Path
+) -> None:
+    ((name, blob),) = models(shelf).items()
+    small, large = tmp_path / name, synthetic("qwen3moe")
+    small.write_bytes(blob.content)
+    needs = [needed_bytes(path) for path in (small, large)]
+    assert len(blob.content) < large.stat().st_size and needs[0] + (2 << 20) < needs[1]
+    index = json.loads(shelf.repositories[REPO].files["edgeprune.json"].content)
+    (entry,) = index["files"]
+    # The index makes light of what both need; the larger one is the nearer to its source.
+    entry["memory"] |= dict.fromkeys(("kv_bytes", "compute_bytes", "host_compute_bytes", "runtime_bytes"), 1)
+    part = {"path": "large.gguf", "nbytes": large.stat().st_size, "sha256": file_digest(large)}
+    other = {**entry, "name": "large", "parts": [part], "memory": {**entry["memory"], "weights_bytes": 1}}
+    other["quality"] = {**entry["quality"], "kl_mean": 0.0}
+    index["files"] = [entry, other]
+    put(shelf, {"edgeprune.json": to_json(index).encode(), "large.gguf": large.read_bytes()})
+    words = ("pull", REPO, "--context", "64", "-o", tmp_path / "here", "--memory")
+    done = command(*words, f"{(needs[0] + needs[1]) // 2}B")
+    assert done.exception is None, done.output
+    stem = name.removesuffix(".gguf")
+    assert "large.gguf does not fit" in done.stderr and f"{stem} is tried, which is smaller" in done.stderr
+    assert f"llama-server -m {tmp_path / 'here' / name} -c 64" in done.stdout
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if " bytes " in line}
+    assert rows[stem].endswith("chosen") and rows["large"].endswith("too large after all")
+    assert f"{name} does not fit" in failed(command(*words, f"{needs[0] - (1 << 20)}B"), DoesNotFit)
 
 
 def test_without_an_index_names_and_sizes_are_looked_at(shelf: HubServer, command: Command) -> None:

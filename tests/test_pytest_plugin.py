@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import toys
 from runs import ROOT, environment
+from stand_ins import LLAMA_BENCH, program
 
 from edgeprune.prove.smoke.checks import KEYS
 
@@ -55,6 +56,17 @@ def project(tmp_path: Path) -> Path:
     (folder / "test_own.py").write_text("def test_own():\n    assert True\n")
     (folder / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\nfilterwarnings = error\n")
     return folder
+
+
+def test_what_the_engine_of_a_device_cannot_check_is_skipped(project: Path, synthetic: toys.Maker) -> None:
+    bench = program(project / "llama-bench", LLAMA_BENCH)
+    described = f'name = "thing"\ntransport = "local"\nprofile = "cpu-8gb"\n[runner]\nbench = "{bench}"\n'
+    (project / "thing.toml").write_text(described)
+    words = ("--edgeprune-gguf", synthetic("qwen3moe"), "--edgeprune-device", "thing.toml")
+    code, outcomes, said = run_pytest(project, *words, "--edgeprune-context", "128", "-rs")
+    assert code == 0 and {outcomes[key] for key in ("loads", "memory", "decode", "context")} == {"passed"}, said
+    assert {outcomes[key] for key in ("deterministic", "finite", "plausible", "answers")} == {"skipped"}
+    assert "logits are finite: not run, llama-bench does not tell" in said
 
 
 def test_without_its_options_the_plugin_does_nothing_and_loads_nothing(project: Path) -> None:

@@ -48,7 +48,8 @@ def test_checkpoint_on_the_hub_gets_the_answers_of_a_local_one(
 ) -> None:
     hub.add_folder(REPO, toy_checkpoint(family))
     here, there = inspect_model(str(toy_checkpoint(family))), inspect_model(REPO)
-    assert without_fetched(there) == [fact for fact in here.facts if fact[0] != "checkpoint"]
+    told = [fact for fact in without_fetched(there) if not fact[1].startswith("not looked at")]
+    assert told == [fact for fact in here.facts if fact[0] != "checkpoint"]
     assert (there.roles, verdicts(there), there.nbytes) == (here.roles, verdicts(here), here.nbytes)
     assert not any(request.path.endswith("tokenizer.json") for request in hub.requests)
 

@@ -372,7 +372,7 @@ PLAN: dict[str, Any] = {
 }
 QUALITY = {"kl_mean": 0.12}
 SPEED = {"peak_bytes": 3 * GIB, "finite": True, "decode_per_s": 18.0, "prefill_per_s": 200.0}
-SPEED |= {"device_bytes": 0, "prompt_tokens": 512, "first_token_seconds": 2.56}
+SPEED |= {"device_bytes": 0, "prompt_tokens": 512, "first_token_seconds": 2.56, "others": None}
 # 8 GiB, of which the system takes 2: 6 are there for the model, and the plan promises to need 3 of them.
 BUDGET: dict[str, Any] = {
     "pools": [
@@ -447,6 +447,17 @@ def test_verdicts(changes: dict[str, Any], name: str, verdict: str) -> None:
     arguments |= {"plan": PLAN, "on_device": True, **changes}
     (line,) = (line for line in promises(**arguments) if line.name == name)
     assert line.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(None, None), (0.04, None), (0.43, "43 % of the cores")],
+)
+def test_speeds_that_other_programs_spoiled_say_so(share: float | None, said: str | None) -> None:
+    arguments: dict[str, Any] = {"build_bytes": 1000, "quality": QUALITY, "speed": {**SPEED, "others": share}}
+    lines = promises(**arguments, budget=BUDGET, plan=PLAN, on_device=True)
+    measured = {line.name: line.measured for line in lines}
+    assert measured.get("meanwhile, other programs used") == said and measured["decode (tokens per second)"] == "18"
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def coalitions(rows: list[list[int]], experts: int) -> Reservoir:
         domain=np.zeros(count, np.int16),
         x=wide, y=wide, ids=np.array(rows, np.int16), gates=np.ones((count, len(rows[0])), np.float32),
         selection=np.zeros((count, experts), np.float32), probs=np.zeros((count, experts), np.float32),
-        residual=wide[:, 0], turn=wide[:, 0],
+        residual=wide[:, 0], turn=wide[:, 0], stream=None,
     )  # fmt: skip
 
 

@@ -177,3 +177,7 @@ def test_without_adb_such_a_device_is_refused(
     with pytest.raises(EdgepruneError) as caught:
         Adb(load_machine(device(tmp_path, "adb", server)))
     assert "adb, which is not installed here" in caught.value.cause and "platform tools" in caught.value.hint
+    ear = Ear()
+    with pytest.raises(EdgepruneError, match="not installed here"):
+        smoke(Wish(synthetic("qwen3moe"), str(device(tmp_path, "adb", server))), ear)
+    assert not ear.stages  # no file of 20 GB was read for that

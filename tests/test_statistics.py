@@ -129,6 +129,7 @@ def reservoir(tokens: int, seed: int) -> Reservoir:
         probs=experts[1].astype(np.float32),
         residual=random.random(tokens).astype(np.float32),
         turn=random.random(tokens).astype(np.float32),
+        stream=None,
     )
 
 

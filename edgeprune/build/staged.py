@@ -211,7 +211,7 @@ class _Healer:
             own = [self._expert(expert, row) for expert, row in zip(self.kept, rows, strict=True)]
             gains = {tensor.name: _gain([row[number] for row in rows]) for number, tensor in enumerate(inner)}
             del rows
-            fit = self._fitted(own, activation)
+            fit = self._fitted(own, activation, pool)
             down = self.tensors["expert_down"]
             means = self._importance(self.shares).mean()
 
@@ -299,19 +299,24 @@ class _Healer:
         rest = old.of_channels(self._channels_of(expert))
         return Expert(gate, up, rest.down, rest.gate_bias, rest.up_bias, rest.down_bias)
 
-    def _fitted(self, experts: Sequence[Expert], activation: Activation) -> Healed:
+    def _fitted(self, experts: Sequence[Expert], activation: Activation, pool: ThreadPoolExecutor) -> Healed:
         target = self.teacher.y.copy()
         known = self.teacher.stream is not None and self.student.stream is not None
         if known and joins_the_stream(self.file, self.architecture, self.layer):
             assert self.teacher.stream is not None and self.student.stream is not None
             target += np.float32(_LEAN) * (self.teacher.stream - self.student.stream)
-        self.shares: list[Share] = []
-        for place, expert in enumerate(experts):
+
+        def share(place: int) -> Share:
             tokens, slot = np.nonzero(self.student.ids == place)
-            gates = self.student.gates[tokens, slot][:, None]
-            hidden = gates * expert.hidden(self.student.x[tokens], activation)
-            target[tokens] -= gates * expert.down_bias
-            self.shares.append(Share(tokens, hidden))
+            hidden = experts[place].hidden(self.student.x[tokens], activation)
+            hidden *= self.student.gates[tokens, slot][:, None]
+            return Share(tokens, hidden)
+
+        self.shares = list(pool.map(share, range(len(experts))))
+        for place, expert in enumerate(experts):
+            if np.any(expert.down_bias):
+                tokens, slot = np.nonzero(self.student.ids == place)
+                target[tokens] -= self.student.gates[tokens, slot][:, None] * expert.down_bias
         return refit([expert.down for expert in experts], self.shares, target, self.held_out)
 
     def _importance(self, shares: Sequence[Share]) -> InputMoments:

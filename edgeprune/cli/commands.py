@@ -226,8 +226,9 @@ def fit(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("model")
+@click.option("--tokenizer", is_flag=True, help="Fetch the tokenizer of a checkpoint on the Hub, to look at it too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def inspect(model: str, as_json: bool) -> None:
+def inspect(model: str, tokenizer: bool, as_json: bool) -> None:
     """What MODEL is, what its parts weigh, and which profiles it fits. Reads headers only, also over the network.
 
     \b
@@ -235,9 +236,10 @@ def inspect(model: str, as_json: bool) -> None:
     edgeprune inspect ORG/NAME:Q4_K_M
     """
     from edgeprune.cli import show
+    from edgeprune.cli.console import Console
     from edgeprune.inspection import inspect_model
 
-    found = inspect_model(model)
+    found = inspect_model(model, Console(), tokenizer=tokenizer)
     _print(found.to_json(), show.inspection(found), as_json)
 
 

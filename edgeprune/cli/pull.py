@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeprune.cli.commands import Size
-from edgeprune.errors import UsageError
+from edgeprune.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from edgeprune.cli.console import Console
-    from edgeprune.share.pulling import Target, Verdict
+    from edgeprune.share.pulling import Pulled, Target, Verdict
 
 
 @click.command(short_help="Fetch the file that fits from the Hub.")
@@ -41,7 +41,7 @@ def pull(repository: str, **options: Any) -> None:
     from edgeprune.cli.console import Console
     from edgeprune.share.hub import Hub
     from edgeprune.share.origin import is_repository
-    from edgeprune.share.pulling import Pulled, candidates, choose, download, placed
+    from edgeprune.share.pulling import candidates, choose, download
 
     if not is_repository(repository):
         raise UsageError(f"'{repository}' is not a repository on the Hub", hint="write organisation/name")
@@ -58,10 +58,40 @@ def pull(repository: str, **options: Any) -> None:
     if options["dry_run"]:
         _print(value, lines[:-1], options["as_json"])
         return
-    path = download(hub, repository, remote, chosen, options["output"], console)
-    pulled = Pulled(path, chosen, placed(path, target, chosen))
-    value |= {"path": str(path), "launch_line": pulled.launch_line}
-    _print(value, [*lines, f"file    {path}", "", f"run it:  {pulled.launch_line}"], options["as_json"])
+
+    def fetch(verdict: Verdict) -> Path:
+        return download(hub, repository, remote, verdict, options["output"], console)
+
+    pulled, failed = _fetched(fetch, verdicts, chosen, target, repository, console)
+    value |= {"chosen": pulled.verdict.candidate.name, "failed": [each.candidate.name for each in failed]}
+    value |= {"path": str(pulled.path), "launch_line": pulled.launch_line}
+    lines = [*_table(verdicts, pulled.verdict, failed), "", f"file    {pulled.path}", ""]
+    _print(value, [*lines, f"run it:  {pulled.launch_line}"], options["as_json"])
+
+
+def _fetched(
+    fetch: Callable[[Verdict], Path],
+    verdicts: Sequence[Verdict],
+    chosen: Verdict,
+    target: Target,
+    repository: str,
+    console: Console,
+) -> tuple[Pulled, list[Verdict]]:
+    """The chosen file, or the next smaller one for which llama.cpp finds room; and those for which it did not."""
+    from edgeprune.share.pulling import Pulled, choose, placed
+
+    failed: list[Verdict] = []
+    while True:
+        path = fetch(chosen)
+        try:
+            return Pulled(path, chosen, placed(path, target, chosen)), failed
+        except DoesNotFit as error:
+            failed.append(chosen)
+            smaller = [each for each in verdicts if each.candidate.nbytes < chosen.candidate.nbytes]
+            if not any(verdict.fits for verdict in smaller):
+                raise
+            chosen = choose(smaller, target.profile, repository)
+            console.say(f"{error.cause}; it stays there, and {chosen.candidate.name} is tried, which is smaller")
 
 
 def _target(options: dict[str, Any], console: Console) -> Target:
@@ -86,7 +116,7 @@ def _target(options: dict[str, Any], console: Console) -> Target:
     return Target(profile, options["memory"], options["context"], options["kv_type"])
 
 
-def _table(verdicts: Sequence[Verdict], chosen: Verdict) -> list[str]:
+def _table(verdicts: Sequence[Verdict], chosen: Verdict, failed: Sequence[Verdict] = ()) -> list[str]:
     from edgeprune.cli.show import table
     from edgeprune.units import format_bytes
 
@@ -94,6 +124,7 @@ def _table(verdicts: Sequence[Verdict], chosen: Verdict) -> list[str]:
     for verdict in sorted(verdicts, key=lambda verdict: -verdict.candidate.nbytes):
         nats = verdict.candidate.nats
         state = "fits" if verdict.fits else f"short of {format_bytes(verdict.short_bytes)}"
+        state = "too large after all" if verdict in failed else state
         mark = "chosen" if verdict is chosen else state
         size = f"{verdict.candidate.nbytes:,} bytes"
         rows.append((verdict.candidate.name, size, "-" if nats is None else f"{nats:.5f}", mark))

@@ -14,7 +14,7 @@ from edgeprune.inspection import Inspection
 from edgeprune.measure.statistics import Statistics
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.family import Family
-from edgeprune.prove.report import Report
+from edgeprune.prove.report import DECODE, INFORMATION, MEANWHILE, Report
 from edgeprune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -89,13 +89,16 @@ def _counted(found: re.Match[str]) -> str:
 def report(found: Report, folder: Path) -> list[str]:
     """The outcome of a fit on one screen."""
     lines = [found.title, "", found.verdict, ""]
-    lines += table(
+    others = next((f"  while other programs used {p.measured}" for p in found.promises if p.name == MEANWHILE), "")
+    promised = table(
         [
-            (p.name, p.predicted or "-", p.measured, "" if p.verdict == "information" else p.verdict)
+            (p.name, p.predicted or "-", p.measured, "" if p.verdict == INFORMATION else p.verdict)
             for p in found.promises
+            if p.name != MEANWHILE
         ],
         ("", "predicted", "measured", ""),
     )
+    lines += [line + others if line.startswith(DECODE) else line for line in promised]
     rows = [("shipped", found.build["nbytes"], found.quality)]
     rows += [(rival.preset, rival.nbytes, rival.quality) for rival in found.baselines]
     lines += ["", "against the source on held-out text:"]

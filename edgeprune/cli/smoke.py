@@ -38,8 +38,7 @@ def devices(name: str | None, as_json: bool) -> None:
             click.echo(f"{each.name:<{width}}  {each.address:<{reached}}  {each.profile}  {each.summary}".rstrip())
         return
     (machine,) = found
-    runner = machine.runner.server or f"llama-cpp-python of {machine.runner.python or 'this Python'}"
-    rows = [("reached by", machine.address), ("profile", machine.profile), ("runs models with", runner)]
+    rows = [("reached by", machine.address), ("profile", machine.profile), ("runs models with", machine.runner.words)]
     if machine.folder:
         rows.append(("folder", machine.folder))
     click.echo("\n".join([machine.name, *([machine.summary] if machine.summary else []), "", *table(rows)]))

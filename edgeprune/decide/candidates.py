@@ -344,7 +344,7 @@ def candidates(
     if not found and problem.limit_seconds < math.inf:
         raise _takes_too_long(problem, counts, forced_types)
     if not found:
-        raise _does_not_fit(problem, counts, forced_types)
+        raise _does_not_fit([(problem, min(counts)), *points[len(counts) :]], forced_types)
     # Equal nats: the smaller file wins.
     return sorted(found, key=lambda c: (c.plan.predicted.nats, c.plan.predicted.file_bytes))
 
@@ -407,11 +407,13 @@ def _quickest(problem: Problem, kept: int, forced_types: bool) -> float | None:
     return None if found is None else found.nats
 
 
-def _does_not_fit(problem: Problem, counts: Sequence[int], forced_types: bool) -> DoesNotFit:
-    kept = min(counts)
-    tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
-    items = [_choices(problem, tensor, kept, forced_types) for tensor in tensors]
-    limit, fixed = _limits(problem, kept)
+def _does_not_fit(points: Sequence[tuple[Problem, int]], forced_types: bool) -> DoesNotFit:
+    def items_of(problem: Problem, kept: int) -> list[list[Choice]]:
+        tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
+        return [_choices(problem, tensor, kept, forced_types) for tensor in tensors]
+
+    problem, kept = min(points, key=lambda own: smallest_bytes(items_of(*own)) + _limits(*own)[1])
+    items, (limit, fixed) = items_of(problem, kept), _limits(problem, kept)
     smallest, budget = smallest_bytes(items) + fixed, limit + fixed
     types = sorted({choices[0].type for choices in items}, key=lambda n: ggml.BY_NAME[n].bits_per_weight)
     by_file = problem.budget.file_limit_bytes is not None and budget < problem.budget.weights_bytes

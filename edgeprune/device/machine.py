@@ -33,10 +33,23 @@ class Runner:
         python: interpreter, with llama-cpp-python unless there is a ``server``; "" for the one that runs edgeprune,
             or for none.
         server: a ``llama-server`` binary to be used instead of llama-cpp-python, or "".
+        bench: a ``llama-bench`` binary that measures the speed, or "".
+        engine: who does everything else: ``library``, ``server``, or ``bench`` where neither an interpreter nor a
+            server is named beside it; what it cannot do is then left out.
     """
 
     python: str
     server: str
+    bench: str = ""
+    engine: str = "library"
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        if self.engine == "bench":
+            return f"{self.bench} alone: load, memory, speed and context"
+        engine = self.server or f"llama-cpp-python of {self.python or 'this Python'}"
+        return f"{engine}, speed by {self.bench}" if self.bench else engine
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ _WANTED = {
     "serial": "as `adb devices` prints it",
     "python": "the path of an interpreter on the device, from the home folder on",
     "server": "the path of llama-server on the device, from the home folder on",
+    "bench": "the path of llama-bench on the device, from the home folder on",
 }
 
 
@@ -117,11 +131,14 @@ def _folder(where: str, table: Mapping[str, Any], transport: str) -> str:
 
 def _runner(where: str, table: Mapping[str, Any], transport: str) -> Runner:
     where = f"{where} [runner]"
-    check_keys(where, table, {"server"} if transport == ADB else set(), {"python", "server"})
+    named = {"server", "bench"} & table.keys()
+    check_keys(where, table, {"server"} if transport == ADB and not named else set(), {"python", "server", "bench"})
     if transport == ADB and "python" in table:
-        raise BadFile(f"{where}: a shell on Android has no Python; `server` alone is used there")
+        raise BadFile(f"{where}: a shell on Android has no Python; `server` and `bench` are used there")
     python = _text(where, table, "python", _PATH, "python3" if transport == SSH else "")
-    return Runner(python, _text(where, table, "server", _PATH))
+    alone = "bench" in named and "python" not in table
+    engine = "server" if "server" in named else "bench" if alone else "library"
+    return Runner(python, _text(where, table, "server", _PATH), _text(where, table, "bench", _PATH), engine)
 
 
 def _ssh(where: str, table: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import Session, session
+from edgeprune.measure.meanwhile import Meanwhile
 
 Progress = Callable[[int, int], None]
 
@@ -39,7 +40,8 @@ def at_depths(
     Returns:
         for each depth that was reached: ``depth``, in tokens; ``prefill_per_s`` and ``decode_per_s``, median, least
         and most of the repeats in tokens per second; ``first_token_seconds``, what a prompt of that length takes
-        from an empty context to its first token, None at depth 0.
+        from an empty context to its first token, None at depth 0; ``others``, the share of all cores that other
+        programs used meanwhile, or None after too short a time.
     """
     settings, rows = Launch(**launch), []
     random = np.random.default_rng(0)
@@ -53,12 +55,13 @@ def at_depths(
             late = tokens > 0 and seconds_spent + rate * (depth - filled) > seconds
             if late or depth + block + generated > settings.context:
                 break
-            started = time.perf_counter()
+            meanwhile, started = Meanwhile(), time.perf_counter()
             _filled(opened, random, filled, depth)
             took = time.perf_counter() - started
             spent, tokens, seconds_spent = spent + took, tokens + depth - filled, seconds_spent + took
             held, measured = _repeated(opened, random, depth, block, generated, repeats)
             rows.append({"depth": depth, **measured, "first_token_seconds": spent if depth else None})
+            rows[-1]["others"] = meanwhile.others()
             filled = depth
             if held > depth:  # the repeats stay in a memory that cannot go back
                 opened.clear()

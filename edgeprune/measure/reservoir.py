@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,15 +47,20 @@ class Reservoir:
     probs: Floats
     residual: Floats
     turn: Floats
-    stream: Floats | None = None
+    stream: Floats | None
 
     def __len__(self) -> int:
         return len(self.domain)
 
     def rows(self, which: npt.NDArray[np.intp]) -> Reservoir:
         """The tokens at the positions ``which`` alone."""
-        stream = None if self.stream is None else self.stream[which]
-        return Reservoir(**{n: getattr(self, n)[which] for n in ("domain", *_PACKED, *_PLAIN)}, stream=stream)
+        every = self.unpacked()
+        chosen: dict[str, Any] = {name: None if rows is None else rows[which] for name, rows in every.items()}
+        return Reservoir(**chosen)
+
+    def unpacked(self) -> dict[str, Any]:
+        """Every attribute by name."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     def arrays(self) -> dict[str, Array]:
         """As stored, without ``domain``, which all layers share."""
@@ -63,13 +69,33 @@ class Reservoir:
             stored[name], stored[f"{name}_scale"] = pack(getattr(self, name))
         return stored | {name: getattr(self, name) for name in _PLAIN}
 
-    @classmethod
-    def from_arrays(cls, domain: Array, stored: Mapping[str, Array]) -> Reservoir:
-        """What ``arrays`` stored."""
-        arrays: dict[str, Array] = {name: stored[name] for name in _PLAIN}
-        for name in (*_PACKED, _EXTRA) if _EXTRA in stored else _PACKED:
-            arrays[name] = stored[name].astype(np.float32) * stored[f"{name}_scale"][:, None]
-        return cls(domain=domain, **arrays)
+    @staticmethod
+    def from_arrays(domain: Array, stored: Mapping[str, Array]) -> Reservoir:
+        """What ``arrays`` stored; what is asked for is unpacked then."""
+        return _Stored(domain, stored)
+
+
+class _Stored(Reservoir):
+    """Tokens as ``arrays`` gave them: most who read them want some of their parts, or none."""
+
+    def __init__(self, domain: Array, stored: Mapping[str, Array]) -> None:
+        self.__dict__.update(domain=domain, stored=stored)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in (*_PACKED, *_PLAIN, _EXTRA):
+            raise AttributeError(name)
+        stored: Mapping[str, Array] = self.__dict__["stored"]
+        value: Array | None = None
+        if name in _PLAIN:
+            value = stored[name]
+        elif name in stored:
+            value = np.multiply(stored[name], stored[f"{name}_scale"][:, None], dtype=np.float32)
+        self.__dict__[name] = value
+        return value
+
+    def arrays(self) -> dict[str, Array]:
+        stored: Mapping[str, Array] = self.__dict__["stored"]
+        return {name: stored[name] for name in stored}
 
 
 def pack(rows: Floats) -> tuple[npt.NDArray[np.float16], Floats]:

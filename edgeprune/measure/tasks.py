@@ -25,6 +25,7 @@ from edgeprune.measure.divergence import Quality, Reference, TokenScores, summar
 from edgeprune.measure.documents import Document
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import EvalCallback, Session, backend_devices, buffer_sizes, build_of_llama, session
+from edgeprune.measure.meanwhile import Meanwhile
 from edgeprune.measure.observers import ChannelMask, Disturbance, Masks, RouterMask
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import LeftOut, TextFile, Window, windows
@@ -94,6 +95,7 @@ def collect(
     reservoir_tokens: int = 0,
     layers: list[int] | None = None,
     tokens_only: bool = False,
+    beside: list[dict[str, str]] | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -107,6 +109,7 @@ def collect(
         layers: first layer and the one after the last that are looked at, instead of all; the model is not
             computed further.
         tokens_only: the sums are not wanted, only tokens and the moments of ``weights``.
+        beside: other texts, of which ``most_tokens`` are read after those of ``texts``.
 
     Returns:
         tokens seen and peak memory in bytes; ``left_out``: by domain, how many documents were too short, of how many,
@@ -122,6 +125,7 @@ def collect(
     observer = Switch()
     with room_for(Path(output)), session(Path(model), _launch(window, threads), observer) as opened:
         shards, found = _calibration(opened, texts, window, most_tokens)
+        shards += _calibration(opened, beside, window, most_tokens)[0] if beside else []
         kept = _kept_positions([part for shard in shards for part in shard], reservoir_tokens)
         total, done = sum(map(len, shards)), 0
         paths: list[Path] = []
@@ -449,13 +453,15 @@ def benchmark(
     Returns:
         prefill and decode tokens per second (medians over ``repeats``; ``best``: of them), the first token's delay in
         seconds, peak memory in bytes with as much of the context filled as 20 seconds allow; ``device_bytes``: what
-        was then taken of the memory of graphics cards; ``ggml``: its version; ``processors``: what llama.cpp computes
+        was then taken of the memory of graphics cards; ``others``: the share of all cores that other programs used
+        meanwhile, or None after too short a time; ``ggml``: its version; ``processors``: what llama.cpp computes
         with here.
     """
     settings, clock = Launch(**launch), time.thread_time if processor_time else time.perf_counter
     prefill, decode, finite = [], [], True
     before = _free_on_devices()
     with session(Path(model), settings, single_output=True) as opened:
+        meanwhile = Meanwhile()
         random = np.random.default_rng(0)
         prompt = random.integers(0, opened.vocabulary_size, prompt_tokens).tolist()
         batch = min(settings.batch, settings.context)
@@ -470,6 +476,7 @@ def benchmark(
             decode.append(generated_tokens / (clock() - started))
             finite = finite and bool(np.isfinite(logits).all())
         filled = _fill_context(opened, random, batch)
+        others = meanwhile.others()
         taken = sum(max(0, before[name] - free) for name, free in _free_on_devices().items())
     return {
         "prefill_per_s": stdlib_statistics.median(prefill),
@@ -482,6 +489,7 @@ def benchmark(
         "device_bytes": taken,
         "filled_tokens": filled,
         "finite": finite,
+        "others": others,
         "ggml": build_of_llama(),
         "processors": [f"{device['name']}: {device['description']}" for device in backend_devices()],
     }

@@ -12,7 +12,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ SINGLE = "model.safetensors"
 # Of what a checkpoint needs beside its weights: configurations, tokenizers, chat templates.
 SMALL = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 # Raised when conversion changes its result, so that converted files are made again.
-CONVERSION_FORMAT = 1
+CONVERSION_FORMAT = 2
 LARGEST_HEADER = 100_000_000
 # A weight of a routed expert, of one (``experts.7.``) or of all of them stacked.
 EXPERT_TENSOR = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?")
@@ -150,13 +150,16 @@ class Checkpoint:
             self._open = {shard: _open_shard(self.folder / shard)}
         return self._open[shard]
 
-    def origin(self, *, mtp: bool = False) -> str:
+    def origin(self, *, mtp: bool = False, progress: Callable[[int, int], None] | None = None) -> str:
         """Digest of the checkpoint and of the way it is converted; ``mtp``: with its further blocks."""
         way = f"{CONVERSION_FORMAT}{' with further blocks' if mtp else ''}"
-        return hashlib.sha256(f"conversion {way}, {self.fingerprint()}".encode()).hexdigest()
+        return hashlib.sha256(f"conversion {way}, {self.fingerprint(progress)}".encode()).hexdigest()
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, progress: Callable[[int, int], None] | None = None) -> str:
         """SHA-256 over the small files and over every shard, all of them whole.
+
+        Args:
+            progress: called with bytes done and bytes in all, of the shards.
 
         Raises:
             BadFile: one of them cannot be read.
@@ -164,8 +167,17 @@ class Checkpoint:
         state = hashlib.sha256()
         for path in _small_files(self.folder):
             state.update(path.name.encode() + path.read_bytes())
-        for shard in sorted(set(self.shard_of.values())):
-            state.update(content_digest(self.folder / shard).encode())
+        shards = [self.folder / name for name in sorted(set(self.shard_of.values()))]
+        sizes = [shard.stat().st_size for shard in shards] if progress is not None else []
+        for number, shard in enumerate(shards):
+
+            def told(done: int, total: int, number: int = number) -> None:
+                if progress is not None:
+                    share = sizes[number] * done // max(1, total)
+                    progress(sum(sizes[:number]) + share, sum(sizes))
+
+            state.update(content_digest(shard, told).encode())
+            told(1, 1)  # also where it was known
         return state.hexdigest()
 
 

@@ -97,6 +97,22 @@ def fetch(name: HubName, progress: Progress, say: Callable[[str], None], aim: Ai
     return _checkpoint(listing, _Download(listing, progress, say), aim)
 
 
+def beside_weights(listing: Listing) -> list[HubFile]:
+    """What a checkpoint holds beside its weights and their index: its tokenizer above all."""
+    return [file for file in selection.small_files(listing) if file.path != INDEX]
+
+
+def fetch_beside(listing: Listing, progress: Progress, say: Callable[[str], None]) -> Path:
+    """A folder with a checkpoint's ``beside_weights``, downloaded as far as they are not here.
+
+    Raises:
+        BadFile: what arrived is not what the Hub lists.
+        EdgepruneError: no access, no network, no room on the disk.
+    """
+    _Download(listing, progress, say).get(beside_weights(listing))
+    return _place(listing, "")
+
+
 def _checkpoint(listing: Listing, download: _Download, aim: Aim | None) -> Path:
     """The folder of a checkpoint, its weights last: a folder that has them has everything."""
     if aim is not None:  # a kilobyte may say that it is not to be converted, before tokenizers of megabytes
@@ -124,9 +140,8 @@ def _require_use(
         BadFile, Unsupported: as the conversion.
         EdgepruneError: no room for the weights and the GGUF; and what ``aim.look`` raises.
     """
-    found, _ = remote_checkpoint(listing, Budget(), index)
     folder = _place(listing, "")
-    found = replace(found, folder=folder)
+    found = replace(remote_checkpoint(listing, Budget(), index).checkpoint, folder=folder)
     planned = plan_conversion(found, aim.base, mtp=aim.mtp)
     made = whole_header(planned, listing.name.short, folder)[0].nbytes
     aim.look(found)

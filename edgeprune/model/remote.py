@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,7 @@ from edgeprune.model.checkpoint import (
     require_as_listed,
     shard_header,
 )
+from edgeprune.model.deduced import deduced
 from edgeprune.model.headers import Header, read_header
 from edgeprune.model.hub import HubFile, Listing, Unreachable
 from edgeprune.model.parts import joined, names_of_parts
@@ -36,6 +38,8 @@ from edgeprune.units import format_bytes
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 # Of one request; a header that goes on is fetched in ever larger steps.
 _FIRST_STEP, _LARGEST_STEP = 1 << 14, 4 << 20
+# Of all shards together, to see how long their headers are; and headers that are read at once whatever they say.
+_LENGTHS, _FEW = 1 << 16, 3 << 17
 # Files that are looked at side by side: large checkpoints have more than a hundred.
 _AT_ONCE = 8
 # Of all headers of a model. The largest that are known, vocabularies of 260,000 tokens, take 16 MiB.
@@ -82,14 +86,18 @@ class RemoteBytes:
     """The bytes of a file on the Hub, fetched when they are looked at and then kept.
 
     Sequential reads are fetched ahead, in steps that double; a jump starts small again.
+
+    Attributes:
+        first: bytes of the first step.
     """
 
     listing: Listing
     file: HubFile
     budget: Budget
+    first: int = _FIRST_STEP
     _starts: list[int] = field(default_factory=list)
     _pieces: list[bytes] = field(default_factory=list)
-    _step: int = _FIRST_STEP
+    _step: int = 0
 
     def __len__(self) -> int:
         return self.file.size
@@ -110,7 +118,7 @@ class RemoteBytes:
             begin = self._starts[index]
             return self._pieces[index][start - begin : stop - begin]
         follows = index >= 0 and start == self._starts[index] + len(self._pieces[index])
-        self._step = min(2 * self._step, _LARGEST_STEP) if follows else _FIRST_STEP
+        self._step = min(2 * self._step, _LARGEST_STEP) if follows else self.first
         end = min(max(stop, start + self._step), self.file.size)
         if index + 1 < len(self._starts):
             end = min(end, self._starts[index + 1])
@@ -191,9 +199,23 @@ def remote_config(listing: Listing, budget: Budget) -> dict[str, Any]:
     return parsed_config(content, f"{listing.name.repo}/{CONFIG}")
 
 
-def remote_checkpoint(listing: Listing, budget: Budget, index: bytes | None = None) -> tuple[Checkpoint, int]:
-    """A checkpoint on the Hub as far as its configuration and the headers of its weights tell, and the bytes of its
-    weights.
+@dataclass(frozen=True)
+class Looked:
+    """A checkpoint on the Hub as far as its configuration and the headers of its weights tell.
+
+    Attributes:
+        nbytes: of its files of weights.
+        files, read: how many of these there are, and of how many the header was read.
+    """
+
+    checkpoint: Checkpoint
+    nbytes: int
+    files: int
+    read: int
+
+
+def remote_checkpoint(listing: Listing, budget: Budget, index: bytes | None = None) -> Looked:
+    """A checkpoint on the Hub. Of one whose layers are alike not all headers are read, unless there is an index.
 
     Args:
         index: content of the index of its shards, which are held against it, if it is here anyway.
@@ -205,17 +227,61 @@ def remote_checkpoint(listing: Listing, budget: Budget, index: bytes | None = No
     """
     repo = listing.name.repo
     config = remote_config(listing, budget)
-    shard_of: dict[str, str] = {}
-    stored: dict[str, Stored] = {}
     files = _weights(listing, budget) if index is None else weights_of(listing, index)
-
-    def tensors(file: HubFile) -> dict[str, Stored]:
-        return shard_header(RemoteBytes(listing, file, budget), f"{repo}/{file.path}")
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for file, found in zip(files, pool.map(tensors, files), strict=True):
-            stored |= found
-            shard_of |= dict.fromkeys(found, file.path)
+    shards = _Shards(listing, files, budget)
+    stored = shards.whole() if index is not None else shards.enough(config)
     if index is not None and [file.path for file in files] != [SINGLE]:
-        require_as_listed(json.loads(index), shard_of, repo)
-    return described(Path(repo), config, shard_of, stored), sum(file.size for file in files)
+        require_as_listed(json.loads(index), shards.shard_of, repo)
+    checkpoint = described(Path(repo), config, shards.shard_of, stored)
+    return Looked(checkpoint, sum(file.size for file in files), len(files), len(shards.read))
+
+
+class _Shards:
+    """Files of weights and what was seen of them.
+
+    Attributes:
+        seen: tensors by name.
+        shard_of: the file that holds a tensor, by its name.
+        read: numbers of the files whose headers were read.
+    """
+
+    def __init__(self, listing: Listing, files: list[HubFile], budget: Budget) -> None:
+        self.repo, self.files = listing.name.repo, files
+        first = min(_FIRST_STEP, _LENGTHS // max(len(files), 1))
+        self.data = [RemoteBytes(listing, file, budget, first) for file in files]
+        self.seen: dict[str, Stored] = {}
+        self.shard_of: dict[str, str] = {}
+        self.read: set[int] = set()
+
+    def whole(self) -> dict[str, Stored]:
+        """All tensors, from all headers."""
+        self._read(range(len(self.files)))
+        return self.seen
+
+    def enough(self, config: dict[str, Any]) -> dict[str, Stored]:
+        """All tensors, from as many headers as it takes to be certain of them, from both ends."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            lengths = list(pool.map(lambda data: int.from_bytes(data[:8], "little"), self.data))
+        data_bytes = sum(file.size - 8 - length for file, length in zip(self.files, lengths, strict=True))
+        count = len(self.files)
+        order = [number for pair in zip(range(count), reversed(range(count)), strict=True) for number in pair]
+        order = list(dict.fromkeys(order))
+        while sum(lengths) > _FEW and (step := max(2, len(self.read) // 4)) < count - len(self.read):
+            self._read(order[len(self.read) :][:step])
+            found = deduced(Checkpoint(Path(self.repo), config, {}, self.seen), data_bytes)
+            if found is not None:
+                return found
+        return self.whole()
+
+    def _read(self, numbers: Iterable[int]) -> None:
+        """Read the headers of these files, those that were not yet."""
+        new = [number for number in numbers if number not in self.read]
+
+        def tensors(number: int) -> dict[str, Stored]:
+            return shard_header(self.data[number], f"{self.repo}/{self.files[number].path}")
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for number, found in zip(new, pool.map(tensors, new), strict=True):
+                self.seen |= found
+                self.shard_of |= dict.fromkeys(found, self.files[number].path)
+        self.read.update(new)

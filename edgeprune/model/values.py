@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -336,6 +336,18 @@ def _is_sane(value: Any, key: str) -> bool:
 
 
 # Kinds of layers.
+
+
+def kinds_by_config(converter: Converter, checkpoint: Checkpoint) -> tuple[frozenset[str], ...]:
+    """The kinds of every layer as far as the configuration alone says them.
+
+    Raises:
+        BadFile, Unsupported: as ``read_settings``.
+    """
+    config = language_config(converter, checkpoint.config)
+    told = {kind: rule for kind, rule in converter.kinds.items() if rule.rule != "has"}
+    layers = _count(config, converter.layers, checkpoint, MOST_LAYERS)
+    return _kinds(replace(converter, kinds=told), config, checkpoint, layers, 0)
 
 
 def _kinds(

@@ -15,8 +15,11 @@ from edgeprune.prove.provenance import UNKNOWN, Provenance
 from edgeprune.units import format_bytes, format_seconds
 
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
+DECODE, MEANWHILE = "decode (tokens per second)", "meanwhile, other programs used"  # names of lines
 # A prediction of speed or divergence is a guide, not a promise; size and memory are promises.
 _MEMORY_TOLERANCE = 0.01
+# Of all cores, used by other programs: from here on a speed is theirs, too.
+_DISTURBED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,11 @@ def rate(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
+def disturbance(share: float | None) -> str:
+    """That other programs used the ``share`` of all cores meanwhile, 0 to 1; "" where nobody knows."""
+    return "" if share is None else f"other programs used {100 * share:.0f} % of the cores meanwhile"
+
+
 def _held(pool: Mapping[str, Any]) -> int:
     """What the system and other programs hold of a pool of a ``Budget`` as JSON."""
     return sum(line["nbytes"] for line in pool["lines"] if line["name"] in (SYSTEM, DESKTOP))
@@ -209,7 +217,7 @@ def promises(
     )
     lines.append(
         Promise(
-            "decode (tokens per second)",
+            DECODE,
             rate(predicted["decode_per_s"]),
             rate(speed["decode_per_s"]) + here,
             INFORMATION,
@@ -220,4 +228,6 @@ def promises(
     lines.append(Promise("prefill (tokens per second)", expected, prefill, INFORMATION))
     first = f"first token after {speed['prompt_tokens']} tokens"
     lines.append(Promise(first, "", format_seconds(speed["first_token_seconds"]) + here, INFORMATION))
+    if (share := speed["others"]) is not None and share >= _DISTURBED_SHARE:
+        lines.append(Promise(MEANWHILE, "", f"{100 * share:.0f} % of the cores", INFORMATION))
     return lines

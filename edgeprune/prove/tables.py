@@ -12,7 +12,7 @@ from edgeprune.prove.comparison import Comparison, Row
 from edgeprune.prove.family import Family
 from edgeprune.prove.lines import methods_in_order
 from edgeprune.prove.paired import Paired, wilson
-from edgeprune.prove.report import INFORMATION, Report, rate
+from edgeprune.prove.report import DECODE, INFORMATION, Report, rate
 from edgeprune.units import format_bytes, format_seconds
 
 _NONE = "\u2013"
@@ -35,7 +35,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("KL, nats per token", f"{report.quality['kl_mean']:.4g}"),
         ("same top token", f"{100 * report.quality['same_top']:.1f} %"),
     ]
-    names = {"peak memory": "peak memory", "decode (tokens per second)": "tokens per second"}
+    names = {"peak memory": "peak memory", DECODE: "tokens per second"}
     return found + [(label, measured[name]) for name, label in names.items() if name in measured]
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _LONGEST_MESSAGE = 200
-_AGAIN = "run the same command again; what has arrived is not sent again"
+_AGAIN = "run the same command again; what has arrived is not transferred again"
 
 
 @dataclass(frozen=True)

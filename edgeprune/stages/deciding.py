@@ -200,14 +200,17 @@ class DecideStages(TrainStages):
         counts, architecture = self._counts(), self.architecture
         check_method(self.settings.method)
         types = allowed_types(self.profile, self.settings.types)
-        # When every type costs nothing, the best plan is the smallest.
-        rows = {t.name: t.kept_shape(1, self.width)[0] for t in architecture.tensors if t.quantisable}
-        free = {
-            t.name: {kind: [0.0, 0.0] for kind in candidate_types(t, rows[t.name])}
-            for t in architecture.tensors
-            if t.quantisable
-        }
-        candidates(self.unmeasured(free, types), [min(counts)], forced_types=bool(self.settings.types))
+
+        def smallest(width: int) -> Problem:
+            """When every type costs nothing, the best plan is the smallest."""
+            own = [tensor for tensor in architecture.tensors if tensor.quantisable]
+            rows = {tensor.name: tensor.kept_shape(1, width)[0] for tensor in own}
+            free = {t.name: {kind: [0.0, 0.0] for kind in candidate_types(t, rows[t.name])} for t in own}
+            return replace(self.unmeasured(free, types), width=width)
+
+        narrowest = [smallest(width) for width in self._widths()[-1:]]
+        forced = bool(self.settings.types)
+        candidates(smallest(self.width), [min(counts)], forced_types=forced, narrower=narrowest)
 
     def unmeasured(self, distortions: dict[str, dict[str, list[float]]], types: frozenset[str]) -> Problem:
         """A problem without any measurement, in which every choice is free."""

@@ -17,6 +17,7 @@ from edgeprune.measure.slicing import json_requests, shipped_slices
 from edgeprune.measure.text import REPORTING
 from edgeprune.prove.deeper import Deeper, Loops, Named, Speed, Task
 from edgeprune.prove.paired import Paired
+from edgeprune.prove.report import disturbance
 from edgeprune.units import format_bytes
 
 if TYPE_CHECKING:
@@ -89,7 +90,10 @@ def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
         report = replace(report, deeper=deeper)
         run.save_report(report)
 
-    if speeds := _speeds(run, report, built, wishes.depths):
+    speeds, share = _speeds(run, report, built, wishes.depths)
+    if speeds:
+        busy = {"speed at depths": disturbance(share)} if share is not None else {}
+        report = replace(report, conditions={**report.conditions, **busy})
         keep(replace(report.deeper, speeds=speeds))
     if wishes.loops:
         keep(replace(report.deeper, loops=_loops(run, built, wishes.loops)))
@@ -109,11 +113,14 @@ def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
     return report
 
 
-def _speeds(run: Run, report: Report, built: Path, depths: tuple[int, ...] | None) -> tuple[Speed, ...]:
+def _speeds(
+    run: Run, report: Report, built: Path, depths: tuple[int, ...] | None
+) -> tuple[tuple[Speed, ...], float | None]:
+    """Speeds by depth, and the largest share of all cores that other programs used at one of them."""
     launch = run.launch_here(report.launch)
     wanted = _spread_depths(launch.context) if depths is None else sorted(set(depths))
     if not wanted:
-        return ()
+        return (), None
     with run.listener.progress("speed at depths") as progress:
         rows: list[dict[str, Any]] = child.call(
             "edgeprune.measure.depths:at_depths",
@@ -130,10 +137,11 @@ def _speeds(run: Run, report: Report, built: Path, depths: tuple[int, ...] | Non
         )
     if len(rows) < len(wanted):
         run.listener.say(f"speed: depths from {wanted[len(rows)]:,} tokens on take more than {_FILL_SECONDS:.0f} s")
-    return tuple(
+    speeds = tuple(
         Speed(row["depth"], tuple(row["prefill_per_s"]), tuple(row["decode_per_s"]), row["first_token_seconds"])
         for row in rows
     )
+    return speeds, max((row["others"] for row in rows if row["others"] is not None), default=None)
 
 
 def _spread_depths(context: int) -> list[int]:

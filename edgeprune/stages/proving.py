@@ -30,7 +30,7 @@ from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.deeper import NOTHING
 from edgeprune.prove.page import render
 from edgeprune.prove.provenance import UNKNOWN, Provenance
-from edgeprune.prove.report import KEPT, Baseline, Report, promises
+from edgeprune.prove.report import KEPT, Baseline, Report, disturbance, promises
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.origin import Origin
 from edgeprune.stages.comparing import saved
@@ -281,7 +281,7 @@ class Run(TryStages):
             "measured on": f"{platform.system()} {platform.machine()}{where}",
             "held-out text": tokens,
             "calibration text": f"{self.statistics.tokens:,} tokens in {len(self.statistics.domains)} domains",
-            "speed": "median of 3 repeats",
+            "speed": "; ".join(part for part in ("median of 3 repeats", disturbance(speed["others"])) if part),
             **self._additivity(plan),
             **({"training": self._training(plan)} if plan.train else {}),
             **({"healing": healed} if (healed := self._healing(plan)) else {}),

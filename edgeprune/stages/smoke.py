@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from edgeprune.measure.launch import Launch
 from edgeprune.model import ggml
 from edgeprune.model.gguf import GgufFile
 from edgeprune.prove.smoke import checks, history
+from edgeprune.prove.smoke.commands import bench_words, server_words
 from edgeprune.prove.smoke.conversation import Measured, converse
 from edgeprune.prove.smoke.questions import Question, questions
 from edgeprune.prove.smoke.report import SmokeReport
@@ -38,6 +38,7 @@ _SPEED_TOKENS = {"prompt_tokens": 256, "generated_tokens": 48, "repeats": 3}
 # A device is slow: it may read 20 GB from a memory card, or work on one long batch, before it says anything.
 _SILENT_SECONDS = 1800.0
 _LEAST_CONTEXT = 128
+_ENGINES = {"library": "llama-cpp-python", "server": "llama-server", "bench": "llama-bench"}
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,14 @@ def smoke(wish: Wish, listener: Listener) -> tuple[SmokeReport, Path]:
             line of the report.
     """
     setting = _prepared(wish, listener)
+    way = transport_to(setting.machine)  # before a file of 20 GB is read: its program may be missing here
     asked = questions()
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with listener.progress("SHA-256") as progress:
         sha256 = setting.file.fingerprint(progress)
     _require_as_built(setting.file.path, sha256)
     job = _job(setting, asked, listener)
-    measured = _measured(setting, transport_to(setting.machine), sha256, job, listener)
+    measured = _measured(setting, way, sha256, job, listener)
     try:
         report = _report(setting, when, sha256, asked, measured)
         before = history.earlier(report, setting.folder, listener.say)
@@ -129,6 +131,11 @@ def _prepared(wish: Wish, listener: Listener) -> _Setting:
         raise UsageError(
             f"{wish.model} is one of {len(file.paths)} parts, and one file is sent to {machine.name}",
             hint="join them first: `llama-gguf-split --merge FIRST_PART JOINED.gguf`",
+        )
+    if wish.baseline is not None and machine.runner.engine == "bench":
+        raise UsageError(
+            f"--baseline: {machine.name} has a llama-bench alone, which gives no answers to compare",
+            hint="name `python` or `server` beside it under [runner] in the device's file",
         )
     plan, beside = _plan(wish, file, listener)
     baseline = SmokeReport.load(wish.baseline) if wish.baseline is not None else None
@@ -269,13 +276,13 @@ def _held(name: str, line_name: str, plan: Plan, profile: Profile, beside: Path)
 
 def _job(setting: _Setting, asked: list[Question], listener: Listener) -> dict[str, Any]:
     """What the runner is told, but for where the file is."""
-    launch, server = setting.launch, bool(setting.machine.runner.server)
+    launch = setting.launch
     template = Template.of(setting.file, setting.wish.model.name)
     prompts = _prompts(template, asked, listener)
     room = launch.context // 2
     speed = {**_SPEED_TOKENS, "prompt_tokens": min(256, room), "generated_tokens": min(48, room // 2)}
     return {
-        "engine": "server" if server else "library",
+        "engine": setting.machine.runner.engine,
         "launch": {**launch.to_json(), "kv_type_id": ggml.type_named(launch.kv_type).id},
         "speed": speed,
         "prompts": prompts,
@@ -300,17 +307,13 @@ def _prompts(template: Template | None, asked: list[Question], listener: Listene
     return [{"text": question.plain, "special": False} for question in asked]
 
 
-def _server_words(launch: Launch, path: str) -> list[str]:
-    batch = str(min(launch.batch, launch.context))
-    words = shlex.split(replace(launch, threads=0).command(path))[1:]
-    return [*words, "-t", "{threads}", "-ub", batch, "--host", "127.0.0.1", "--port", "{port}"]
-
-
 def _measured(setting: _Setting, way: Transport, sha256: str, job: Mapping[str, Any], listener: Listener) -> Measured:
     with listener.progress(f"send to {setting.machine.name}") as progress:
         path = way.deliver(setting.wish.model, sha256, progress)
     try:
-        whole = {**job, "model": path, "server": _server_words(setting.launch, path)}
+        whole = {**job, "model": path, "server": server_words(setting.launch, path)}
+        if (runner := setting.machine.runner).bench:
+            whole["bench"] = bench_words(setting.launch, path, job["speed"], alone=runner.engine == "bench")
         title = f"smoke test on {setting.machine.name}"
         with (
             tempfile.TemporaryFile() as log,
@@ -324,14 +327,17 @@ def _measured(setting: _Setting, way: Transport, sha256: str, job: Mapping[str, 
 
 
 def _report(setting: _Setting, when: str, sha256: str, asked: list[Question], measured: Measured) -> SmokeReport:
-    load = measured.steps.get("load") or {}
+    engine = str((measured.steps.get("load") or {}).get("version", _ENGINES[setting.machine.runner.engine]))
+    speed = measured.steps.get("speed") or {}
+    if setting.machine.runner.bench and not engine.startswith("llama-bench"):
+        engine += f", speed by {speed.get('by', 'llama-bench')}"
     return SmokeReport(
         device=setting.machine.name,
         profile=setting.profile.name,
         when=when,
         file={"name": setting.wish.model.name, "nbytes": setting.wish.model.stat().st_size, "sha256": sha256},
         launch=setting.launch.to_json(),
-        engine=str(load.get("version", "llama-server" if setting.machine.runner.server else "llama-cpp-python")),
+        engine=engine,
         machine=dict(measured.steps.get("machine") or {}),
         measured=measured.to_json(),
         right=checks.right_answers(asked, measured),

@@ -124,8 +124,8 @@ class SourceStages:
         mtp = self.settings.mtp == KEEP
         if not output.is_file() and not self._scrutiny.done:
             self._look(open_checkpoint(checkpoint))  # before all of it is read for its fingerprint
-        with self.listener.progress("fingerprint of the checkpoint"):
-            origin = open_checkpoint(checkpoint).origin(mtp=mtp)
+        with self.listener.progress("fingerprint of the checkpoint") as progress:
+            origin = open_checkpoint(checkpoint).origin(mtp=mtp, progress=progress)
         if output.is_file():
             with contextlib.suppress(EdgepruneError):
                 old = str(GgufFile(output).get(SOURCE_KEY, ""))

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.decide.plan import SOLVER, Plan
-from edgeprune.errors import BadFile
+from edgeprune.build.builder import Build
+from edgeprune.decide.plan import FAMILY, PRESET, SOLVER, Plan
+from edgeprune.errors import BadFile, DoesNotFit
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure.text import CHOOSING
+from edgeprune.rundir import RunFolder
 from edgeprune.stages.deciding import DecideStages
 
 # Files that are built before one is taken.
@@ -84,6 +86,25 @@ class TryStages(DecideStages):
             if line[best].predicted.nats <= _NEAR * line[start].predicted.nats:
                 nats[best] = self._tried(line[best])
         return nats
+
+    def better_of(self, plan: Plan, build: Build, smaller: RunFolder) -> tuple[Plan, Build]:
+        """``plan`` and its file, or the plan of the finished run ``smaller``, built here, if its file is better.
+
+        More room never makes a file worse to ship: what a plan costs is predicted, and of two that are close the
+        larger may come out behind.
+        """
+        other, path = Plan.load(smaller.plan), smaller.path / Path(read_json(smaller.build)["path"]).name
+        own = self.nats_to_choose(Path(build.path), "the plan, to choose")
+        nats = self.nats_to_choose(path, "the smaller target's, to choose")
+        if not nats < own:
+            return plan, build
+        origin = other.origin if other.origin.startswith(PRESET) else FAMILY
+        with contextlib.suppress(DoesNotFit):
+            taken = replace(other, made_from=plan.made_from, launch=plan.launch, origin=origin)
+            plan = self._saved(self.repriced(taken, placed=False))
+            self.listener.say(f"the plan of {smaller.path.name} is taken: {nats:.4g} nats per token, not {own:.4g}")
+            build = self.build(plan)
+        return plan, build
 
     @property
     def _judge(self) -> list[Any]:

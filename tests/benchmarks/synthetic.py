@@ -149,6 +149,7 @@ def reservoir(size: Size, tokens: int, *, renormalised: bool = True, seed: int =
         probs=probs,
         residual=np.full(tokens, 2 * size.width**0.5, np.float32),
         turn=np.full(tokens, 0.1, np.float32),
+        stream=None,
     )
 
 

@@ -261,12 +261,12 @@ def joined(parts: list[Sums], domains: list[str], tokens: int, window: int, made
 
 
 def _numbered(tokens: Reservoir, domain: int) -> dict[str, Any]:
-    seen = {name: values for name, values in vars(tokens).items() if values is not None}
-    return {**seen, "domain": np.full(len(tokens), domain, np.int16)}
+    return {**tokens.unpacked(), "domain": np.full(len(tokens), domain, np.int16)}
 
 
 def _concatenated(parts: list[dict[str, Any]]) -> Reservoir:
-    return Reservoir(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "stream"}
+    return Reservoir(**joined, stream=None)  # this pass keeps none
 
 
 def measure(

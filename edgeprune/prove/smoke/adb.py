@@ -1,4 +1,4 @@
-"""An Android device behind ``adb``. Its shell has no Python, so the runner stays here and leads a server there."""
+"""An Android device behind ``adb``. Its shell has no Python, so the runner stays here and leads programs there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgeprune.device.machine import Machine
 from edgeprune.errors import EdgepruneError
 from edgeprune.prove.smoke.packing import packed_runner
 from edgeprune.prove.smoke.shelled import Shelled, client, finished, last_of, told, way_out
-from edgeprune.prove.smoke.transport import Job, ended, started
+from edgeprune.prove.smoke.transport import Job, ended, started, with_programs
 
 # ``adb push`` cannot go on with a file; what is sent in pieces is lost by a piece at most.
 _PIECE, _BLOCK = 256 << 20, 1 << 20
@@ -70,17 +70,22 @@ class Adb(Shelled):
         finally:
             self._run("forward", "--remove", f"tcp:{here}")
 
-    def _led(self, job: Job, port: int) -> dict[str, Sequence[str]]:
-        """The commands by which the runner starts the server, looks at its memory and ends it."""
-        server = self._machine.runner.server
+    def _led(self, job: Job, port: int) -> dict[str, Any]:
+        """The commands by which the runner starts the programs, looks at their memory and ends them."""
         values = {"{port}": str(port), "{threads}": str(job["launch"]["threads"])}
-        words = [server, *(values.get(word, word) for word in job["server"])]
-        libraries = shlex.quote(posixpath.dirname(server))
-        # The shell's process id is the server's, which takes the shell's place.
-        start = f"echo $$; LD_LIBRARY_PATH={libraries} exec {shlex.join(words)}"
         shell = [*self._command, "shell"]
+
+        def start(words: Sequence[str]) -> list[str]:
+            libraries = shlex.quote(posixpath.dirname(words[0]))
+            whole = shlex.join(values.get(word, word) for word in words)
+            # The shell's process id is the program's, which takes the shell's place.
+            return [*shell, f"echo $$; LD_LIBRARY_PATH={libraries} exec {whole}"]
+
+        named = with_programs(job, self._machine.runner)
+        led = {"server": start(named["server"])} if self._machine.runner.server else {}
         return {
-            "server": [*shell, start],
+            **led,
+            "bench": {name: start(words) for name, words in named.get("bench", {}).items()},
             "status": [*shell, "cat /proc/{pid}/status"],
             "kill": [*shell, "kill {pid}"],
         }

@@ -9,7 +9,7 @@ from typing import Any
 from edgeprune.prove.report import rate
 from edgeprune.prove.smoke.conversation import Measured
 from edgeprune.prove.smoke.questions import Question, plausible
-from edgeprune.prove.smoke.report import BROKEN, INFORMATION, KEPT, NOT_REACHED, Check
+from edgeprune.prove.smoke.report import BROKEN, INFORMATION, KEPT, NOT_REACHED, NOT_RUN, Check
 from edgeprune.units import format_bytes, format_seconds
 
 # Every check there is, in the order of the report; what tests of a team are named after.
@@ -99,7 +99,9 @@ def _loads(measured: Measured) -> Check:
 
 
 def _missing(key: str, measured: Measured) -> Check:
-    """A check without a measurement: its own step failed, or one before it did."""
+    """A check without a measurement: its own step failed, one before it did, or the engine has no such step."""
+    if not measured.failed:
+        return Check(key, KEYS[key], "", "llama-bench does not tell", NOT_RUN)
     own = _STEP_OF.get(key, "answers")
     if own == measured.failed or (key == "deterministic" and measured.failed == "repeated"):
         return Check(key, KEYS[key], "", measured.cause, BROKEN)
@@ -181,12 +183,12 @@ def _deterministic(_: Promised, asked: Sequence[Question], steps: Mapping[str, A
 
 def _finite(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
     """Judged by whatever was reached: one logit that is no number is enough."""
-    found = {name: steps[name]["finite"] for name in ("speed", "context") if name in steps}
+    found = {name: steps[name]["finite"] for name in ("speed", "context") if "finite" in steps.get(name, {})}
     wrong = [name for name, finite in found.items() if not finite]
     rows = zip(asked, steps.get("answers") or [], strict=False)
     if unfit := [question.name for question, row in rows if not row["finite"]]:
         wrong.append(f"answers to {_some(unfit)}")
-    if not wrong and ("answers" not in steps or "context" not in steps):
+    if not wrong and ("answers" not in steps or "context" not in found):
         return None
     return "yes", f"no: {', '.join(wrong)}" if wrong else "yes", verdict(not wrong)
 

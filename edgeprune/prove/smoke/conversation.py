@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
@@ -51,6 +51,9 @@ def converse(
     """
     assert process.stdin is not None and process.stdout is not None
     steps: dict[str, Any] = {}
+    # A llama-bench beside another engine has its turn when that has ended.
+    last = job.get("bench") and job.get("engine") != "bench"
+    order = sorted(STEPS, key=lambda name: name == "speed") if last else list(STEPS)
     failure: Mapping[str, Any] = {}
     ended = False
     with contextlib.suppress(OSError):  # it has died already; its log says why
@@ -65,7 +68,7 @@ def converse(
         elif "failed" in message:
             failure = message["failed"]
         elif "step" in message:
-            progress(*_share(message))
+            progress(*_share(message, order))
         ended = ended or bool(message.get("end"))
     process.wait()
     if not ended:
@@ -92,10 +95,11 @@ def _message(line: bytes) -> dict[str, Any]:
     return {}
 
 
-def _share(message: Mapping[str, Any]) -> tuple[int, int]:
-    """How far the whole is when ``message`` tells how far one step is, in thousandths."""
+def _share(message: Mapping[str, Any], order: Sequence[str]) -> tuple[int, int]:
+    """How far the whole is when ``message`` tells how far one step is of those in ``order``, in thousandths."""
     before = 0
-    for name, weight in STEPS.items():
+    for name in order:
+        weight = STEPS[name]
         if name == message["step"]:
             with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):
                 before += int(1000 * weight * min(1.0, message["done"] / message["total"]))

@@ -50,7 +50,12 @@ def earlier(report: SmokeReport, folder: Path, say: Callable[[str], None]) -> li
 
 def _like(old: SmokeReport, new: SmokeReport) -> bool:
     same = (old.device, old.file["sha256"], old.launch) == (new.device, new.file["sha256"], new.launch)
-    return same and old.engine.split()[:1] == new.engine.split()[:1]
+    return same and _kind(old.engine) == _kind(new.engine)
+
+
+def _kind(engine: str) -> tuple[list[str], bool]:
+    """What runs the model, and whether llama-bench measures the speed."""
+    return engine.split()[:1], "llama-bench" in engine
 
 
 def against_earlier(report: SmokeReport, before: Sequence[SmokeReport]) -> Check:

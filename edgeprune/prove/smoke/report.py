@@ -11,6 +11,7 @@ from edgeprune.errors import BadFile
 from edgeprune.files import check_keys, read_json
 
 KEPT, BROKEN, INFORMATION, NOT_REACHED = "kept", "broken", "information", "not reached"
+NOT_RUN = "not run"  # by an engine that cannot
 # Raised when a report of the old form would be misread.
 FORMAT = 1
 
@@ -23,7 +24,7 @@ class Check:
         key: short name, for machines.
         name: what was looked at.
         promised, measured: figures as text.
-        verdict: ``kept``, ``broken``, ``information`` or ``not reached``.
+        verdict: ``kept``, ``broken``, ``information``, ``not reached`` or ``not run``.
     """
 
     key: str

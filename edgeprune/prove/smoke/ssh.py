@@ -15,7 +15,7 @@ from edgeprune.files import file_digest
 from edgeprune.prove.smoke.delivery import deliver
 from edgeprune.prove.smoke.packing import packed_runner
 from edgeprune.prove.smoke.shelled import Shelled, client, finished, last_of, told, way_out
-from edgeprune.prove.smoke.transport import Job, ended, started, with_server
+from edgeprune.prove.smoke.transport import Job, ended, started, with_programs
 
 _BLOCK = 1 << 20
 _CONNECT_SECONDS = 15
@@ -83,7 +83,7 @@ class Ssh(Shelled):
         runner = self._send_runner()
         words = self._words(f"exec {shlex.quote(self._machine.runner.python)} {shlex.quote(runner)}")
         with ended(started(words, log)) as process:
-            yield process, with_server(job, self._machine.runner.server)
+            yield process, with_programs(job, self._machine.runner)
 
     def _send_runner(self) -> str:
         """The runner's path over there, once it is there and its hash is right."""

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from edgeprune.device.machine import ADB, LOCAL, Machine
+from edgeprune.device.machine import ADB, LOCAL, Machine, Runner
 from edgeprune.errors import EdgepruneError
 from edgeprune.prove.smoke.packing import packed_runner
 
@@ -57,9 +57,14 @@ def ended(process: subprocess.Popen[bytes]) -> Any:
             process.wait()
 
 
-def with_server(job: Job, binary: str) -> dict[str, Any]:
-    """``job`` with the command line of ``binary`` in it, if there is one."""
-    return {**job, "server": [binary, *job["server"]]} if binary else dict(job)
+def with_programs(job: Job, runner: Runner) -> dict[str, Any]:
+    """``job`` with the command lines of llama.cpp's own programs in it, where ``runner`` names some."""
+    whole = dict(job)
+    if runner.server:
+        whole["server"] = [runner.server, *job["server"]]
+    if runner.bench:
+        whole["bench"] = {name: [runner.bench, *words] for name, words in job["bench"].items()}
+    return whole
 
 
 class Local:
@@ -86,7 +91,7 @@ class Local:
                     hint="mend `python` under [runner] in the device's file",
                 ) from error
             with ended(process):
-                yield process, with_server(job, self._machine.runner.server)
+                yield process, with_programs(job, self._machine.runner)
 
 
 def transport_to(machine: Machine) -> Transport:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .answer import LOG_LINES, Failure, Tick, Unusable
+from .bench import bench
 from .library import Library
 from .server import Server
 from .steps import steps
@@ -57,8 +58,8 @@ class Channel:
         return tick
 
 
-def work(job: dict[str, Any], channel: Channel, ends: list[Callable[[], None]]) -> None:
-    """All steps in this process, until one fails."""
+def work(job: dict[str, Any], channel: Channel, ends: list[Callable[[], None]]) -> bool:
+    """All steps in this process, until one fails; whether none did."""
     step, engine = "load", None
     try:
         channel.say({"step": step, "done": 0, "total": 1})
@@ -78,6 +79,7 @@ def work(job: dict[str, Any], channel: Channel, ends: list[Callable[[], None]]) 
         step = "memory"
         memory = {"device_bytes": engine.device_bytes(), "peak_bytes": engine.close()}
         channel.say({"result": {"step": step, "value": memory}})
+        return True
     except Unusable as error:
         channel.say({"error": error.cause, "hint": error.hint})
     except Failure as error:
@@ -85,10 +87,11 @@ def work(job: dict[str, Any], channel: Channel, ends: list[Callable[[], None]]) 
     finally:
         for end in ends:
             end()
+    return False
 
 
-def supervise(job: dict[str, Any], line: bytes, channel: Channel, ends: list[Callable[[], None]]) -> None:
-    """All steps in a child, whose end, whatever it is, is reported."""
+def supervise(job: dict[str, Any], line: bytes, channel: Channel, ends: list[Callable[[], None]]) -> bool:
+    """All steps in a child, whose end, whatever it is, is reported; whether they went well."""
     environment = {"GGML_NO_BACKTRACE": "1", **os.environ}
     step, heard, last = "load", threading.Event(), time.monotonic()
     with tempfile.TemporaryFile() as log:
@@ -114,7 +117,7 @@ def supervise(job: dict[str, Any], line: bytes, channel: Channel, ends: list[Cal
         with contextlib.suppress(OSError):
             child.stdin.write(line)
             child.stdin.flush()
-        done = False
+        done = well = False
         for text in child.stdout:
             last = time.monotonic()
             if not text.endswith(b"\n"):  # it died while it wrote
@@ -122,7 +125,8 @@ def supervise(job: dict[str, Any], line: bytes, channel: Channel, ends: list[Cal
             message = json.loads(text)
             step = message.get("step", step)
             done = done or bool(message.keys() & {"failed", "error"})
-            done = done or message.get("result", {}).get("step") == "memory"
+            well = well or message.get("result", {}).get("step") == "memory"
+            done = done or well
             channel.say(message)
         heard.set()
         code = child.wait()
@@ -133,6 +137,7 @@ def supervise(job: dict[str, Any], line: bytes, channel: Channel, ends: list[Cal
             cause = hang if hung.is_set() else reason(code)
             tail = [part[:160] for part in lines if part][-LOG_LINES:]
             channel.say({"failed": {"step": step, "cause": cause, "log": tail}})
+    return well
 
 
 def end_with_parent(ends: list[Callable[[], None]]) -> None:
@@ -160,10 +165,12 @@ def main() -> None:
     else:
         here = not job.get("status")  # or else this leads a server on another machine
         channel.say({"result": {"step": "machine", "value": machine() if here else {}}})
-        if job["engine"] == "server":
-            work(job, channel, ends)
+        if job["engine"] == "bench":
+            well = True
         else:
-            supervise(job, line, channel, ends)
+            well = work(job, channel, ends) if job["engine"] == "server" else supervise(job, line, channel, ends)
+        if job.get("bench") and well:
+            bench(job, channel, ends)
         channel.say({"end": True})
     # llama.cpp frees its backends at exit in an order that can crash after the work is done.
     os._exit(0)
