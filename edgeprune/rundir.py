@@ -60,6 +60,10 @@ class RunFolder:
     def training(self) -> Path:
         return self.path / "training.json"
 
+    @property
+    def ways(self) -> Path:
+        return self.path / "ways.json"
+
     def channels(self, narrowing: str) -> Path:
         return self.path / f"channels-{narrowing}.safetensors"
 

@@ -102,7 +102,7 @@ class _Measured(TryStages):
     def __init__(self, nats: dict[int, float]) -> None:
         self.nats = nats
 
-    def _tried(self, plan: Plan) -> float:
+    def tried(self, plan: Plan) -> float:
         return self.nats[-plan.width or plan.kept]
 
 

@@ -61,9 +61,11 @@ _CHOICE = (
     click.option(
         "--heal",
         type=click.Choice(["closed-form", "train"]),
+        is_flag=False,
+        flag_value="closed-form",  # a bare --heal
         default="closed-form",
         show_default=True,
-        help="Fit the kept experts' down projections anew; train routers, norms and experts before.",
+        help="Fit the kept experts' down projections anew; `train` trains routers, norms and experts, too.",
     ),
     click.option("--no-heal", is_flag=True, help="Leave the kept experts as they are."),
     click.option("--heal-stages", type=click.IntRange(1), help="Most groups of layers that are healed one by one."),

@@ -99,7 +99,7 @@ class Plan:
         made_from: digests of what the plan was made from.
         heal: the down projections of experts in layers that change are fitted anew, so that the layers answer as
             before.
-        train: first, what is left is trained to answer as the original; see ``measure.layerwise.training``.
+        train: first, or alone, what is left is trained to answer as the original; see ``measure.layerwise.training``.
         mtp: blocks that predict further tokens are kept.
         reduce: what becomes of the experts that do not stay, one of ``REDUCTIONS``.
         merge: by layer, the expert that each of them is averaged into; what is not named is dropped. Empty for
@@ -159,11 +159,8 @@ class Plan:
                 raise BadFile(f"the plan gives {name} {type_name}, which is no type for weights")
 
     def _check_training(self) -> None:
-        if self.train and not (self.heal and (self.keep or self.width)):
-            raise BadFile(
-                "the plan trains experts, and " + ("drops and narrows none" if self.heal else "does not heal them"),
-                hint='let it say "train": false',
-            )
+        if self.train and not (self.keep or self.width):
+            raise BadFile("the plan trains experts, and drops and narrows none", hint='let it say "train": false')
         if self.train and self.reduce != DROP:
             raise BadFile(f"the plan merges experts by {self.reduce} and trains them", hint="do one of the two")
 

@@ -358,7 +358,7 @@ class DecideStages(TrainStages):
 
     def build(self, plan: Plan) -> Build:
         """The planned file, or the one in the folder if it is exactly that."""
-        if self.settings.train and plan.heal and not plan.train:
+        if self.settings.train and not (plan.keep or plan.width):
             self.listener.say("no expert is dropped or narrowed, so nothing is trained: the closed form heals alone")
         output = self.folder.path / describe(self.architecture, plan)
         found = self._built(output, plan)
@@ -424,9 +424,12 @@ class DecideStages(TrainStages):
         """The file that was tried for ``plan``, moved to its place as ``output``."""
         path = self.trial(plan)
         with contextlib.suppress(BadFile, TypeError, KeyError):
-            made = Build(**read_json(path.with_suffix(".json"))["build"])
+            record = read_json(path.with_suffix(".json"))
+            made = Build(**record["build"])
             if made.plan_digest == plan.digest and path.is_file() and made.is_whole():  # parts are made anew
                 path.replace(output)
+                if "healing" in record:  # what lies in the folder is of the last file that was tried
+                    write_text(self.folder.healing, to_json(record["healing"]))
                 return replace(made, path=str(output))
         return None
 

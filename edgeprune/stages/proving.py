@@ -33,15 +33,15 @@ from edgeprune.prove.provenance import UNKNOWN, Provenance
 from edgeprune.prove.report import KEPT, Baseline, Report, disturbance, promises
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.origin import Origin
+from edgeprune.stages.choosing import ChooseStages
 from edgeprune.stages.comparing import saved
-from edgeprune.stages.trying import TryStages
 
 # Context of the speed measurement when the device is another machine.
 _FOREIGN_CONTEXT = 2048
 
 
 @dataclass
-class Run(TryStages):
+class Run(ChooseStages):
     """All stages of one run; the last of them is the proof."""
 
     def baselines(self, plan: Plan, *, choosing: bool) -> list[tuple[Baseline, dict[str, str]]]:
@@ -262,14 +262,6 @@ class Run(TryStages):
             f"{after:.3g} after, of its energy"
         )
 
-    def _training(self, plan: Plan) -> str:
-        """What training came to, in a line."""
-        found = read_json(self.folder.training)
-        return (
-            f"{found['best']} steps on {found['tokens']:,} tokens; KL divergence on {found['held_out']:,} others "
-            f"{found['before']:.4g} nats per token before, {found['after']:.4g} after"
-        )
-
     def _conditions(
         self, plan: Plan, on_device: bool, speed: Mapping[str, Any], measured: Mapping[str, Any]
     ) -> dict[str, str]:
@@ -283,7 +275,7 @@ class Run(TryStages):
             "calibration text": f"{self.statistics.tokens:,} tokens in {len(self.statistics.domains)} domains",
             "speed": "; ".join(part for part in ("median of 3 repeats", disturbance(speed["others"])) if part),
             **self._additivity(plan),
-            **({"training": self._training(plan)} if plan.train else {}),
+            **({"training": trained} if (trained := self.training_in_words(plan)) else {}),
             **({"healing": healed} if (healed := self._healing(plan)) else {}),
             "memory": f"predicted for {plan.launch.context:,} tokens of context, measured with {speed['context']:,}",
         }

@@ -86,7 +86,7 @@ class TrainStages(MergeStages):
                         "checkpoint": str(self.checkpoint.resolve()),
                         "output": str(learnt),
                         "folder": str(scratch),
-                        "parts": self._parts(self.settings.training_tokens),
+                        **self._healing_texts(self.settings.training_tokens),
                         "window": self.settings.window,
                         "keep": {str(layer): list(ids) for layer, ids in plan.keep.items()},
                         "width": plan.width,

@@ -39,14 +39,14 @@ class TryStages(DecideStages):
         if not free or not plan.heal:
             return plan
         path = self.folder.path / "tried.json"
-        about = digest([plan.made_from, *self._judge])
+        about = digest([plan.made_from, *self.judge])
         taken = _taken(path, about)
         if taken == place(plan):
             return plan
         line = sorted((candidate.plan for candidate in self.candidates()), key=place)
         places = [place(own) for own in line]
         if taken in places:  # a run that was killed had decided, but not saved the plan
-            return self._saved(line[places.index(taken)])
+            return self.saved(line[places.index(taken)])
         rivals = [own.predicted.nats for own in line if own.keep or own.width]
         if len(line) > 1 and rivals and min(rivals) <= _NEAR * plan.predicted.nats:
             nats = self._walk(line, places.index(place(plan)))
@@ -56,10 +56,11 @@ class TryStages(DecideStages):
             ]
             write_text(path, to_json({"made_from": about, "taken": place(best), "tried": tried}))
             if place(best) != place(plan):
-                return self._saved(best)
+                return self.saved(best)
         return plan
 
-    def _saved(self, plan: Plan) -> Plan:
+    def saved(self, plan: Plan) -> Plan:
+        """``plan``, in the folder."""
         plan.save(self.folder.plan)
         return plan
 
@@ -70,11 +71,13 @@ class TryStages(DecideStages):
         Args:
             line: from the fewest experts over all of them to the narrowest.
         """
-        nats = {start: self._tried(line[start])}
+        # Training every file would take as long, each, as training the one that is wanted.
+        plans = [replace(own, train=False) for own in line]
+        nats = {start: self.tried(plans[start])}
         for step in (1, -1) if line[start].width or not line[start].keep else (-1, 1):
             here = start
             while len(nats) < MOST_TRIED and 0 <= here + step < len(line):
-                nats[here + step] = self._tried(line[here + step])
+                nats[here + step] = self.tried(plans[here + step])
                 if nats[here + step] >= nats[here]:
                     break
                 here += step
@@ -84,7 +87,7 @@ class TryStages(DecideStages):
         if across and len(nats) < MOST_TRIED:
             best = min(across, key=lambda index: line[index].predicted.nats)
             if line[best].predicted.nats <= _NEAR * line[start].predicted.nats:
-                nats[best] = self._tried(line[best])
+                nats[best] = self.tried(plans[best])
         return nats
 
     def better_of(self, plan: Plan, build: Build, smaller: RunFolder) -> tuple[Plan, Build]:
@@ -101,13 +104,13 @@ class TryStages(DecideStages):
         origin = other.origin if other.origin.startswith(PRESET) else FAMILY
         with contextlib.suppress(DoesNotFit):
             taken = replace(other, made_from=plan.made_from, launch=plan.launch, origin=origin)
-            plan = self._saved(self.repriced(taken, placed=False))
+            plan = self.saved(self.repriced(taken, placed=False))
             self.listener.say(f"the plan of {smaller.path.name} is taken: {nats:.4g} nats per token, not {own:.4g}")
             build = self.build(plan)
         return plan, build
 
     @property
-    def _judge(self) -> list[Any]:
+    def judge(self) -> list[Any]:
         """What files are chosen with: a part of the text."""
         chosen = self.settings
         text = self._digest_of(self._texts_for(CHOOSING))
@@ -117,23 +120,23 @@ class TryStages(DecideStages):
         """Nats per token of ``model`` on the half of the held-out text that files are chosen with."""
         return float(self.divergence(model, CHOOSING, title=title)[0]["all"]["kl_mean"])
 
-    def _tried(self, plan: Plan) -> float:
-        """Measured nats per token of the file for ``plan``, which is kept until one is taken; not trained, because
-        every file would take as long as the one that is wanted."""
-        plan = replace(plan, train=False)
+    def tried(self, plan: Plan) -> float:
+        """Measured nats per token of the file for ``plan``, which is kept until one is taken."""
         path = self.trial(plan)
         record = path.with_suffix(".json")
         with contextlib.suppress(BadFile, KeyError):
             known = read_json(record)
-            if path.is_file() and known["judge"] == self._judge:
+            if path.is_file() and known["judge"] == self.judge:
                 return float(known["nats"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        narrow = f", {plan.width} channels each" if plan.width else ""
-        self.listener.say(f"trying {plan.kept} of {plan.experts} experts per layer{narrow}")
+        more = f", {plan.width} channels each" if plan.width else ""
+        more += (", trained and healed" if plan.heal else ", trained") if plan.train else ""
+        self.listener.say(f"trying {plan.kept} of {plan.experts} experts per layer{more}")
         made = self.construct(plan, path)
         title = f"quality with F={plan.width}" if plan.width else f"quality with K={plan.kept}"
         nats = self.nats_to_choose(Path(made.path), title)
-        write_text(record, to_json({"nats": nats, "judge": self._judge, "build": made.to_json()}))
+        healing = {"healing": read_json(self.folder.healing)} if plan.heal else {}
+        write_text(record, to_json({"nats": nats, "judge": self.judge, "build": made.to_json(), **healing}))
         self.listener.say(f"  {nats:.4g} nats per token, predicted {plan.predicted.nats:.4g}")
         return nats
 

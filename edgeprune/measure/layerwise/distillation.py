@@ -47,7 +47,9 @@ def train(
     checkpoint: str,
     output: str,
     folder: str,
-    parts: list[tuple[list[dict[str, str]], int]],
+    texts: list[dict[str, str]],
+    beside: list[dict[str, str]],
+    most_tokens: int,
     window: int,
     keep: dict[str, list[int]],
     width: int,
@@ -61,7 +63,7 @@ def train(
     Args:
         model: the GGUF that it was converted to.
         folder: for what is carried and learnt; a killed task goes on from what is there.
-        parts: texts, and how many of their tokens are used.
+        texts, beside, most_tokens: as for ``measure.tasks.collect``.
         keep: ids of the experts that stay by layer, empty for all.
         width, channels, channels_digest: as in the plan; how wide the experts are, 0 for all channels.
         recipe: fields of ``Recipe``.
@@ -74,7 +76,10 @@ def train(
     opened = Session(Path(model), Launch(), vocab_only=True)
     with contextlib.closing(opened):
         windows = [
-            w.tokens for texts, most in parts for w in chosen_windows(opened, texts, "calibration", window, most)
+            own.tokens
+            for some in (texts, beside)
+            if some
+            for own in chosen_windows(opened, some, "calibration", window, most_tokens)
         ]
     kept = {int(layer): ids for layer, ids in keep.items()}
     orders = channel_orders.loaded(channels, channels_digest) if width else None
