@@ -77,7 +77,8 @@ class TrainStages(MergeStages):
         for other in self.folder.path.glob("trained-*"):
             if other not in (learnt, store):
                 shutil.rmtree(other) if other.is_dir() else other.unlink()
-        if not learnt.is_file():
+        known = learnt.is_file()
+        if not known:
             with self.listener.progress("train the experts") as progress:
                 child.call(
                     "edgeprune.measure.layerwise.distillation:train",
@@ -101,8 +102,7 @@ class TrainStages(MergeStages):
         with self.listener.progress("trained weights") as progress:
             found = child.call("edgeprune.build.trained:write_trained", arguments, progress)
         write_text(self.folder.training, to_json(found))
-        self.listener.say(
-            f"trained on {found['device']}, {found['step']} steps: {found['before']:.4g} nats per token on held-out "
-            f"windows before, {found['after']:.4g} after {found['best']}"
-        )
+        if not known:
+            nats = f"{found['before']:.4g} nats per token on held-out windows before, {found['after']:.4g} after"
+            self.listener.say(f"trained on {found['device']}, {found['step']} steps: {nats} {found['best']}")
         return str(store)
