@@ -34,6 +34,8 @@ PRESETS = "Q6_K,Q5_K_M,Q4_K_M,IQ4_XS,Q3_K_M,IQ3_XXS,Q2_K,IQ2_S,IQ2_XXS,IQ1_M,IQ1
 # These are held to "never above the preset" alone: near the source's own rounding there is nothing to win.
 NEAR_LOSSLESS = ("Q6_K", "Q5_K_M")
 
+_TICK = 5  # MiB between two numbers of the curve's axis
+
 
 @dataclass(frozen=True)
 class Row:
@@ -142,7 +144,7 @@ def printed(row: Row) -> str:
 
 def curve(rows: Sequence[Row]) -> str:
     """File size against divergence, both sides, as an SVG of its own that is readable on light and dark ground."""
-    width, height, left, right, top, bottom = 720, 400, 70, 20, 20, 50
+    width, height, left, right, top, bottom = 720, 400, 70, 40, 20, 50
     sizes = [row.nbytes / 2**20 for row in rows]
     nats = [value for row in rows for value in (row.rival, row.healed)]
     low, high = math.floor(math.log10(min(nats))), math.ceil(math.log10(max(nats)))
@@ -165,12 +167,12 @@ def curve(rows: Sequence[Row]) -> str:
         body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in points]
         body.append(f'<text x="{width - right}" y="{top + 16 + 18 * number}" text-anchor="end" fill="{colour}">')
         body.append(f"{label}</text>")
-    for row in rows:
+    for number, row in enumerate(rows):  # of neighbours one is written higher, which leaves room for both
         x, y = place(row.nbytes / 2**20, row.rival)
-        body.append(f'<text x="{x + 6:.1f}" y="{y - 6:.1f}" font-size="10">{row.size}</text>')
-    for size in np.linspace(min(sizes), max(sizes), 5):
+        body.append(f'<text x="{x + 2:.1f}" y="{y - (22, 8)[number % 2]:.1f}" font-size="10">{row.size}</text>')
+    for size in range(math.ceil(min(sizes) / _TICK) * _TICK, math.floor(max(sizes)) + 1, _TICK):
         x = place(size, 10.0**low)[0]
-        body.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{size:.0f}</text>')
+        body.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{size}</text>')
     caption = "file size, MiB; vertical: mean KL divergence from the source, nats per token"
     body.append(f'<text x="{width / 2}" y="{height - 10}" text-anchor="middle">{caption}</text>')
     title = "<title>Size against divergence: stock presets and edgeprune at equal bytes</title>"
