@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from test_inspection import verdicts
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.inspection import inspect_model
 from edgeprune.measure.replay import LayerExperts, activation_of
+from edgeprune.measure.reservoir import Reservoir
 from edgeprune.model import ggml
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import SINGLE, open_checkpoint
@@ -257,7 +257,7 @@ def test_experts_of_a_quantised_source_are_recognised_by_their_outputs(
     experts = LayerExperts(file, architecture, 0)
     assert file.tensors["blk.0.ffn_up_exps.weight"].type == name
     assert activation_of(experts, tokens) == experts.activations()["swiglu_oai" if name == "MXFP4" else "silu"]
-    wrong = dataclasses.replace(tokens, y=tokens.y * np.float32(1.05))
+    wrong = Reservoir(**{**tokens.unpacked(), "y": tokens.y * np.float32(1.05)})
     assert activation_of(experts, wrong) is None
 
 

@@ -76,7 +76,10 @@ class Reservoir:
 
 
 class _Stored(Reservoir):
-    """Tokens as ``arrays`` gave them: most who read them want some of their parts, or none."""
+    """Tokens as ``arrays`` gave them: most who read them want some of their parts, or none.
+
+    ``dataclasses.replace`` cannot make one; a changed sample is ``Reservoir(**{**tokens.unpacked(), ...})``.
+    """
 
     def __init__(self, domain: Array, stored: Mapping[str, Array]) -> None:
         self.__dict__.update(domain=domain, stored=stored)
