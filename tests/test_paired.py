@@ -9,17 +9,27 @@ import pytest
 from scipy import stats
 
 from edgeprune.errors import BadFile
-from edgeprune.prove.paired import Paired, mean_of, wilson
+from edgeprune.prove.paired import Paired, exact_interval, mean_of
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 10), (3, 10), (81, 263), (263, 263), (1, 1)])
 def test_interval_of_a_share_is_that_of_scipy(hits: int, count: int) -> None:
-    expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
-    assert wilson(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    expected = stats.binomtest(hits, count).proportion_ci(method="exact")
+    assert exact_interval(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [*range(1, 13), 50])
+def test_interval_of_a_share_holds_it_as_often_as_it_says_whatever_it_is(count: int) -> None:
+    """The probability that the interval holds the share, exactly, at the shares where it is least: beside the ends."""
+    ends = np.array([exact_interval(hits, count) for hits in range(count + 1)])
+    shares = np.unique(np.clip(np.concatenate([ends - 1e-9, ends + 1e-9]), 0, 1))
+    held = (ends[:, :1] <= shares) & (shares <= ends[:, 1:])
+    probability = stats.binom.pmf(np.arange(count + 1)[:, None], count, shares)
+    assert (held * probability).sum(axis=0).min() >= 0.95
 
 
 def test_nothing_asked_is_nothing_known() -> None:
-    assert wilson(0, 0) == (0.0, 1.0)
+    assert exact_interval(0, 0) == (0.0, 1.0)
     assert Paired(0, 0, 0, 0).difference == (0.0, -1.0, 1.0)
     assert Paired(0, 0, 0, 0).p_value == 1.0
 

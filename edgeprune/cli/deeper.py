@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgeprune.cli.show import table
 from edgeprune.prove.deeper import Deeper
-from edgeprune.prove.paired import Paired, wilson
+from edgeprune.prove.paired import Paired, exact_interval
 from edgeprune.prove.report import rate
 from edgeprune.units import format_seconds
 
@@ -16,7 +16,7 @@ def lines(found: Deeper) -> list[str]:
 
 def share(hits: int, count: int) -> str:
     """A share with its 95 % confidence interval."""
-    low, high = wilson(hits, count)
+    low, high = exact_interval(hits, count)
     return f"{100 * hits / max(1, count):.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 

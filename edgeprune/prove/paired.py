@@ -13,18 +13,21 @@ from edgeprune.files import check_keys, checked_int
 
 # Of the normal distribution: two-sided 95 %, and one-sided 80 %, the usual power of a test.
 _Z_95, _Z_80 = 1.959964, 0.841621
+_TAIL = 0.025  # on either side of an interval
 # Of the weights that an interval is read off; its ends are then known to about a hundredth of its length.
 _DRAWS = 20_000
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """95 % confidence interval of the share ``hits / count``, by Wilson's score (JASA 22, 1927, 209-212)."""
-    if not count:
-        return 0.0, 1.0
-    share, square = hits / count, _Z_95**2 / count
-    middle = (share + square / 2) / (1 + square)
-    half = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
-    return max(0.0, middle - half), min(1.0, middle + half)
+def exact_interval(hits: int, count: int) -> tuple[float, float]:
+    """95 % confidence interval of the share ``hits / count``, by Clopper and Pearson (Biometrika 26, 1934, 404-413).
+
+    It holds the true share at least as often as it says, however few items there are and whatever the share is.
+    """
+    from scipy.special import betaincinv  # half a second, for all commands
+
+    low = float(betaincinv(hits, count - hits + 1, _TAIL)) if hits else 0.0
+    high = float(betaincinv(hits + 1, count - hits, 1 - _TAIL)) if hits < count else 1.0
+    return low, high
 
 
 def mean_of(changes: Sequence[float], counts: Sequence[int] | None = None) -> tuple[float, float, float]:
@@ -47,8 +50,8 @@ def mean_of(changes: Sequence[float], counts: Sequence[int] | None = None) -> tu
     own = random.standard_gamma(often, (_DRAWS, len(values)))
     bound = random.standard_exponential(_DRAWS)
     weighted, weight = own @ values, own.sum(axis=1) + bound
-    low = np.quantile((weighted - bound) / weight, 0.025)
-    high = np.quantile((weighted + bound) / weight, 0.975)
+    low = np.quantile((weighted - bound) / weight, _TAIL)
+    high = np.quantile((weighted + bound) / weight, 1 - _TAIL)
     return float(values @ often / total), float(low), float(high)
 
 

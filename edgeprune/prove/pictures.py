@@ -11,7 +11,7 @@ from edgeprune.prove import figures
 from edgeprune.prove.browser import find_browser, rasterised
 from edgeprune.prove.figures import WIDTH
 from edgeprune.prove.lines import method_lines
-from edgeprune.prove.paired import Paired, wilson
+from edgeprune.prove.paired import Paired, exact_interval
 from edgeprune.prove.report import Report
 from edgeprune.prove.templates import template
 
@@ -80,7 +80,7 @@ def standalone(drawn: str) -> str:
 def _shares(found: Paired) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Share and interval of the original and of the built file."""
     original, candidate = (
-        (hits / max(1, found.count), *wilson(hits, found.count)) for hits in (found.original, found.candidate)
+        (hits / max(1, found.count), *exact_interval(hits, found.count)) for hits in (found.original, found.candidate)
     )
     return original, candidate
 

@@ -11,7 +11,7 @@ from edgeprune.decide.plan import experts_in_words
 from edgeprune.prove.comparison import Comparison, Row
 from edgeprune.prove.family import Family
 from edgeprune.prove.lines import methods_in_order
-from edgeprune.prove.paired import Paired, wilson
+from edgeprune.prove.paired import Paired, exact_interval
 from edgeprune.prove.report import DECODE, INFORMATION, Report, rate
 from edgeprune.units import format_bytes, format_seconds
 
@@ -198,7 +198,7 @@ _PAIRED = ("Original", "Built file", "Change, points", "p")
 def _paired(found: Paired) -> tuple[str, ...]:
     shares = []
     for hits in (found.original, found.candidate):
-        low, high = wilson(hits, found.count)
+        low, high = exact_interval(hits, found.count)
         shares.append(f"{100 * hits / max(1, found.count):.1f} % ({100 * low:.1f} to {100 * high:.1f})")
     return (*shares, _points(*found.difference), f"{found.p_value:.2g}")
 
