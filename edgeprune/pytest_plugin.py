@@ -103,13 +103,12 @@ class SmokeRun(pytest.Collector):
 
     def report(self) -> SmokeReport:
         """The report, or the same failure for whoever asks."""
-        from edgeprune.errors import EdgepruneError
         from edgeprune.stages.smoke import smoke
 
         if self._outcome is None:
             try:
                 self._outcome, _ = smoke(self.wish, self.listener)
-            except EdgepruneError as error:
+            except Exception as error:  # a defect of ours, too, is not run again for every item
                 self._outcome = error
         if isinstance(self._outcome, Exception):
             raise self._outcome
@@ -124,7 +123,7 @@ class SmokeCheck(pytest.Item):
 
     def runtest(self) -> None:
         from edgeprune.errors import BrokenPromise
-        from edgeprune.prove.smoke.report import BROKEN, NOT_REACHED, NOT_RUN
+        from edgeprune.prove.smoke.report import BROKEN, NOT_JUDGED, NOT_REACHED, NOT_RUN
 
         report = self.parent.report()
         if self.parent.listener.said:
@@ -135,8 +134,8 @@ class SmokeCheck(pytest.Item):
         self.user_properties.append(("edgeprune", {"promised": check.promised, "measured": check.measured}))
         if check.verdict == NOT_REACHED:
             pytest.skip(f"{check.name}: not reached, {report.measured['failed']} failed")
-        if check.verdict == NOT_RUN:
-            pytest.skip(f"{check.name}: not run, {check.measured}")
+        if check.verdict in (NOT_RUN, NOT_JUDGED):
+            pytest.skip(f"{check.name}: {check.verdict}, {check.measured}")
         if check.verdict == BROKEN:
             raise BrokenPromise(check.line, rows=[("log", line) for line in report.measured["log"]])
 

@@ -98,14 +98,17 @@ class Handler(BaseHTTPRequestHandler):
         seed = asked if mood == "fickle" else 0
         tokens = [(sum(prompt) + 7 * step + seed) % 320 for step in range(min(most, context - len(prompt)))]
         bad = mood == "nan"
+        told = {"tokens": tokens}
+        told["completion_probabilities"] = [{"id": token, "logprob": None if bad else -0.5} for token in tokens]
+        if mood == "taciturn":
+            told = {}
         self.answer({
+            **told,
             "content": " Paris" + " and so on" * (len(tokens) // 8),
-            "tokens": tokens,
             "tokens_predicted": len(tokens),
             "tokens_evaluated": len(prompt),
             "timings": {"prompt_n": len(prompt), "prompt_ms": 1.0 + len(prompt),
                         "predicted_n": len(tokens), "predicted_ms": 10.0 * (len(tokens) - 1)},
-            "completion_probabilities": [{"id": token, "logprob": None if bad else -0.5} for token in tokens],
         })
 
 

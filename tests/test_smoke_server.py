@@ -114,6 +114,16 @@ def test_what_goes_wrong_in_a_server_is_found(
         assert any("out of luck" in line for line in report.measured["log"])
 
 
+def test_a_server_that_tells_no_probabilities_proves_nothing_about_them(
+    synthetic: toys.Maker, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_MOOD", "taciturn")
+    report = tried(synthetic, device(tmp_path, "local", server))
+    (finite,) = (check for check in report.checks if check.key == "finite")
+    assert (finite.verdict, finite.measured) == ("not run", "the engine does not tell")
+    assert verdicts(report)["deterministic"] == "kept"  # by the texts
+
+
 def test_a_server_that_is_not_there_is_explained(synthetic: toys.Maker, adb: Path, tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere" / "llama-server"
     with pytest.raises(EdgepruneError, match="llama-server cannot be started: No such file"):

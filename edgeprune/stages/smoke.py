@@ -26,14 +26,13 @@ from edgeprune.model.gguf import GgufFile
 from edgeprune.prove.smoke import checks, history
 from edgeprune.prove.smoke.commands import bench_words, server_words
 from edgeprune.prove.smoke.conversation import Measured, converse
-from edgeprune.prove.smoke.questions import Question, questions
+from edgeprune.prove.smoke.questions import REPEATED, Question, questions
 from edgeprune.prove.smoke.report import SmokeReport
 from edgeprune.prove.smoke.transport import Transport, transport_to
 from edgeprune.settings import Listener
 from edgeprune.stages.deciding import profile_digest
 
 _MOST_TOKENS = 48  # of an answer
-_REPEATED = 3  # questions that are asked twice
 _SPEED_TOKENS = {"prompt_tokens": 256, "generated_tokens": 48, "repeats": 3}
 # A device is slow: it may read 20 GB from a memory card, or work on one long batch, before it says anything.
 _SILENT_SECONDS = 1800.0
@@ -287,7 +286,7 @@ def _job(setting: _Setting, asked: list[Question], listener: Listener) -> dict[s
         "speed": speed,
         "prompts": prompts,
         "most_tokens": _MOST_TOKENS,
-        "repeated": _REPEATED,
+        "repeated": REPEATED,
         "silent_seconds": _SILENT_SECONDS,
     }
 

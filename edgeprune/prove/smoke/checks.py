@@ -8,8 +8,8 @@ from typing import Any
 
 from edgeprune.prove.report import rate
 from edgeprune.prove.smoke.conversation import Measured
-from edgeprune.prove.smoke.questions import Question, plausible
-from edgeprune.prove.smoke.report import BROKEN, INFORMATION, KEPT, NOT_REACHED, NOT_RUN, Check
+from edgeprune.prove.smoke.questions import REPEATED, Question, plausible
+from edgeprune.prove.smoke.report import BROKEN, INFORMATION, KEPT, NOT_JUDGED, NOT_REACHED, NOT_RUN, Check
 from edgeprune.units import format_bytes, format_seconds
 
 # Every check there is, in the order of the report; what tests of a team are named after.
@@ -139,7 +139,7 @@ def _decode(promised: Promised, _: Sequence[Question], steps: Mapping[str, Any])
     if "speed" not in steps:
         return None
     speed, least = steps["speed"]["decode_per_s"], promised.least_decode_per_s
-    reached = speed
+    reached, asked_for = speed, least is not None
     words = [f"{rate(promised.decode_per_s)} predicted"] if promised.decode_per_s else []
     if least is None and promised.for_device:
         least = _least_of(promised.decode_per_s)
@@ -147,8 +147,10 @@ def _decode(promised: Promised, _: Sequence[Question], steps: Mapping[str, Any])
     elif least is None and promised.decode_per_s:
         words = [f"{words[0]} for another device"]
     words += [f"at least {rate(least)}"] if least else []
-    said = verdict(reached >= least) if least else INFORMATION
-    return ", ".join(words), rate(speed) + (_others(steps) if said == BROKEN else ""), said
+    said, others = verdict(reached >= least) if least else INFORMATION, ""
+    if said == BROKEN and (others := _others(steps)) and not asked_for:
+        said = NOT_JUDGED  # nobody asked for that speed, and others may be the reason
+    return ", ".join(words), rate(speed) + others, said
 
 
 def _others(steps: Mapping[str, Any]) -> str:
@@ -175,22 +177,31 @@ def _prefill(promised: Promised, _: Sequence[Question], steps: Mapping[str, Any]
 def _deterministic(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
     if "repeated" not in steps or "answers" not in steps:
         return None
-    pairs = zip(asked, steps["answers"], steps["repeated"], strict=False)
-    differing = [question.name for question, once, again in pairs if once["tokens"] != again["tokens"]]
+    answers, repeated, count = steps["answers"], steps["repeated"], min(REPEATED, len(asked))
+    if len(answers) != len(asked) or len(repeated) != count:
+        return "yes", f"no: {len(answers)} of {len(asked)} answers came, {len(repeated)} of {count} again", BROKEN
+    pairs = zip(asked, answers, repeated, strict=False)
+    # A server may tell no tokens, and two texts may be the same by other tokens.
+    differing = [q.name for q, *two in pairs if len({(*row["tokens"], row["text"]) for row in two}) > 1]
     said = f"no: {_some(differing)}" if differing else "yes"
     return "yes", said, verdict(not differing)
 
 
 def _finite(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
-    """Judged by whatever was reached: one logit that is no number is enough."""
+    """Judged by whatever was reached: one logit that is no number is enough, and none at all is no proof."""
     found = {name: steps[name]["finite"] for name in ("speed", "context") if "finite" in steps.get(name, {})}
-    wrong = [name for name, finite in found.items() if not finite]
-    rows = zip(asked, steps.get("answers") or [], strict=False)
-    if unfit := [question.name for question, row in rows if not row["finite"]]:
+    wrong = [name for name, finite in found.items() if finite is False]
+    rows = list(zip(asked, steps.get("answers") or [], strict=False))
+    if unfit := [question.name for question, row in rows if row["finite"] is False]:
         wrong.append(f"answers to {_some(unfit)}")
-    if not wrong and ("answers" not in steps or "context" not in found):
+    if wrong:
+        return "yes", f"no: {', '.join(wrong)}", BROKEN
+    if "answers" not in steps or "context" not in found:
         return None
-    return "yes", f"no: {', '.join(wrong)}" if wrong else "yes", verdict(not wrong)
+    said = [row["finite"] for _, row in rows if row["tokens"] or row["text"]]
+    if not said or None in (*said, *found.values()):
+        return "yes", "the engine does not tell", NOT_RUN
+    return "yes", "yes", KEPT
 
 
 def _some(names: Sequence[str]) -> str:
@@ -202,18 +213,20 @@ def _some(names: Sequence[str]) -> str:
 def _plausible(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
     if "answers" not in steps:
         return None
-    rows = list(zip(asked, steps["answers"], strict=False))
+    rows, count = list(zip(asked, steps["answers"], strict=False)), len(asked)
+    if len(steps["answers"]) != count:
+        return f"{count} answers", f"{len(steps['answers'])} of {count} came", BROKEN
     wrong = [question.name for question, row in rows if not plausible(row["tokens"], row["text"])]
-    most = int(_IMPLAUSIBLE_SHARE * len(rows))
-    said = f"{len(rows) - len(wrong)} of {len(rows)}" + (f", not: {_some(wrong)}" if wrong else "")
-    return f"at least {len(rows) - most} of {len(rows)}", said, verdict(len(wrong) <= most)
+    most = int(_IMPLAUSIBLE_SHARE * count)
+    said = f"{count - len(wrong)} of {count}" + (f", not: {_some(wrong)}" if wrong else "")
+    return f"at least {count - most} of {count}", said, verdict(len(wrong) <= most)
 
 
 def _answers(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:
     if "answers" not in steps:
         return None
     right = right_answers(asked, Measured(dict(steps)))
-    return "", f"{len(right)} of {len(steps['answers'])}", INFORMATION
+    return "", f"{len(right)} of {len(asked)}", INFORMATION
 
 
 def _context(_: Promised, __: Sequence[Question], steps: Mapping[str, Any]) -> Line | None:

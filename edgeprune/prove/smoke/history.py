@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from edgeprune.prove.smoke.checks import KEYS, verdict
 from edgeprune.prove.smoke.report import INFORMATION, Check, SmokeReport
 from edgeprune.units import format_bytes
 
-# The worst of the last few runs is what a new one is held against, because other programs disturb runs, by half at
-# times. Where there are few, more has to be allowed.
+# Speed is held against the median of the last few runs: other programs disturb runs, by half at times, and the worst
+# of them would allow a little less with every run. Where there are few, more has to be allowed.
 _LATEST, _FEW = 5, 3
 _SLOWER, _SLOWER_THAN_FEW, _LARGER = 0.7, 0.5, 1.05
 
@@ -78,8 +79,9 @@ def _slower(report: SmokeReport, before: Sequence[SmokeReport]) -> list[str]:
     for what in ("decode", "prefill"):
         old, new = (_figures(reports, "speed", f"{what}_per_s") for reports in (before, [report]))
         allowed = _SLOWER_THAN_FEW if len(old) < _FEW else _SLOWER
-        if old and new and new[0] < allowed * min(old):
-            lines.append(f"{what} {rate(new[0])} tokens per second, was {rate(min(old))} or more")
+        if old and new and new[0] < allowed * (usual := statistics.median(old)):
+            of_all = " in the median" if len(old) > 1 else ""
+            lines.append(f"{what} {rate(new[0])} tokens per second, was {rate(usual)}{of_all}")
     return lines
 
 

@@ -12,6 +12,7 @@ from edgeprune.files import read_json
 _FILE = Path(__file__).resolve().with_name("questions.json")
 # An answer of so many tokens that knows fewer different ones is a loop.
 _LONG, _LEAST_DIFFERENT = 8, 3
+REPEATED = 3  # questions that are asked twice
 
 
 @dataclass(frozen=True)
@@ -47,4 +48,5 @@ def questions() -> list[Question]:
 
 def plausible(tokens: Sequence[int], text: str) -> bool:
     """Whether an answer could be one: not empty, and no loop of one or two tokens."""
-    return bool(text.strip()) and (len(tokens) < _LONG or len(set(tokens)) >= _LEAST_DIFFERENT)
+    said = tokens or text.split()  # a server may tell the text alone
+    return bool(text.strip()) and (len(said) < _LONG or len(set(said)) >= _LEAST_DIFFERENT)

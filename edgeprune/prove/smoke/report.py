@@ -12,6 +12,7 @@ from edgeprune.files import check_keys, read_json
 
 KEPT, BROKEN, INFORMATION, NOT_REACHED = "kept", "broken", "information", "not reached"
 NOT_RUN = "not run"  # by an engine that cannot
+NOT_JUDGED = "not judged"  # other programs may have spoiled it
 # Raised when a report of the old form would be misread.
 FORMAT = 1
 
@@ -24,7 +25,7 @@ class Check:
         key: short name, for machines.
         name: what was looked at.
         promised, measured: figures as text.
-        verdict: ``kept``, ``broken``, ``information``, ``not reached`` or ``not run``.
+        verdict: ``kept``, ``broken``, ``information``, ``not reached``, ``not run`` or ``not judged``.
     """
 
     key: str

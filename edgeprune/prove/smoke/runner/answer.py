@@ -25,11 +25,21 @@ class Unusable(Exception):
 
 
 class Answer:
-    """What a model said after a prompt: tokens, text, whether all logits were finite, and seconds that it took."""
+    """What a model said after a prompt: tokens, text, whether all logits were finite, and seconds that it took.
 
-    def __init__(self, tokens: list[int], text: str, finite: bool, prefill_s: float, decode_s: float) -> None:
+    ``finite`` is None where the engine does not tell.
+    """
+
+    def __init__(
+        self, tokens: list[int], text: str, finite: bool | None, prefill_s: float, decode_s: float
+    ) -> None:
         self.tokens, self.text, self.finite = tokens, text, finite
         self.prefill_s, self.decode_s = prefill_s, decode_s
+
+
+def both(first: bool | None, second: bool | None) -> bool | None:
+    """False if either is; None, which is unknown, if either is and none is False."""
+    return False if first is False or second is False else first and second
 
 
 def once(tokens: list[int], special: bool) -> list[int]:

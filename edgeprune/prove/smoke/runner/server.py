@@ -147,7 +147,7 @@ class Server:
         seconds = (timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000)
         return Answer(said, str(found["content"]), _probable(found), *seconds)
 
-    def fill(self, context: int, tokens: Callable[[int], list[int]], tick: Tick) -> tuple[int, bool]:
+    def fill(self, context: int, tokens: Callable[[int], list[int]], tick: Tick) -> tuple[int, bool | None]:
         """As ``Library.fill``; the last few tokens are generated: the server refuses a prompt without room."""
         generated = min(8, context - 1)
         tick(0, context)
@@ -182,9 +182,11 @@ class Server:
                 self._process.wait()
 
 
-def _probable(found: dict[str, Any]) -> bool:
-    """Whether every token of a completion had a probability that is a number."""
+def _probable(found: dict[str, Any]) -> bool | None:
+    """Whether every token of a completion had a probability that is a number; None where there is no probability."""
     rows = found.get("completion_probabilities") or []
+    if not rows:  # of an answer that ended at once, or of a server that does not tell
+        return None
     values = [row.get("logprob") for row in rows]
     return all(isinstance(value, (int, float)) and value > _LEAST_LOGARITHM for value in values)
 

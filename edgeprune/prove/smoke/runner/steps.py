@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .answer import Failure, Tick
+from .answer import Failure, Tick, both
 
 
 def _tokens(size: int) -> Callable[[int], list[int]]:
@@ -23,7 +23,8 @@ def _tokens(size: int) -> Callable[[int], list[int]]:
 def _speed(engine: Any, job: dict[str, Any], tick: Tick) -> dict[str, Any]:
     wanted = job["speed"]
     prompt, most = _tokens(engine.vocabulary_size)(wanted["prompt_tokens"]), wanted["generated_tokens"]
-    prefill, decode, finite = [], [], True
+    prefill, decode = [], []
+    finite: bool | None = True
     for number in range(wanted["repeats"]):
         answer = engine.complete(
             prompt,
@@ -34,7 +35,7 @@ def _speed(engine: Any, job: dict[str, Any], tick: Tick) -> dict[str, Any]:
         prefill.append(len(prompt) / max(answer.prefill_s, 1e-9))
         steps = len(answer.tokens) - 1  # the first token comes with the prompt
         decode.append(steps / max(answer.decode_s, 1e-9) if steps > 0 else 0.0)
-        finite = finite and answer.finite
+        finite = both(finite, answer.finite)
     return {
         "prefill_per_s": statistics.median(prefill),
         "decode_per_s": statistics.median(decode),
