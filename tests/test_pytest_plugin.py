@@ -69,6 +69,26 @@ def test_what_the_engine_of_a_device_cannot_check_is_skipped(project: Path, synt
     assert "logits are finite: not run, llama-bench does not tell" in said
 
 
+def test_a_failure_that_nobody_foresaw_does_not_run_the_model_again_for_every_item(
+    project: Path, synthetic: toys.Maker
+) -> None:
+    noted = f"echo >> {project / 'runs'}\n"
+    bench = program(project / "real", LLAMA_BENCH)
+    wrapper = project / "llama-bench"
+    wrapper.write_text(f'#!/bin/sh\n{noted}exec {bench} "$@"\n')
+    wrapper.chmod(0o755)
+    described = f'name = "thing"\ntransport = "local"\nprofile = "cpu-8gb"\n[runner]\nbench = "{wrapper}"\n'
+    (project / "thing.toml").write_text(described)
+    words = ("--edgeprune-gguf", synthetic("qwen3moe"), "--edgeprune-device", "thing.toml")
+    words = (*words, "--edgeprune-context", "128", "--edgeprune-reports")
+    run_pytest(project, *words, "reports")
+    once = (project / "runs").read_text()
+    (project / "runs").unlink()
+    code, outcomes, said = run_pytest(project, *words, "r" * 300)  # no file system takes such a name
+    assert code == 1 and {outcomes[key] for key in ITEMS} == {"failure"} and "OSError" in said
+    assert (project / "runs").read_text() == once
+
+
 def test_without_its_options_the_plugin_does_nothing_and_loads_nothing(project: Path) -> None:
     (project / "test_own.py").write_text(LIGHT)
     code, outcomes, said = run_pytest(project)
