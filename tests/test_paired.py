@@ -20,7 +20,7 @@ def test_interval_of_a_share_is_that_of_scipy(hits: int, count: int) -> None:
 
 @pytest.mark.parametrize("count", [*range(1, 13), 50])
 def test_interval_of_a_share_holds_it_as_often_as_it_says_whatever_it_is(count: int) -> None:
-    """The probability that the interval holds the share, exactly, at the shares where it is least: beside the ends."""
+    """Probability that the interval holds the share, exactly, at the shares where it is least: beside the ends."""
     ends = np.array([exact_interval(hits, count) for hits in range(count + 1)])
     shares = np.unique(np.clip(np.concatenate([ends - 1e-9, ends + 1e-9]), 0, 1))
     held = (ends[:, :1] <= shares) & (shares <= ends[:, 1:])

@@ -208,12 +208,59 @@ def test_without_an_index_names_and_sizes_are_looked_at(shelf: HubServer, comman
     assert value(tight)["chosen"] == "Tiny-Q4_K_M" and Path("here/Tiny-Q4_K_M.gguf").read_bytes() == content
 
 
+def test_a_damaged_file_that_is_not_in_large_storage_is_not_kept(
+    far: HubServer, command: Command, tiny_fit: Fit
+) -> None:
+    """Of such a file the Hub lists git's digest."""
+    repository = far.repositories[REPO] = Repository()
+    content = (tiny_fit.folder / str(tiny_fit.report.build["path"])).read_bytes()
+    repository.commit("main", {"tiny.gguf": Blob(content, large=False)})
+    far.damaged = True
+    assert "arrived damaged" in failed(command("pull", REPO, *ENOUGH, "-o", "here"), BadFile)
+    assert not list(Path("here").rglob("*.gguf"))
+    far.damaged = False
+    done = value(command("pull", REPO, *ENOUGH, "-o", "here", "--json"))
+    assert Path(done["path"]).read_bytes() == content
+
+
+def test_names_that_people_give_files_are_taken_and_others_are_named(far: HubServer, command: Command) -> None:
+    names = [
+        "My Model (Q4_K).gguf",
+        "[v2] a, b & c/x=1.gguf",
+        "con/x.gguf",
+        "sub/NUL.Q4.gguf",
+        "a:b.gguf",
+        "x .gguf ",
+    ]
+    names += ["a\\b.gguf", "end./x.gguf", "line\nbreak.gguf"]
+    far.repositories[REPO] = Repository()
+    put(far, {name: b"GGUF" + bytes(60) for name in names})
+    done = command("pull", REPO, *ENOUGH, "--dry-run", "--json")
+    assert {row["name"] for row in value(done)["files"]} == {name.removesuffix(".gguf") for name in names[:2]}
+    refused = [line for line in done.stderr.splitlines() if "left out" in line]
+    assert len(refused) == 6 and "con/x.gguf" in refused[1] + refused[2] + refused[0]
+    assert "sub/NUL.Q4.gguf" in done.stderr and "'line\\nbreak.gguf'" in done.stderr
+
+
+def test_the_machine_is_not_measured_for_a_repository_that_is_not_there(
+    far: HubServer, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeprune.device import probe
+
+    looked: list[Any] = []
+    real = probe.this_machine
+    monkeypatch.setattr(probe, "this_machine", lambda *given: looked.append(given) or real(*given))
+    assert "no me/nothing that may be seen" in failed(command("pull", "me/nothing"), EdgepruneError)
+    assert looked == []
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"parts": [{"path": "../../evil.gguf", "nbytes": 10, "sha256": "0" * 64}]},
         {"parts": [{"path": "/etc/evil.gguf", "nbytes": 10, "sha256": "0" * 64}]},
         {"parts": [{"path": "a\\..\\evil.gguf", "nbytes": 10, "sha256": "0" * 64}]},
+        {"parts": [{"path": "CON.gguf", "nbytes": 10, "sha256": "0" * 64}]},
         {"parts": [{"path": "README.md", "nbytes": 10, "sha256": "0" * 64}]},
         {"parts": []},
         {"launch": {"kv_type": "$(reboot)"}},
@@ -221,7 +268,18 @@ def test_without_an_index_names_and_sizes_are_looked_at(shelf: HubServer, comman
         {"quality": {"kl_mean": "small", "kl_99": 0, "same_top": 0, "perplexity": 0}},
         {"more": 1},
     ],
-    ids=["way out", "root", "backslash", "no model", "no parts", "shell", "more than all", "text", "unknown key"],
+    ids=[
+        "way out",
+        "root",
+        "backslash",
+        "device",
+        "no model",
+        "no parts",
+        "shell",
+        "more than all",
+        "text",
+        "unknown key",
+    ],
 )
 def test_a_hostile_index_is_refused(changes: dict[str, Any], shelf: HubServer, command: Command) -> None:
     index_with(shelf, **changes)
@@ -267,6 +325,7 @@ def candidate(name: str, weights: float, nats: float | None, **changes: Any) -> 
         nats=nats,
         context_length=32768,
         known=nats is not None,
+        text="one text",
     )
     return replace(made, **changes)
 
@@ -276,6 +335,12 @@ def test_the_nearest_to_its_source_is_chosen_of_those_that_fit() -> None:
     target = Target(profile, context=4096)
     ladder = [candidate("a", 20, 0.01), candidate("b", 9, 0.05), candidate("c", 8, 0.04), candidate("d", 3, 0.2)]
     assert choose([target.judge(each) for each in ladder], profile, REPO).candidate.name == "c"
+    said: list[str] = []
+    for others in (replace(ladder[2], text="another"), replace(ladder[2], text="")):
+        verdicts = [target.judge(each) for each in (*ladder[:2], others, ladder[3])]
+        assert choose(verdicts, profile, REPO, said.append).candidate.name == "b"  # the largest that fits
+    assert choose([target.judge(replace(each, text="")) for each in ladder], profile, REPO).candidate.name == "b"
+    assert len(said) == 2 and "not of one text" in said[0]
     unknown = [replace(each, nats=None) for each in ladder]
     assert choose([target.judge(each) for each in unknown], profile, REPO).candidate.name == "b"
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from edgeprune.cli.console import Console
+    from edgeprune.device.profile import Profile
     from edgeprune.share.pulling import Pulled, Target, Verdict
 
 
@@ -41,18 +42,20 @@ def pull(repository: str, **options: Any) -> None:
     from edgeprune.cli.console import Console
     from edgeprune.share.hub import Hub
     from edgeprune.share.origin import is_repository
-    from edgeprune.share.pulling import candidates, choose, download
+    from edgeprune.share.pulling import Target, candidates, choose, download
 
     if not is_repository(repository):
         raise UsageError(f"'{repository}' is not a repository on the Hub", hint="write organisation/name")
     console = Console()
-    target = _target(options, console)
+    profile = _named(options)
     hub = Hub(quiet=not console.interactive)
     remote = hub.look(repository, options["revision"])
     if remote.exists and not remote.branch:
         raise UsageError(f"{repository} has no revision '{options['revision']}'")
-    verdicts = [target.judge(each) for each in candidates(hub, repository, remote, console)]
-    chosen = choose(verdicts, target.profile, repository)
+    found = candidates(hub, repository, remote, console)
+    target = Target(profile or _probed(options, console), options["memory"], options["context"], options["kv_type"])
+    verdicts = [target.judge(each) for each in found]
+    chosen = choose(verdicts, target.profile, repository, console.say)
     value: dict[str, Any] = {"files": [verdict.to_json() for verdict in verdicts], "chosen": chosen.candidate.name}
     lines = [*_table(verdicts, chosen), ""]
     if options["dry_run"]:
@@ -94,26 +97,27 @@ def _fetched(
             console.say(f"{error.cause}; it stays there, and {chosen.candidate.name} is tried, which is smaller")
 
 
-def _target(options: dict[str, Any], console: Console) -> Target:
-    from edgeprune.device.probe import this_machine
+def _named(options: dict[str, Any]) -> Profile | None:
+    """The profile that was asked for; None where this machine is to be looked at, which takes a while."""
     from edgeprune.device.profile import find_profile
-    from edgeprune.measure import child
-    from edgeprune.share.pulling import Target
-    from edgeprune.units import format_bytes
 
     device = options["device"]
     if device is not None and options["memory"] is not None:
         raise UsageError("--device and --memory say two things", hint="give one of them")
-    if device not in (None, "auto"):
-        profile = find_profile(device)
-    else:
-        profile = this_machine(child.call("edgeprune.measure.llama:backend_devices", {}))
-        if options["memory"] is not None:
-            profile = replace(profile, name=f"{format_bytes(options['memory'])} of memory")
-        else:
-            for line in profile.why:
-                console.say(f"auto: {line}")
-    return Target(profile, options["memory"], options["context"], options["kv_type"])
+    return None if device in (None, "auto") else find_profile(device)
+
+
+def _probed(options: dict[str, Any], console: Console) -> Profile:
+    from edgeprune.device.probe import this_machine
+    from edgeprune.measure import child
+    from edgeprune.units import format_bytes
+
+    profile = this_machine(child.call("edgeprune.measure.llama:backend_devices", {}))
+    if options["memory"] is not None:
+        return replace(profile, name=f"{format_bytes(options['memory'])} of memory")
+    for line in profile.why:
+        console.say(f"auto: {line}")
+    return profile
 
 
 def _table(verdicts: Sequence[Verdict], chosen: Verdict, failed: Sequence[Verdict] = ()) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from edgeprune.files import check_keys
 from edgeprune.prove import figures
-from edgeprune.prove.report import Report
+from edgeprune.prove.report import EVALUATION, Report
 
 FAMILY = "family.json"
 
@@ -73,6 +74,28 @@ class Family:
         }
 
     @property
+    def on_one_text(self) -> bool:
+        """Whether all were made and measured with the same text, so that their figures can be compared."""
+        texts = {(report.made_from.get("text"), report.made_from.get(EVALUATION)) for report in self._reports}
+        return len(texts) == 1
+
+    @property
+    def nested(self) -> bool:
+        """Whether experts were dropped, and those of a smaller file are all among those of a larger one."""
+        kept = [_kept(report.plan) for report in self._reports]
+        layers = {layer for own in kept for layer in own}
+        everyone = set(range(max((int(report.plan["experts"]) for report in self._reports), default=0)))
+        return bool(layers) and all(
+            small.get(layer, everyone) <= large.get(layer, everyone)
+            for large, small in pairwise(kept)
+            for layer in layers
+        )
+
+    @property
+    def _reports(self) -> list[Report]:
+        return [member.report for member in self.members]
+
+    @property
     def presets(self) -> list[Mapping[str, Any]]:
         """The stock presets that were measured beside any of them, each once."""
         found = {rival["preset"]: rival for member in self.members for rival in member.report.to_json()["baselines"]}
@@ -86,6 +109,11 @@ class Family:
             for member in self.members
         }
         return figures.curve(candidates, self.presets, shipped, width)
+
+
+def _kept(plan: Mapping[str, Any]) -> dict[str, set[int]]:
+    """Experts that stay, by layer; of layers that are not in it, all."""
+    return {layer: set(ids) for layer, ids in plan["keep"].items()}
 
 
 def make_family(members: Sequence[Member], failures: Sequence[tuple[str, str]]) -> Family:

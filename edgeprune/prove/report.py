@@ -16,6 +16,7 @@ from edgeprune.units import format_bytes, format_seconds
 
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
 DECODE, MEANWHILE = "decode (tokens per second)", "meanwhile, other programs used"  # names of lines
+EVALUATION = "evaluation"  # of ``made_from``: digest of the text that the report is about, and of how much of it
 # A prediction of speed or divergence is a guide, not a promise; size and memory are promises.
 _MEMORY_TOLERANCE = 0.01
 # Of all cores, used by other programs: from here on a speed is theirs, too.

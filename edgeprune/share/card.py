@@ -9,7 +9,7 @@ from typing import Any
 
 from edgeprune.decide.plan import experts_in_words
 from edgeprune.prove.provenance import UNKNOWN
-from edgeprune.prove.report import Report
+from edgeprune.prove.report import EVALUATION, Report
 from edgeprune.prove.tables import tables
 from edgeprune.share.index import Entry
 from edgeprune.share.origin import Origin
@@ -114,8 +114,10 @@ def _files(sheets: Sequence[Sheet], others: Sequence[Entry]) -> list[str]:
         ]
         rows.append((entry.nbytes, row))
     rows.sort(key=lambda row: -row[0])
+    texts = {sheet.report.made_from.get(EVALUATION, "") for sheet in sheets} | {entry.text for entry in others}
+    apart = ["Not all were measured on the same text: figures of different texts cannot be compared.", ""]
     header = ("file", "experts", "size", "memory at a context", *_FIGURES)
-    return ["## Files", "", *_table(header, [row for _, row in rows]), ""]
+    return ["## Files", "", *_table(header, [row for _, row in rows]), "", *(apart if len(texts) > 1 else [])]
 
 
 def _run(sheets: Sequence[Sheet], origin: Origin, repository: str) -> list[str]:

@@ -13,7 +13,7 @@ from edgeprune.errors import BadFile
 from edgeprune.files import check_keys, checked_int, checked_number, read_json, to_json
 from edgeprune.measure.launch import Launch
 from edgeprune.model.architecture import MOST_EXPERTS
-from edgeprune.prove.report import Report
+from edgeprune.prove.report import EVALUATION, Report
 
 INDEX = "edgeprune.json"
 # Raised when a reader of the old format would misread the new one.
@@ -21,8 +21,13 @@ FORMAT = 1
 QUALITIES = ("kl_mean", "kl_99", "same_top", "perplexity")
 _MOST_BYTES = 1 << 60
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-# A path in a repository: no way out of the folder that it is downloaded to, on any system.
-_PATH = re.compile(r"(?:[\w+-][\w.+-]*/){0,8}[\w+-][\w.+-]*")
+# A path in a repository: no way out of the folder that it is downloaded to, on any system. Windows reads neither a
+# colon nor a dot or space at the end as it stands there, and takes some names for devices, whatever follows a dot.
+_NAME_IN_PATH = r"[\w+()\[\]-](?:[\w.+()\[\],&@=~' -]{0,250}[\w+()\[\]~'-])?"
+_PATH = re.compile(rf"(?:{_NAME_IN_PATH}/){{0,8}}{_NAME_IN_PATH}")
+_DEVICE = re.compile(
+    r"(?:CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(?:COM|LPT)[0-9\u00b9\u00b2\u00b3]) *(?:\..*)?", re.IGNORECASE
+)
 _NAME = re.compile(r"[\w+-][\w.+-]{0,200}")
 
 
@@ -72,6 +77,7 @@ class Entry:
         memory, launch: what it needs when started so.
         quality: ``QUALITIES`` against the source on held-out text.
         width: channels that every expert was narrowed to, or 0 where none was.
+        text: digest of the held-out text that ``quality`` is of, and of how much of it; "" where nobody says.
     """
 
     name: str
@@ -85,6 +91,7 @@ class Entry:
     launch: Launch
     quality: dict[str, float]
     width: int = 0
+    text: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +126,7 @@ def entry_of(
         launch=replace(report.launch, threads=0),
         quality={key: float(report.quality[key]) for key in QUALITIES},
         width=plan.get("width", 0),
+        text=str(report.made_from.get(EVALUATION, "")),
     )
 
 
@@ -148,7 +156,7 @@ def read_index(path: Path, where: str) -> tuple[list[Entry], str]:
 
 
 def _entry(value: Mapping[str, Any], where: str) -> Entry:
-    check_keys(where, value, set(Entry.__dataclass_fields__) - {"width"}, {"width"})
+    check_keys(where, value, set(Entry.__dataclass_fields__) - {"width", "text"}, {"width", "text"})
     parts, types = value["parts"], value["types"]
     if not isinstance(parts, list) or not parts or not isinstance(types, list):
         raise BadFile(f"{where} has no parts, or types that are no list")
@@ -168,12 +176,15 @@ def _entry(value: Mapping[str, Any], where: str) -> Entry:
         memory=Memory(**memory),
         launch=Launch.from_json(value["launch"], f"{where}: launch"),
         quality={key: checked_number(f"{where}: {key}", value["quality"][key]) for key in QUALITIES},
+        text=_word(value.get("text", "")),
     )
 
 
 def _stored(value: Mapping[str, Any], where: str) -> Stored:
     check_keys(where, value, set(Stored.__dataclass_fields__), set())
     path = _matching(f"{where}: path", value["path"], _PATH)
+    if not is_sound_path(path):
+        raise BadFile(f"{where}: path = {path[:60]!r} is not what it should be")
     if not path.endswith(".gguf"):
         raise BadFile(f"{where}: {path} is not a GGUF")
     nbytes = checked_int(f"{where}: nbytes", value["nbytes"], 1, _MOST_BYTES)
@@ -182,7 +193,7 @@ def _stored(value: Mapping[str, Any], where: str) -> Stored:
 
 def is_sound_path(path: str) -> bool:
     """Whether ``path`` stays in the folder that it is joined to, on any system."""
-    return _PATH.fullmatch(path) is not None
+    return _PATH.fullmatch(path) is not None and not any(map(_DEVICE.fullmatch, path.split("/")))
 
 
 def _matching(where: str, value: Any, form: re.Pattern[str]) -> str:

@@ -18,7 +18,7 @@ from edgeprune.measure import memory
 from edgeprune.measure.launch import Launch
 from edgeprune.model import ggml
 from edgeprune.model.architecture import read_architecture
-from edgeprune.model.content import content_digest
+from edgeprune.model.content import content_digest, git_digest
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
 from edgeprune.model.parts import numbered
@@ -54,6 +54,7 @@ class Candidate:
         nats: KL divergence from its source, or None when nobody said.
         context_length: longest context, or 0.
         known: whether the figures are measured ones.
+        text: digest of the text that ``nats`` were measured on, or "".
     """
 
     name: str
@@ -64,6 +65,7 @@ class Candidate:
     nats: float | None
     context_length: int
     known: bool
+    text: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +128,7 @@ def candidates(hub: Hub, repository: str, remote: Remote, listener: Listener) ->
         found = [_of_entry(entry) for entry in entries if _is_there(entry, remote, listener)]
     else:
         listener.say(f"{repository} has no {INDEX}: files are judged by their names and sizes")
-        found = _by_name(remote)
+        found = _by_name(remote, listener)
     if not found:
         raise EdgepruneError(f"{repository} holds no GGUF model")
     return found
@@ -153,15 +155,19 @@ def _of_entry(entry: Entry) -> Candidate:
         entry.quality["kl_mean"],
         entry.context_length,
         known=True,
+        text=entry.text,
     )
 
 
-def _by_name(remote: Remote) -> list[Candidate]:
+def _by_name(remote: Remote, listener: Listener) -> list[Candidate]:
     """Models by the names of their files, each with all of its parts."""
     groups: dict[tuple[str, int], list[Stored]] = {}
     for path, nbytes in sorted(remote.sizes.items()):
         name = path.rpartition("/")[2]
-        if not path.endswith(".gguf") or not is_sound_path(path) or name.startswith(_OTHERS) or "imatrix" in name:
+        if not path.endswith(".gguf") or name.startswith(_OTHERS) or "imatrix" in name:
+            continue
+        if not is_sound_path(path):
+            listener.say(f"left out, as not every system can have a file of that name: {path[:100]!r}")
             continue
         part = numbered(path)
         key = (part[0], part[2]) if part else (path.removesuffix(".gguf"), 1)
@@ -229,10 +235,15 @@ class Target:
         return Verdict(candidate, launch, budget, needs.weights_bytes - room)
 
 
-def choose(verdicts: Sequence[Verdict], profile: Profile, repository: str) -> Verdict:
-    """The best that fits: least divergence from the source where it was measured, else the largest file.
+def choose(
+    verdicts: Sequence[Verdict], profile: Profile, repository: str, say: Callable[[str], None] = lambda _: None
+) -> Verdict:
+    """The best that fits: least divergence from the source where all were measured on one text, else the largest.
 
     Types that the device does not run well are taken only when nothing else fits.
+
+    Args:
+        say: hears that divergences are there and cannot be compared.
 
     Raises:
         DoesNotFit: none does; says of each by how much.
@@ -241,7 +252,7 @@ def choose(verdicts: Sequence[Verdict], profile: Profile, repository: str) -> Ve
     if not fitting:
         smallest = min(verdicts, key=lambda verdict: verdict.short_bytes)
         label, total = smallest.budget.rows()[0]
-        rows = [(f"memory of {profile.name} ({label})", total)]
+        rows = [(f"memory ({label})", total)]
         rows += [(label, figure) for label, figure in smallest.budget.rows()[1:]]
         ordered = sorted(verdicts, key=lambda verdict: verdict.short_bytes)
         rows += [(f"{v.candidate.name}, short of", format_bytes(v.short_bytes)) for v in ordered]
@@ -251,12 +262,13 @@ def choose(verdicts: Sequence[Verdict], profile: Profile, repository: str) -> Ve
             hint="a smaller `--context` or `--kv-type q8_0` frees memory; `edgeprune fit` makes a file that fits",
         )
     suited = [verdict for verdict in fitting if not set(verdict.candidate.types) & set(profile.avoid)] or fitting
-
-    def rank(verdict: Verdict) -> tuple[bool, float, int]:
-        nats = verdict.candidate.nats
-        return (nats is None, nats or 0.0, -verdict.candidate.nbytes if nats is None else verdict.candidate.nbytes)
-
-    return min(suited, key=rank)
+    measured = [(v.candidate.nats, v.candidate.nbytes, v) for v in suited if v.candidate.nats is not None]
+    texts = {verdict.candidate.text for verdict in suited}
+    if len(measured) == len(suited) and len(texts) == 1 and "" not in texts:
+        return min(measured, key=lambda row: row[:2])[2]
+    if measured and len(suited) > 1:
+        say("divergences of these files are not of one text: the largest that fits is taken")
+    return max(suited, key=lambda verdict: verdict.candidate.nbytes)
 
 
 def download(
@@ -279,8 +291,9 @@ def download(
         with listener.progress(f"fetch {part.path}"):
             path = hub.read(repository, part.path, remote.head, folder)
         with listener.progress(f"check {part.path}") as progress:
-            known = len(part.sha256) == 64  # of a small file that is not in large storage there is only git's own
-            if path.stat().st_size != part.nbytes or (known and content_digest(path, progress) != part.sha256):
+            # Of a file that is not in large storage there is only git's own, which is shorter.
+            found = content_digest(path, progress) if len(part.sha256) == 64 else git_digest(path)
+            if path.stat().st_size != part.nbytes or found != part.sha256:
                 _discard(path, folder)
                 raise BadFile(
                     f"{part.path} arrived damaged: it is not what {repository} holds",

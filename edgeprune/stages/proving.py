@@ -17,7 +17,7 @@ from edgeprune.build.builder import Build
 from edgeprune.decide.plan import DROP, PRESET, SOLVER, Plan, folded
 from edgeprune.device.machine import AUTO
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
-from edgeprune.files import file_digest, read_json, to_json, write_text
+from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch, generated_tokens, prompt_tokens
 from edgeprune.measure.sensitivity import RIPPLES
@@ -30,7 +30,7 @@ from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.deeper import NOTHING
 from edgeprune.prove.page import render
 from edgeprune.prove.provenance import UNKNOWN, Provenance
-from edgeprune.prove.report import KEPT, Baseline, Report, disturbance, promises
+from edgeprune.prove.report import EVALUATION, KEPT, Baseline, Report, disturbance, promises
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.origin import Origin
 from edgeprune.stages.choosing import ChooseStages
@@ -215,7 +215,12 @@ class Run(ChooseStages):
             },
             launch_line=plan.launch.command(Path(build.path).name),
             conditions=self._conditions(plan, on_device, speed, measured),
-            made_from={"plan": plan.digest, "build": build.sha256, "text": self.text_digest},
+            made_from={
+                "plan": plan.digest,
+                "build": build.sha256,
+                "text": self.text_digest,
+                EVALUATION: digest(self.measured_on(REPORTING)),
+            },
             deeper=known.deeper if known else NOTHING,
             provenance=self._provenance(plan, build, speed, known),
         )

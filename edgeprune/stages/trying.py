@@ -112,9 +112,11 @@ class TryStages(DecideStages):
     @property
     def judge(self) -> list[Any]:
         """What files are chosen with: a part of the text."""
-        chosen = self.settings
-        text = self._digest_of(self._texts_for(CHOOSING))
-        return [CHOOSING, text, chosen.evaluation_tokens, chosen.window]
+        return self.measured_on(CHOOSING)
+
+    def measured_on(self, part: str) -> list[Any]:
+        """What a figure of a ``part`` of the held-out text depends on beside the files."""
+        return [part, self._digest_of(self._texts_for(part)), self.settings.evaluation_tokens, self.settings.window]
 
     def nats_to_choose(self, model: Path, title: str) -> float:
         """Nats per token of ``model`` on the half of the held-out text that files are chosen with."""

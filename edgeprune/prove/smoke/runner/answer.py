@@ -30,9 +30,7 @@ class Answer:
     ``finite`` is None where the engine does not tell.
     """
 
-    def __init__(
-        self, tokens: list[int], text: str, finite: bool | None, prefill_s: float, decode_s: float
-    ) -> None:
+    def __init__(self, tokens: list[int], text: str, finite: bool | None, prefill_s: float, decode_s: float) -> None:
         self.tokens, self.text, self.finite = tokens, text, finite
         self.prefill_s, self.decode_s = prefill_s, decode_s
 
