@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +74,8 @@ def fit_family(
                 continue
         members.append(Member(run.target, Report.from_json(read_json(own.report))))
         before = own
-    members = [_no_worse(member, members, folder, runs, listener) for member in members]
+    nats = _to_choose(members, folder, runs, listener)
+    members = [_no_worse(member, members, nats, folder, runs, listener) for member in members]
     family = make_family(members, failures)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / FAMILY, to_json(family.to_json()))
@@ -86,26 +87,49 @@ def fit_family(
     return family, folder
 
 
+def _to_choose(
+    members: Sequence[Member], folder: Path, runs: Sequence[Settings], listener: Listener
+) -> dict[str, float]:
+    """Nats per token of every member's file, by folder, on the half of the held-out text that files are chosen with:
+    what the reports are about is no more to be chosen with here than elsewhere."""
+    if len(members) < 2:
+        return {member.folder: 0.0 for member in members}
+    first = next(run for run in runs if run.target == members[0].folder)
+    with pipeline.opened(first, listener) as run:
+        nats = {
+            member.folder: run.nats_to_choose(folder / member.file, f"{member.folder}, to choose")
+            for member in members
+        }
+        run.clear_scratch()
+    return nats
+
+
 def _no_worse(
-    member: Member, members: Sequence[Member], folder: Path, runs: Sequence[Settings], listener: Listener
+    member: Member,
+    members: Sequence[Member],
+    nats: Mapping[str, float],
+    folder: Path,
+    runs: Sequence[Settings],
+    listener: Listener,
 ) -> Member:
-    """``member``, or made anew with the plan of a smaller one that measured better.
+    """``member``, or made anew with the plan of a smaller one that is better by ``nats``, see ``_to_choose``.
 
     Raises:
         BrokenPromise: as ``pipeline.fit``.
     """
-    own, smaller = _nats(member), [m for m in members if m.report.build["nbytes"] < member.report.build["nbytes"]]
-    best = min(smaller, key=_nats, default=member)
-    if _nats(best) >= own:
+    own, smaller = (
+        nats[member.folder],
+        [m for m in members if m.report.build["nbytes"] < member.report.build["nbytes"]],
+    )
+    best = min(smaller, key=lambda other: nats[other.folder], default=member)
+    if not nats[best.folder] < own:
         return member
-    listener.say(f"{member.folder} measures worse than the smaller {best.folder}: {own:.4g} nats, {_nats(best):.4g}")
+    listener.say(
+        f"{member.folder} measures worse than the smaller {best.folder}: {own:.4g} nats, {nats[best.folder]:.4g}"
+    )
     run = next(run for run in runs if run.target == member.folder)
     report, _ = pipeline.fit(run, listener, RunFolder(folder / best.folder))
     return replace(member, report=report)
-
-
-def _nats(member: Member) -> float:
-    return float(member.report.quality["kl_mean"])
 
 
 def _claim(folder: Path) -> None:

@@ -75,7 +75,7 @@ def verify(settings: Settings, listener: Listener, wishes: Wishes) -> tuple[Repo
     with opened(settings, listener) as run:
         finished = run.finished()
         plan = finished[0] if finished else run.best_plan()
-        wishes.check(run.launch_here(plan.launch).context)
+        wishes.check(run.launch_here(plan.launch).context, run.architecture)
         build = finished[1] if finished else run.build(plan)
         report = deepening.deepen(run, run.verify(plan, build), wishes)
         run.clear_scratch()

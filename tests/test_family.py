@@ -15,8 +15,9 @@ from runs import Ear, Fit, read, settings
 from edgeprune import pipeline
 from edgeprune.decide.plan import FAMILY
 from edgeprune.errors import BrokenPromise, UsageError
-from edgeprune.family import _no_worse, fit_family, members_of
+from edgeprune.family import _no_worse, _to_choose, fit_family, members_of
 from edgeprune.prove.family import Member, make_family, member_folders
+from edgeprune.prove.page import render_family
 from edgeprune.prove.report import Report
 from edgeprune.settings import Settings
 
@@ -92,8 +93,14 @@ def test_a_larger_target_that_measures_worse_takes_the_plan_of_the_smaller(tiny_
     worse, better = members
     assert worse.report.plan["kept"] == 2 and worse.report.quality["kl_mean"] > better.report.quality["kl_mean"]
     smaller = replace(better, report=replace(better.report, build={**better.report.build, "nbytes": 1}))
+    nats = _to_choose(members, tmp_path, runs, ear)
+    assert nats["file-500kB"] > nats["file-400kB"] > 0
+    # What the reports say is not looked at.
+    praised = replace(worse, report=replace(worse.report, quality={**worse.report.quality, "kl_mean": 0.0}))
+    praised = replace(praised, report=replace(praised.report, build={**praised.report.build, "nbytes": 1}))
+    assert _no_worse(better, [better, praised], nats, tmp_path, runs, ear) is better
 
-    taken = _no_worse(worse, [worse, smaller], tmp_path, runs, ear)
+    taken = _no_worse(worse, [worse, smaller], nats, tmp_path, runs, ear)
 
     assert any("measures worse than the smaller" in line for line in ear.said)
     for part in ("keep", "types", "kept", "width"):
@@ -103,7 +110,8 @@ def test_a_larger_target_that_measures_worse_takes_the_plan_of_the_smaller(tiny_
     }
     again, _ = pipeline.fit(runs[0], ear)
     assert again.plan == taken.report.plan
-    assert _no_worse(better, [taken, better], tmp_path, runs, ear) is better
+    nats = _to_choose([taken, better], tmp_path, runs, ear)
+    assert _no_worse(better, [taken, better], nats, tmp_path, runs, ear) is better
 
 
 def test_the_page_and_its_numbers_compare_them(made: Made) -> None:
@@ -119,6 +127,26 @@ def test_the_page_and_its_numbers_compare_them(made: Made) -> None:
     # Two files, the candidates of both sizes, and the legend.
     assert drawn.count("<circle") == 2 + points + 2 and drawn.count("<polyline") == 1 and points > 2
     assert drawn in page
+
+
+def test_the_page_says_what_its_files_have_in_common_only_where_they_have_it(made: Made) -> None:
+    (_, large), (_, small) = made.runs
+    first, experts = next(iter(small.plan["keep"])), set(range(small.plan["experts"]))
+    foreign = sorted(experts - set(large.plan["keep"][first]))[:1] + small.plan["keep"][first][1:]
+    apart = replace(small, plan={**small.plan, "keep": {**small.plan["keep"], first: sorted(foreign)}})
+    other = replace(small, made_from={**small.made_from, "evaluation": "of another text"})
+    whole = replace(large, plan={**large.plan, "keep": {}})
+
+    def said(*reports: Report) -> tuple[bool, bool]:
+        page = render_family(make_family([Member(str(n), one) for n, one in enumerate(reports)], []))
+        assert ("cannot be compared" in page) is not ("with the same calibration and held-out text" in page)
+        return "cannot be compared" not in page, "those that a smaller file keeps" in page
+
+    assert said(large, small) == said(whole, small) == (True, True)
+    assert said(large, apart) == (True, False)
+    assert said(large, other) == (False, True)
+    assert said(whole, replace(small, plan={**small.plan, "keep": {}})) == (True, False)  # nothing was dropped
+    assert said(large, replace(small, plan={**small.plan, "keep": {}})) == (True, False)
 
 
 @needs_browser

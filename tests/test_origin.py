@@ -50,6 +50,10 @@ def test_metadata_as_llama_cpp_converters_write_them(tmp_path: Path) -> None:
     )
 
 
+def test_the_licence_of_the_demo_is_known(tmp_path: Path) -> None:
+    assert read_origin(gguf_with(tmp_path), "demo").licence == Licence("apache-2.0")
+
+
 def test_the_source_goes_before_what_it_was_made_from(tmp_path: Path) -> None:
     file = gguf_with(
         tmp_path,

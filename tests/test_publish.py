@@ -171,6 +171,25 @@ def test_what_is_there_is_not_sent_again(far: HubServer, command: Command, run_f
     assert len(far.received) == len(sent) + 1
 
 
+def test_a_file_of_the_same_name_is_not_replaced_without_a_word(
+    far: HubServer, command: Command, run_folder: Path
+) -> None:
+    words = ("publish", run_folder, REPO, *LICENCE)
+    assert command(*words, "--yes").exception is None
+    name = next(path for path in published(far) if path.endswith(".gguf") and "/" not in path)
+    repository = far.repositories[REPO]
+    repository.commit("main", {**repository.files, name: Blob(b"GGUF" + bytes(60), large=True)})
+    shown = command(*words, "--dry-run")
+    (line,) = (line for line in shown.stdout.splitlines() if line.startswith(f"{name} "))
+    assert line.endswith("replaces another file") and shown.stdout.count("replaces") == 1
+    rows = value(command(*words, "--dry-run", "--json"))["files"]
+    assert [row["path"] for row in rows if row["replaces"]] == [name]
+    sent = command(*words, "--yes")
+    assert f"{name} there is another file, and is replaced" in sent.stderr
+    assert published(far)[name].content == gguf_of(run_folder).read_bytes()
+    assert "replaces" not in command(*words, "--dry-run").stdout
+
+
 def test_a_large_file_is_sent_in_parts_that_belong_together(
     far: HubServer, command: Command, run_folder: Path, tmp_path: Path
 ) -> None:
@@ -255,6 +274,20 @@ def test_a_family_is_one_repository_and_grows(
     assert {p: b.sha256 for p, b in published(far, "me/other").items() if p.endswith(".gguf")} == {
         p: b.sha256 for p, b in grown.items() if p.endswith(".gguf")
     }
+
+
+def test_figures_of_different_texts_are_not_put_beside_each_other_without_a_word(
+    far: HubServer, command: Command, run_folder: Path, larger_fit: Path
+) -> None:
+    words = ("publish", run_folder, larger_fit, REPO, *LICENCE, "--dry-run", "--json")
+    assert "figures of different texts" not in value(command(*words))["card"]
+    made_from = read(run_folder / "report.json")["made_from"]
+    change_report(run_folder, made_from={**made_from, "evaluation": "of another text"})
+    assert "figures of different texts" in value(command(*words))["card"]
+    assert command(*words[:-2], "--yes").exception is None
+    index = json.loads(published(far)["edgeprune.json"].content)
+    assert [entry["text"] for entry in index["files"]] == [made_from["evaluation"], "of another text"]
+    assert "figures cannot be compared" in published(far)["family.html"].content.decode().replace("\n", " ")
 
 
 def test_the_same_run_twice_is_one_file(far: HubServer, command: Command, run_folder: Path, tiny_fit: Fit) -> None:
@@ -446,6 +479,26 @@ def test_licences_that_ask_for_a_person(
     assert REPO not in far.repositories
     forced = command(*every, "--force")
     assert forced.exception is None and said in forced.stderr
+
+
+def test_a_licence_that_is_not_the_sources_is_not_called_so(
+    far: HubServer, command: Command, run_folder: Path
+) -> None:
+    far.repositories["org/base"] = Repository(card={"license": "llama3"})
+    words = ("publish", run_folder, REPO, "--base-model", "org/base", "--yes")
+    message = refused(command(*words, "--license", "mit"), EdgepruneError)
+    assert "--license says mit, and the source says llama3" in message and REPO not in far.repositories
+
+    def card(*more: str) -> str:
+        assert command(*words, *more).exception is None
+        return published(far)["README.md"].content.decode()
+
+    assert "- Licence, that of the source: llama3\n" in card("--license", "llama3")
+    forced = card("--license", "mit", "--force")
+    assert "- Licence, as given by the publisher: mit\n" in forced and "that of the source" not in forced
+    for silent in ({}, {"license": "other"}):
+        far.repositories["org/base"].card = silent
+        assert "- Licence, as given by the publisher: mit\n" in card("--license", "mit")
 
 
 def test_a_licence_that_was_read_is_enough(far: HubServer, command: Command, run_folder: Path) -> None:

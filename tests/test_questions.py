@@ -166,6 +166,13 @@ def test_gsm8k_keeps_the_number_behind_the_marks(tmp_path: Path) -> None:
         ("-0", "0"),
         ("000", "0"),
         ("first 8, then 12,", "12"),
+        ("ages 5-7", "7"),
+        ("about 1e3", "1000"),
+        ("1.5E+2 or 15e-1", "1.5"),
+        ("1e3x", "3"),
+        ("x = -7", "-7"),
+        ("(3)-7", "7"),
+        ("9e999", "999"),
     ],
 )
 def test_numbers_are_compared_in_their_plainest_form(text: str, number: str) -> None:

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from runs import Ear, Fit, read, run_edgeprune, settings
 
 from edgeprune import pipeline
-from edgeprune.errors import UsageError
+from edgeprune.errors import BadFile, UsageError
+from edgeprune.measure.kld_base import BaseFile
 from edgeprune.pipeline import Wishes
 from edgeprune.prove.report import Report
+from edgeprune.stages.deepening import short_name
 
 pytest_plugins = ("demo_fixtures",)
 
@@ -77,7 +80,18 @@ def test_a_fit_measures_none_of_it(tiny_fit: Fit) -> None:
     assert not any(tiny_fit.report.to_json()["deeper"].values())
 
 
-def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(tiny_fit: Fit, folder: Path) -> None:
+def base_file(path: Path, context: int, vocabulary: int) -> Path:
+    """A file of log-probabilities, with a hole in place of them."""
+    file = BaseFile(path, context, vocabulary, 1)
+    with path.open("wb") as stream:
+        stream.write(file.head(np.zeros((1, context), np.int32)))
+        stream.truncate(file.nbytes)
+    return path
+
+
+def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(
+    tiny_fit: Fit, folder: Path, tmp_path: Path
+) -> None:
     before = (folder / "report.json").read_bytes()
     for wishes, message in (
         (Wishes(depths=(1 << 20,)), "more than the context"),
@@ -85,9 +99,11 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(tiny_
         (Wishes(tasks=("nowhere.jsonl",)), "no task file"),
         (Wishes(write_base=folder / "report.json"), "exists already"),
         (Wishes(write_base=folder / "nowhere" / "base"), "there is no folder"),
+        (Wishes(base=base_file(tmp_path / "other.kld", 16, 320 + 8)), "is of another model than tiny"),
+        (Wishes(base=base_file(tmp_path / "long.kld", 1 << 15, 320)), "is of another model than tiny"),
     ):
         ear = Ear()
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises((UsageError, BadFile), match=message):
             pipeline.verify(settings(tiny_fit, folder), ear, wishes)
         assert "quality of what is shipped" not in ear.stages
     assert (folder / "report.json").read_bytes() == before
@@ -110,12 +126,38 @@ def test_what_is_there_is_verified_though_it_was_built_with_other_settings(tiny_
 
 def test_files_of_questions_of_one_name_are_told_apart(tiny_fit: Fit, folder: Path, tmp_path: Path) -> None:
     record = {"question": "What is the sum?", "choices": ["3", "4", "5"], "answer": 1}
-    words: list[str | Path] = ["--depths", "none", "--questions", "1"]
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "test.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-        words += ["--task", tmp_path / name / "test.jsonl"]
-    assert [task["name"] for task in verify(tiny_fit, folder, *words)["deeper"]["tasks"]] == [
-        "a/test.jsonl",
-        "b/test.jsonl",
-    ]
+    record |= {"ctx": "What is", "endings": ["3", "4", "5"], "label": 1}
+
+    def names(*files: str) -> list[str]:
+        words: list[str | Path] = ["--depths", "none", "--questions", "1"]
+        for file in files:
+            path = tmp_path / file.partition(":")[0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            words += ["--task", str(tmp_path / file)]
+        found = verify(tiny_fit, folder, *words)["deeper"]["tasks"]
+        return [f"{task['name']} {task['form']}" for task in found]
+
+    first = ["x/a/t.jsonl mmlu", "y/a/t.jsonl mmlu", "u.jsonl mmlu"]
+    assert names("x/a/t.jsonl:mmlu", "y/a/t.jsonl:mmlu", "u.jsonl:mmlu", "u.jsonl:mmlu") == first
+    # Later ones stand beside them, and the same ones in their place.
+    later = ["u.jsonl hellaswag", "sub/u.jsonl mmlu"]
+    assert names("u.jsonl:hellaswag") == [*first, later[0]]
+    assert names("sub/u.jsonl:mmlu") == [*first, *later]
+    assert names("u.jsonl:hellaswag") == [*first, later[1], later[0]]
+    assert str(tmp_path) not in json.dumps(read(folder / "report.json")["deeper"])
+
+
+@pytest.mark.parametrize(
+    ("paths", "taken", "name"),
+    [
+        (["/q/hs.jsonl", "/q/sub/hs.jsonl"], [], "q/hs.jsonl"),
+        (["/q/hs.jsonl", "/q/other.jsonl"], [], "hs.jsonl"),
+        (["/q/hs.jsonl"], ["hs.jsonl"], "q/hs.jsonl"),
+        (["/q/hs.jsonl"], ["hs.jsonl", "q/hs.jsonl"], "/q/hs.jsonl"),
+        (["/x/a/t.jsonl", "/y/a/t.jsonl"], [], "x/a/t.jsonl"),
+    ],
+)
+def test_a_name_is_the_end_of_the_path_that_no_other_has(paths: list[str], taken: list[str], name: str) -> None:
+    known = [Path(path) for path in paths]
+    assert short_name(known[0], known, taken) == name

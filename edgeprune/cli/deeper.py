@@ -72,7 +72,7 @@ def _tasks(found: Deeper) -> list[str]:
         return []
     rows = [
         (
-            task.name,
+            f"{task.name} ({task.form})",
             f"{task.right.count:,} of {task.total:,}",
             share(task.right.original, task.right.count),
             share(task.right.candidate, task.right.count),

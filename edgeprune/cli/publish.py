@@ -62,6 +62,9 @@ def publish(directories: tuple[Path, ...], repository: str, **options: Any) -> N
         if options["dry_run"]:
             _print(planned.to_json(), [*lines, "", planned.card], options["as_json"])
             return
+        for path in sorted(planned.replaced) if options["yes"] else ():
+            if path.endswith(".gguf"):
+                console.say(f"{path} there is another file, and is replaced")
         _ask(lines, yes=options["yes"])
         address = publisher.send(folders[0].scratch / "parts")
     value = {**planned.to_json(), "address": address}
@@ -136,15 +139,24 @@ def _summary(publication: Publication, publisher: Publisher) -> list[str]:
     from edgeprune.cli.show import table
     from edgeprune.units import format_bytes
 
-    states = {True: "there already", False: ""}
-    rows = [(u.path, f"{u.nbytes:,} bytes", states[u.path in publication.there]) for u in publication.uploads]
+    rows = [(u.path, f"{u.nbytes:,} bytes", _state(u.path, publication)) for u in publication.uploads]
     rows += [(path, "", "is deleted") for path in publication.gone]
     total = sum(upload.nbytes for upload in publication.to_send)
     kind = "private" if (publisher.remote.private or publisher.wishes.private) else "public"
     state = "" if publisher.remote.exists else ", to be made"
     licence, bases = publisher.origin.licence, ", ".join(publisher.origin.base_models)
     head = f"{publication.repository} ({kind}{state}): {total:,} bytes ({format_bytes(total)}) to send"
-    return [head, f"licence {licence or 'none'}, base model {bases or 'none'}", "", *table(rows)]
+    given = ", as given by --license" if publisher.origin.licence_given else ""
+    return [head, f"licence {licence or 'none'}{given}; base model {bases or 'none'}", "", *table(rows)]
+
+
+def _state(path: str, publication: Publication) -> str:
+    """What becomes of the file at ``path``; pages and records are ours, and made anew each time."""
+    if path in publication.there:
+        return "there already"
+    if path not in publication.replaced:
+        return ""
+    return "replaces another file" if path.endswith(".gguf") else "replaces the one there"
 
 
 def _ask(lines: Sequence[str], *, yes: bool) -> None:

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ _MOST_LINE_BYTES = 1 << 20
 _MOST_CHOICES = 26
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _HEAD = ["question", "a", "b", "c", "d", "answer"]  # of a table, which need not have one
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+# A minus behind a digit, a letter or a bracket is none of the number's. No answer has three digits in its exponent.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d{1,2}(?!\w))?")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def last_number(text: str) -> str:
     found = _NUMBER.findall(text)
     if not found:
         return ""
-    plain: str = found[-1].replace(",", "").replace("$", "")
+    plain = format(Decimal(found[-1].replace(",", "").replace("$", "")), "f")
     sign, digits = ("-", plain[1:]) if plain.startswith("-") else ("", plain)
     whole, _, fraction = digits.partition(".")
     whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")

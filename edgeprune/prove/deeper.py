@@ -99,18 +99,21 @@ class Task:
         form: its format.
         total: questions in it, of which some were asked.
         right: who answered which rightly.
+        file: what the file and format are known by, or "".
     """
 
     name: str
     form: str
     total: int
     right: Paired
+    file: str = ""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Task:
-        check_keys("a task", value, set(cls.__dataclass_fields__), set())
+        check_keys("a task", value, set(cls.__dataclass_fields__) - {"file"}, {"file"})
         total = checked_int("total", value["total"], 1, 1 << 40)
-        return cls(str(value["name"]), str(value["form"]), total, Paired.from_json(value["right"]))
+        right = Paired.from_json(value["right"])
+        return cls(str(value["name"]), str(value["form"]), total, right, str(value.get("file", "")))
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Deeper:
     Attributes:
         speeds: by depth.
         loops: by mode.
-        tasks: by file.
+        tasks: by file and format.
         bases: quality by file of log-probabilities.
         slices: quality by slice.
         objects: which requests for JSON, under a grammar, were answered to the end; None if none were made.

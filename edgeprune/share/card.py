@@ -272,7 +272,8 @@ def model_card(
     linked = ", ".join(f"[{base}](https://huggingface.co/{base})" for base in origin.base_models)
     lines.append(f"- Source: {name}, {format_bytes(first.source['nbytes'])}{', from ' + linked if linked else ''}")
     if origin.licence is not None:
-        lines.append(f"- Licence, that of the source: {plain(origin.licence)}")
+        whose = "as given by the publisher" if origin.licence_given else "that of the source"
+        lines.append(f"- Licence, {whose}: {plain(origin.licence)}")
     lines += [f"- Tokenizer: {plain(text)[:300]}" for text in first.source.get("tokenizer_differences", [])]
     lines += ["- Made by edgeprune for stock llama.cpp: experts and types chosen together, measured, compared", ""]
     if repository:

@@ -74,6 +74,7 @@ class Origin:
         languages: codes such as ``en``.
         sampler: values by llama-server option.
         pipeline: the Hub's name of the task.
+        licence_given: whether the publisher names the licence, and the source does not say it.
     """
 
     base_models: tuple[str, ...] = ()
@@ -81,6 +82,7 @@ class Origin:
     languages: tuple[str, ...] = ()
     sampler: Mapping[str, float] = field(default_factory=dict)
     pipeline: str = _PIPELINE
+    licence_given: bool = False
 
     def over(self, other: Origin) -> Origin:
         """This one, and where it says nothing, ``other``."""
@@ -90,12 +92,16 @@ class Origin:
             self.languages or other.languages,
             self.sampler or other.sampler,
             self.pipeline if self.pipeline != _PIPELINE else other.pipeline,
+            self.licence_given if self.licence else other.licence_given,
         )
 
     @property
     def sampler_words(self) -> list[str]:
         """The sampler as words of a command line."""
         return [word for option, value in self.sampler.items() for word in (option, f"{value:g}")]
+
+
+_DEMO = Origin(licence=Licence("apache-2.0"), languages=("en",))  # of the model that ships with the package
 
 
 def is_repository(name: str) -> bool:
@@ -224,6 +230,8 @@ def read_origin(file: GgufFile, source: str) -> Origin:
         BadFile: a model card or a configuration cannot be read.
     """
     own, folder = origin_of_gguf(file), Path(source)
+    if source == "demo":
+        return own.over(_DEMO)
     if source and folder.is_dir():
         return origin_of_checkpoint(folder).over(own)
     named = hub_name(source)
@@ -241,6 +249,23 @@ def _cached(name: HubName) -> Origin:
 
     found = try_to_load_from_cache(name.repo, "config.json", revision=name.revision or None)
     return origin_of_checkpoint(Path(found).parent) if isinstance(found, str) else Origin()
+
+
+def check_same_licence(named: Licence, found: Licence) -> None:
+    """Refuse to call a licence the source's that is not; one "of its own" has no other name to be held against.
+
+    Args:
+        named: by the publisher.
+        found: what the source says.
+
+    Raises:
+        EdgepruneError: names both.
+    """
+    if named.identifier != found.identifier and not found.unknown:
+        raise EdgepruneError(
+            f"--license says {named}, and the source says {found}",
+            hint="leave --license out to publish under the source's; where you may choose another, `--force`",
+        )
 
 
 def check_licence(origin: Origin, gated: str, *, read: bool) -> None:

@@ -21,8 +21,15 @@ from edgeprune.prove.pictures import standalone
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.hub import Hub, Remote, Request, Upload
 from edgeprune.share.index import INDEX, Entry, index_text, read_index
-from edgeprune.share.origin import Licence, Origin, check_licence, is_repository, origin_of_card
-from edgeprune.share.release import LARGEST_FILE, Release, Run, distinct, open_release
+from edgeprune.share.origin import (
+    Licence,
+    Origin,
+    check_licence,
+    check_same_licence,
+    is_repository,
+    origin_of_card,
+)
+from edgeprune.share.release import LARGEST_FILE, TO_BE_WRITTEN, Release, Run, distinct, open_release
 
 CARD, FAMILY_PAGE = "README.md", "family.html"
 
@@ -68,6 +75,7 @@ class Publication:
         gone: paths that are to be deleted.
         card: the README, whether it is sent or not.
         there: paths of ``uploads`` that the repository holds already, byte for byte.
+        replaced: paths of ``uploads`` where the repository holds something else.
     """
 
     repository: str
@@ -75,6 +83,7 @@ class Publication:
     gone: tuple[str, ...]
     card: str
     there: frozenset[str]
+    replaced: frozenset[str] = frozenset()
 
     @property
     def to_send(self) -> list[Upload]:
@@ -84,7 +93,12 @@ class Publication:
         return {
             "repository": self.repository,
             "files": [
-                {"path": upload.path, "nbytes": upload.nbytes, "there": upload.path in self.there}
+                {
+                    "path": upload.path,
+                    "nbytes": upload.nbytes,
+                    "there": upload.path in self.there,
+                    "replaces": upload.path in self.replaced,
+                }
                 for upload in self.uploads
             ],
             "deleted": list(self.gone),
@@ -185,17 +199,26 @@ class Publisher:
                 continue
             own, found = own.over(origin_of_card(metadata)), found.over(origin_of_card(metadata))
             gated = base if closed else gated
-        self.origin = own
+        self.origin = replace(own, licence_given=self._licence_is_given(found))
         if not own.base_models:
             self.listener.say("the card names no base model, as the source does not; `--base-model org/name` does")
         try:
             check_licence(own, gated, read=self.wishes.licence is not None)
             if found.licence is not None and found.licence.forbids_derivatives:  # whatever was named by hand
                 check_licence(found, "", read=True)
+            if self.wishes.licence is not None and found.licence is not None:
+                check_same_licence(self.wishes.licence, found.licence)
         except EdgepruneError as error:
             if not self.wishes.force:
                 raise
             self.listener.say(f"published as asked, though {error.cause}")
+
+    def _licence_is_given(self, found: Origin) -> bool:
+        """Whether the licence is what was typed, and the source does not say so."""
+        named, said = self.wishes.licence, found.licence
+        if named is None:
+            return False
+        return said is None or said.unknown or said.identifier != named.identifier
 
     def planned(self) -> Publication:
         """What would be sent."""
@@ -271,7 +294,8 @@ class Publisher:
         stale = [entry for entry in self.entries if entry.name in own]
         gone = sorted({part.path for entry in stale for part in entry.parts} & self.remote.files.keys() - wanted)
         there = frozenset(upload.path for upload in uploads if _same(upload, self.remote.files.get(upload.path)))
-        return Publication(self.repository, tuple(uploads), tuple(gone), card, there)
+        replaced = frozenset(u.path for u in uploads if u.path not in there and _is_other(u, self.remote))
+        return Publication(self.repository, tuple(uploads), tuple(gone), card, there, replaced)
 
     @cached_property
     def _may_replace_card(self) -> bool:
@@ -296,6 +320,13 @@ def _same(upload: Upload, digest: str | None) -> bool:
         return digest is not None
     content = upload.content if isinstance(upload.content, bytes) else b""
     return bool(content) and digest == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _is_other(upload: Upload, remote: Remote) -> bool:
+    """Whether the repository holds another file under that name; of a part that is still to be written the size is
+    all that is known."""
+    unknown = upload.sha256 == TO_BE_WRITTEN and remote.sizes.get(upload.path) == upload.nbytes
+    return upload.path in remote.files and not unknown
 
 
 def _details(release: Release, entry: Entry) -> tuple[Sheet, list[Upload]]:

@@ -24,6 +24,7 @@ from edgeprune.share.origin import Origin, read_origin
 # The Hub takes no larger file (its documentation, "Storage limits"); GB are 10^9.
 LARGEST_FILE = 50 * 10**9
 _LONGEST_STEM = 80
+TO_BE_WRITTEN = "0" * 64  # stands for the SHA-256 of a part
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ class Release:
         return split(self.file.path, scratch, self.name, most_bytes, progress)
 
     def planned_parts(self, most_bytes: int) -> list[Part]:
-        """What ``parts`` will be; zeros stand for the SHA-256 of those that are still to be written."""
+        """What ``parts`` will be; ``TO_BE_WRITTEN`` is the SHA-256 of those that are not there yet."""
         built = self._built()
         if all(part.nbytes <= most_bytes for part in built):
             return built
-        return [Part(self.file.path, nbytes, "0" * 64) for nbytes in split_sizes(self.file.path, most_bytes)]
+        return [Part(self.file.path, nbytes, TO_BE_WRITTEN) for nbytes in split_sizes(self.file.path, most_bytes)]
 
     def stored(self, parts: Sequence[Part]) -> list[Stored]:
         """``parts`` as files of the repository."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import BadFile, Unsupported, UsageError
+from edgeprune.files import digest
 from edgeprune.measure import child
 from edgeprune.measure.answers import shipped_prompts
 from edgeprune.measure.kld_base import BaseFile
@@ -21,6 +22,7 @@ from edgeprune.prove.report import disturbance
 from edgeprune.units import format_bytes
 
 if TYPE_CHECKING:
+    from edgeprune.model.architecture import Architecture
     from edgeprune.prove.report import Report
     from edgeprune.stages.proving import Run
 
@@ -54,15 +56,16 @@ class Wishes:
     base: Path | None = None
     write_base: Path | None = None
 
-    def check(self, context: int) -> None:
+    def check(self, context: int, architecture: Architecture) -> None:
         """Refuse what cannot be done, before anything is measured.
 
         Args:
             context: tokens that the built file is run with here.
+            architecture: of the model.
 
         Raises:
             UsageError: says what.
-            BadFile: a line of a task that is no record of it, or a damaged base file.
+            BadFile: a line of a task that is no record of it, or a base file that is damaged or of another model.
         """
         if self.depths and max(self.depths) > context - _BLOCK - _GENERATED:
             raise UsageError(
@@ -74,11 +77,27 @@ class Wishes:
         for task in self.tasks:
             chosen_questions(*parse_task(task), self.questions)
         if self.base is not None:
-            BaseFile.read(self.base)
+            _check_base(BaseFile.read(self.base), architecture)
         if self.write_base is not None and self.write_base.exists():
             raise UsageError(f"--write-kld-base: {self.write_base} exists already", hint="choose another name")
         if self.write_base is not None and not self.write_base.absolute().parent.is_dir():
             raise UsageError(f"--write-kld-base: there is no folder {self.write_base.parent}", hint="make it first")
+
+
+def _check_base(base: BaseFile, architecture: Architecture) -> None:
+    """Refuse log-probabilities of another model, or of longer chunks than this one reads.
+
+    Raises:
+        BadFile: names both figures.
+    """
+    for name, its, own in (
+        ("vocabulary", base.vocabulary, architecture.vocabulary),
+        ("context", base.context, architecture.context_length),
+    ):
+        if its != own if name == "vocabulary" else its > own > 0:
+            rows = [(f"its {name}", f"{its:,}"), ("the model's", f"{own:,}")]
+            raise BadFile(f"{base.path} is of another model than {architecture.name}", rows=rows)
+    base.tokens()
 
 
 def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
@@ -97,10 +116,12 @@ def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
         keep(replace(report.deeper, speeds=speeds))
     if wishes.loops:
         keep(replace(report.deeper, loops=_loops(run, built, wishes.loops)))
-    for value in wishes.tasks:
-        found = replace(_task(run, built, value, wishes.questions), name=_short_name(value, wishes.tasks))
-        others = [task for task in report.deeper.tasks if task.name != found.name]
-        keep(replace(report.deeper, tasks=(*others, found)))
+    files = dict.fromkeys((path.resolve(), form) for path, form in map(parse_task, wishes.tasks))
+    for path, form in files:
+        others = [task for task in report.deeper.tasks if task.file != file_key(path, form)]
+        found = _task(run, built, path, form, wishes.questions)
+        name = short_name(path, [other for other, _ in files], {task.name for task in others if task.form == form})
+        keep(replace(report.deeper, tasks=(*others, replace(found, name=name))))
     if wishes.slices:
         keep(replace(report.deeper, slices=_slices(run, built)))
         keep(replace(report.deeper, objects=_objects(run, built)))
@@ -173,19 +194,26 @@ def _of_both(run: Run, built: Path, task: str, arguments: dict[str, Any], title:
     return found[0], found[1]
 
 
-def _task(run: Run, built: Path, value: str, most: int) -> Task:
-    path, form = parse_task(value)
+def _task(run: Run, built: Path, path: Path, form: str, most: int) -> Task:
     questions, total = chosen_questions(path, form, most)
     arguments = {"questions": [one.to_json() for one in questions], "name": str(path)}
     both = _of_both(run, built, "edgeprune.measure.answering:answer", arguments, f"{path.name}: answers")
-    return Task(path.name, form, total, Paired.of(*both))
+    return Task(path.name, form, total, Paired.of(*both), file_key(path, form))
 
 
-def _short_name(value: str, values: Sequence[str]) -> str:
-    """The name of a file of questions; with its folder where another one of them has the same name."""
-    path = parse_task(value)[0]
-    same = [other for other in values if parse_task(other)[0].name == path.name]
-    return path.name if len(same) == 1 else f"{path.parent.name}/{path.name}"
+def file_key(path: Path, form: str) -> str:
+    """What a task is known by in later reports; where the file lies is nobody's business there."""
+    return digest([str(path), form])[:16]
+
+
+def short_name(path: Path, paths: Sequence[Path], taken: Collection[str]) -> str:
+    """The shortest end of ``path`` that is no other's of ``paths``, all of them absolute, and not ``taken``."""
+    others, parts = [other.parts for other in paths if other != path], path.parts
+    for count in range(1, len(parts)):
+        name = "/".join(parts[-count:])
+        if name not in taken and all(other[-count:] != parts[-count:] for other in others):
+            return name
+    return str(path)
 
 
 def _slices(run: Run, built: Path) -> tuple[Named, ...]:
