@@ -51,6 +51,10 @@ class BadFile(EdgepruneError):
     """A file that is corrupt, truncated, hostile or not what it claims to be."""
 
 
+class NotFinite(BadFile):
+    """A model that computes values that are not finite."""
+
+
 class Unsupported(EdgepruneError):
     """A well-formed input that cannot be handled, with the reason."""
 
@@ -84,6 +88,7 @@ KINDS: dict[str, type[EdgepruneError]] = {
     for kind in (
         EdgepruneError,
         BadFile,
+        NotFinite,
         Unsupported,
         NativeCrash,
         Busy,

@@ -21,10 +21,12 @@ from edgeprune.errors import BadFile, BrokenPromise
 from edgeprune.files import file_digest, to_json
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
+from edgeprune.prove.figures import curve
 from edgeprune.prove.page import render
 from edgeprune.prove.pictures import pictures
 from edgeprune.prove.provenance import Provenance
-from edgeprune.prove.report import Baseline, Promise, Report, promises
+from edgeprune.prove.report import MEANWHILE, Baseline, Promise, Report, promises
+from edgeprune.prove.tables import facts
 from edgeprune.share.card import Sheet, model_card, plain
 from edgeprune.share.origin import Origin
 from edgeprune.stages.proving import verdict_of
@@ -476,6 +478,30 @@ def test_the_verdict_tells_a_worse_choice_from_a_wish(
     rival = Baseline("IQ3_S", 1000, {**quality, "kl_mean": preset}, chosen_by)
     found = verdict_of(replace(tiny_fit.report, quality=quality, baselines=[rival]))
     assert found.startswith("All promises kept; 0.2 nats per token") and found.endswith(said)
+
+
+def test_a_hardly_moved_model_is_told_in_figures_that_can_be_read(tiny_fit: Fit) -> None:
+    plan = {**tiny_fit.report.plan, "keep": {}, "types": {}, "width": 0}
+    rival = Baseline("Q8_0", 1000, {**tiny_fit.report.quality, "kl_mean": 0.1}, 0.1)
+
+    def said(kl: float, **changes: Any) -> str:
+        return verdict_of(replace(tiny_fit.report, quality={**rival.quality, "kl_mean": kl}, **changes))
+
+    assert said(5e-9, plan=plan, baselines=[rival]).endswith("measurement is below 0.000001 nats.")
+    assert "kept; 0.0000512 nats per token" in said(5.12e-5) and "kept; below 0.000001 nats" in said(5e-9)
+
+
+def test_the_tile_of_the_speed_says_what_disturbed_it(tiny_fit: Fit) -> None:
+    quiet = replace(tiny_fit.report, promises=[p for p in tiny_fit.report.promises if p.name != MEANWHILE])
+    busy = replace(quiet, promises=[*quiet.promises, Promise(MEANWHILE, "", "76 % of the cores", "information")])
+    assert "tokens per second" in dict(facts(quiet))
+    assert "<dt>tokens per second, while other programs used 76 % of the cores</dt>" in render(busy)
+
+
+def test_what_lies_below_the_axis_of_the_curve_says_so() -> None:
+    drawn = curve([], [], {"this file": (1000, 0.0), "smaller": (500, 0.1)})
+    assert ">this file \u2193</text>" in drawn and "0 nats per token, below the axis<" in drawn
+    assert ">smaller</text>" in drawn
 
 
 def test_a_broken_promise_is_an_error_that_names_the_figures(tiny_fit: Fit) -> None:

@@ -12,8 +12,11 @@ import pytest
 from runs import Ear, Fit, read, run_edgeprune, settings
 
 from edgeprune import pipeline
+from edgeprune.build.builder import digest_of
 from edgeprune.errors import BadFile, UsageError
+from edgeprune.files import to_json
 from edgeprune.measure.kld_base import BaseFile
+from edgeprune.model.gguf import GgufFile
 from edgeprune.pipeline import Wishes
 from edgeprune.prove.report import Report
 from edgeprune.stages.deepening import short_name
@@ -122,6 +125,23 @@ def test_what_is_there_is_verified_though_it_was_built_with_other_settings(tiny_
     assert (folder / "plan.json").read_bytes() == plan
     assert report.build["path"] in built
     assert any("built with other settings" in line and "method" in line for line in ear.said)
+
+
+def test_a_built_file_that_computes_no_numbers_is_a_broken_promise(
+    tiny_fit: Fit, folder: Path, tmp_path: Path
+) -> None:
+    record = read(folder / "build.json")
+    built = folder / record["path"]
+    tensor = GgufFile(built).tensors["output_norm.weight"]
+    content = bytearray(built.read_bytes())
+    content[tensor.offset : tensor.offset + 4] = np.float32(np.nan).tobytes()
+    built.write_bytes(content)
+    (folder / "build.json").write_text(to_json({**record, "sha256": digest_of([built])}), encoding="utf-8")
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"question": "What is the sum?", "choices": ["3", "4"], "answer": 1}\n', encoding="utf-8")
+    for words in (("--depths", "none"), ("--depths", "none", "--task", task), ("--depths", "none", "--loops", "1")):
+        done = run_edgeprune("verify", *tiny_fit.arguments, "-o", folder, *words)
+        assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_files_of_questions_of_one_name_are_told_apart(tiny_fit: Fit, folder: Path, tmp_path: Path) -> None:

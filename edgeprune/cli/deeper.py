@@ -104,8 +104,8 @@ def _slices(found: Deeper) -> list[str]:
             f"{one.quality['kl_mean']:.5f}",
             f"{one.quality['kl_999']:.4f}",
             f"{100 * one.quality['same_top']:.1f} %",
-            f"{one.quality['perplexity']:.2f}",
-            f"{one.quality['reference_perplexity']:.2f}",
+            f"{one.quality['perplexity']:,.2f}",
+            f"{one.quality['reference_perplexity']:,.2f}",
         )
         for one in found.slices
     ]

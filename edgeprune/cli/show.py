@@ -176,7 +176,7 @@ def comparison(found: Comparison, folder: Path) -> list[str]:
                 f"{row.low:.4f}-{row.high:.4f}",
                 f"{row.quality['kl_99']:.3f}",
                 f"{100 * row.quality['same_top']:.1f} %",
-                f"{row.quality['perplexity']:.2f}",
+                f"{row.quality['perplexity']:,.2f}",
             )
             for row in found.rows
             if row.kept == kept

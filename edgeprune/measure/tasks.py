@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune.errors import BadFile
+from edgeprune.errors import BadFile, NotFinite
 from edgeprune.files import digest, require_space, room_for
 from edgeprune.measure.channels import Channels
 from edgeprune.measure.child import peak_memory_bytes
@@ -239,12 +239,12 @@ def finite(model: str, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
     """``logits`` of a window, of which the last row has seen every token.
 
     Raises:
-        BadFile: they are not finite; names the tensor that is to blame, if one can be found.
+        NotFinite: they are not; names the tensor that is to blame, if one can be found.
     """
     if np.isfinite(logits[-1]).all():
         return logits
     blamed = first_not_finite(GgufFile(Path(model)))
-    raise BadFile(
+    raise NotFinite(
         f"{model} computes values that are not finite",
         rows=[("holds NaN or infinity", blamed)] if blamed else [],
         hint="the file is damaged, or overflowed when it was made; get it again",

@@ -130,9 +130,11 @@ def curve(
     if len(shipped) > 1:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(place(*mark[:2]) for mark in marks if mark[3] == "c4"))
         body.append(f'<polyline points="{path}" class="line s4"/>')
-    labels = _labels(places, [label for _, _, label, _ in marks], (left, upper, width, lower))
-    for (size, nats, label, css), (x, y), spot in zip(marks, places, labels, strict=True):
-        tip = f"{label}: {format_bytes(size)}, {nats:.4g} nats per token"
+    # What lies below the axis is drawn on it, and says so.
+    names = [f"{label} \u2193" if nats < floor else label for _, nats, label, _ in marks]
+    labels = _labels(places, names, (left, upper, width, lower))
+    for (size, nats, own, css), label, (x, y), spot in zip(marks, names, places, labels, strict=True):
+        tip = f"{own}: {format_bytes(size)}, {nats:.4g} nats per token{', below the axis' if label != own else ''}"
         radius = 7 if css == "c4" else 5
         body.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"><title>{escape(tip)}</title></circle>'

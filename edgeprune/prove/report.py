@@ -21,6 +21,7 @@ EVALUATION = "evaluation"  # of ``made_from``: digest of the text that the repor
 _MEMORY_TOLERANCE = 0.01
 # Of all cores, used by other programs: from here on a speed is theirs, too.
 _DISTURBED_SHARE = 0.1
+_LEAST_NATS = 1e-6  # below it is rounding
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,13 @@ class Report:
 def rate(per_second: float) -> str:
     """A speed with three significant digits or so."""
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
+def nats_in_words(value: float) -> str:
+    """A divergence with about four significant digits and no exponent, which might break at the end of a line."""
+    if 0 < abs(value) < _LEAST_NATS:
+        return f"below {_LEAST_NATS:f}"
+    return f"{value:.4g}" if not 0 < abs(value) < 1e-4 else f"{value:.7f}"
 
 
 def disturbance(share: float | None) -> str:

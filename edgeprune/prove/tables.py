@@ -12,7 +12,7 @@ from edgeprune.prove.comparison import Comparison, Row
 from edgeprune.prove.family import Family
 from edgeprune.prove.lines import methods_in_order
 from edgeprune.prove.paired import Paired, exact_interval
-from edgeprune.prove.report import DECODE, INFORMATION, Report, rate
+from edgeprune.prove.report import DECODE, INFORMATION, MEANWHILE, Report, nats_in_words, rate
 from edgeprune.units import format_bytes, format_seconds
 
 _NONE = "\u2013"
@@ -32,10 +32,11 @@ def facts(report: Report) -> list[tuple[str, str]]:
     measured = {promise.name: promise.measured for promise in report.promises}
     found = [
         ("file size", format_bytes(report.build["nbytes"])),
-        ("KL, nats per token", f"{report.quality['kl_mean']:.4g}"),
+        ("KL, nats per token", nats_in_words(report.quality["kl_mean"])),
         ("same top token", f"{100 * report.quality['same_top']:.1f} %"),
     ]
-    names = {"peak memory": "peak memory", DECODE: "tokens per second"}
+    others = f", while other programs used {measured[MEANWHILE]}" if MEANWHILE in measured else ""
+    names = {"peak memory": "peak memory", DECODE: f"tokens per second{others}"}
     return found + [(label, measured[name]) for name, label in names.items() if name in measured]
 
 
@@ -264,5 +265,5 @@ def _compared(row: Row) -> tuple[str, ...]:
         f"{row.low:.4f} to {row.high:.4f}",
         f"{row.quality['kl_99']:.3f}",
         f"{100 * row.quality['same_top']:.1f} %",
-        f"{row.quality['perplexity']:.2f}",
+        f"{row.quality['perplexity']:,.2f}",
     )

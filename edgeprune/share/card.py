@@ -78,7 +78,7 @@ def _figures(quality: Mapping[str, Any]) -> list[str]:
         f"{quality['kl_mean']:.5f}",
         f"{quality['kl_99']:.4f}",
         f"{100 * quality['same_top']:.2f} %",
-        f"{quality['perplexity']:.3f}",
+        f"{quality['perplexity']:,.3f}",
     ]
 
 
@@ -184,7 +184,7 @@ def _about(sheet: Sheet, alone: bool) -> list[str]:
     if len(report.domains) > 1:
         rows = [[plain(name), *_figures(quality)] for name, quality in sorted(report.domains.items())]
         lines += ["", *_table(("domain", *_FIGURES), rows)]
-    lines += ["", f"The source's perplexity on this text is {report.quality['reference_perplexity']:.3f}.", ""]
+    lines += ["", f"The source's perplexity on this text is {report.quality['reference_perplexity']:,.3f}.", ""]
     lines += _promises(report)
     lines += _on_request(report)
     for caption, path in sheet.pictures.items():

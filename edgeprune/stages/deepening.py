@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.errors import BadFile, Unsupported, UsageError
+from edgeprune.errors import BadFile, BrokenPromise, NotFinite, Unsupported, UsageError
 from edgeprune.files import digest
 from edgeprune.measure import child
 from edgeprune.measure.answers import shipped_prompts
@@ -189,9 +190,24 @@ def _of_both(run: Run, built: Path, task: str, arguments: dict[str, Any], title:
     """What ``task`` returns for the original and for the built file."""
     found = []
     for name, model in (("original", run.source), ("built file", built)):
-        with run.listener.progress(f"{title} of the {name}") as progress:
+        with run.listener.progress(f"{title} of the {name}") as progress, _finite(built, model):
             found.append(child.call(task, {"model": str(model), **arguments}, progress))
     return found[0], found[1]
+
+
+@contextlib.contextmanager
+def _finite(built: Path, model: Path) -> Iterator[None]:
+    """A block that runs ``model``: where it is the ``built`` file, whose values are not finite, a promise is broken.
+
+    Raises:
+        BrokenPromise: it is.
+    """
+    try:
+        yield
+    except NotFinite as error:
+        if model != built:
+            raise
+        raise BrokenPromise(error.cause, rows=error.rows, hint=error.hint) from error
 
 
 def _task(run: Run, built: Path, path: Path, form: str, most: int) -> Task:
@@ -251,6 +267,6 @@ def _write_base(run: Run, path: Path) -> None:
 
 
 def _base(run: Run, built: Path, path: Path) -> Named:
-    with run.listener.progress(f"quality against {path.name}") as progress:
+    with run.listener.progress(f"quality against {path.name}") as progress, _finite(built, built):
         arguments = {"model": str(built), "base": str(path)}
         return Named(path.name, child.call("edgeprune.measure.against_base:compare", arguments, progress))

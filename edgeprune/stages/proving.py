@@ -30,7 +30,7 @@ from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.deeper import NOTHING
 from edgeprune.prove.page import render
 from edgeprune.prove.provenance import UNKNOWN, Provenance
-from edgeprune.prove.report import EVALUATION, KEPT, Baseline, Report, disturbance, promises
+from edgeprune.prove.report import EVALUATION, KEPT, Baseline, Report, disturbance, nats_in_words, promises
 from edgeprune.share.card import Sheet, model_card
 from edgeprune.share.origin import Origin
 from edgeprune.stages.choosing import ChooseStages
@@ -335,12 +335,14 @@ def verdict_of(report: Report) -> str:
         return "A promise was broken: " + ", ".join(promise.name for promise in report.broken)
     kl = report.quality["kl_mean"]
     unchanged = not (report.plan["types"] or report.plan["keep"] or report.plan.get("width"))
-    moved = "bit for bit the source's weights" if unchanged else (f"{kl:.4g} nats per token from the source")
+    moved = (
+        "bit for bit the source's weights" if unchanged else (f"{nats_in_words(kl)} nats per token from the source")
+    )
     kept = "All promises kept" if any(line.verdict == KEPT for line in report.promises) else "Measured"
     if not report.baselines:
         return f"{kept}; {moved}; no stock preset of at most this size was measured."
     if unchanged:
-        rounding = f"{kl:.1g} nats are the rounding of the measurement"
+        rounding = f"the rounding of the measurement is {nats_in_words(kl)} nats"
         return f"{kept}; {moved}: nothing had to be dropped or quantised; {rounding}."
     best = min(report.baselines, key=lambda rival: float(rival.quality["kl_mean"]))
     if report.shipped != "plan":
@@ -350,8 +352,8 @@ def verdict_of(report: Report) -> str:
     if kl > flat and best.chosen_by is not None:
         return (
             f"{kept}; {moved}; chosen on other text, while the stock preset {best.preset} is better on this one: "
-            f"{flat:.4g}."
+            f"{nats_in_words(flat)}."
         )
     if kl > flat:
-        return f"{kept}; {moved}, as asked; the stock preset {best.preset} would be better: {flat:.4g}."
+        return f"{kept}; {moved}, as asked; the stock preset {best.preset} would be better: {nats_in_words(flat)}."
     return f"{kept}; {moved}, {beside}."
