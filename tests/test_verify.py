@@ -132,9 +132,11 @@ def test_a_built_file_that_computes_no_numbers_is_a_broken_promise(
 ) -> None:
     record = read(folder / "build.json")
     built = folder / record["path"]
-    tensor = GgufFile(built).tensors["output_norm.weight"]
+    tensors = GgufFile(built).tensors
+    head = tensors.get("output.weight", tensors["token_embd.weight"])
+    row = head.nbytes // head.shape[1]
     content = bytearray(built.read_bytes())
-    content[tensor.offset : tensor.offset + 4] = np.float32(np.nan).tobytes()
+    content[head.offset : head.offset + row] = np.full(row // 2, np.nan, "<f2").tobytes()  # scales of blocks, too
     built.write_bytes(content)
     (folder / "build.json").write_text(to_json({**record, "sha256": digest_of([built])}), encoding="utf-8")
     task = tmp_path / "task.jsonl"
@@ -146,7 +148,7 @@ def test_a_built_file_that_computes_no_numbers_is_a_broken_promise(
 
 def test_files_of_questions_of_one_name_are_told_apart(tiny_fit: Fit, folder: Path, tmp_path: Path) -> None:
     record = {"question": "What is the sum?", "choices": ["3", "4", "5"], "answer": 1}
-    record |= {"ctx": "What is", "endings": ["3", "4", "5"], "label": 1}
+    record |= {"activity_label": "Sums", "ctx_a": "The sum", "ctx_b": "is", "endings": ["3", "4", "5"], "label": 1}
 
     def names(*files: str) -> list[str]:
         words: list[str | Path] = ["--depths", "none", "--questions", "1"]

@@ -44,7 +44,7 @@ def publish(directories: tuple[Path, ...], repository: str, **options: Any) -> N
     there already is not sent again, and files of earlier publications stay.
 
     \b
-    edgeprune publish runs/demo-auto me/demo-GGUF --license apache-2.0 --dry-run
+    edgeprune publish runs/demo-auto me/demo-GGUF --dry-run
     """
     from edgeprune.cli.console import Console
     from edgeprune.rundir import RunFolder
