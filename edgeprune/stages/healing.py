@@ -89,8 +89,11 @@ class HealStages(NarrowStages):
         return {"texts": own, "beside": beside, "most_tokens": most // 2 if beside else most}
 
     def healing_tokens(self, plan: Plan) -> int:
-        """Tokens that ``plan`` is healed on: as many as were asked for, or as the disk is to hold: every layer keeps what goes in and comes out and the
-        residual stream, at two bytes a channel, and what the router saw, at twice four bytes an expert."""
+        """Tokens that ``plan`` is healed on: its share of what was asked for, or as many as the disk is to hold.
+
+        Every layer keeps what goes in and comes out and the residual stream, at two bytes a channel, and what the
+        router saw, at twice four bytes an expert.
+        """
         architecture = self.architecture
         token_bytes = len(architecture.moe_layers) * (6 * architecture.width + 8 * architecture.experts)
         wanted = int(healing_share(plan, architecture) * self.settings.healing_tokens)

@@ -38,7 +38,7 @@ def masked(run: Run, method: str, kept: int) -> Row:
 
 @dataclass(frozen=True)
 class Way:
-    """How a file comes to fewer experts: who chooses them, what becomes of the others, and what is done for those that
+    """How a file comes to fewer experts: who chooses them, what becomes of the others, what is done for those that
     stay."""
 
     method: str
