@@ -20,7 +20,7 @@ from edgeprune.measure import child
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import session
 from edgeprune.measure.statistics import InputMoments, Statistics
-from edgeprune.model import ggml
+from edgeprune.model import ggml, unbiased
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import Entry, GgufFile, TensorShape, make_entry
 from edgeprune.model.layout import layout
@@ -181,7 +181,7 @@ def test_changed_tensors_are_encoded_expert_by_expert_with_their_own_importance(
         matrices = by_expert(before, name)[list(KEPT[int(name.split(".")[1])])] if experts else before.raw(name)[None]
         ids = KEPT[int(name.split(".")[1])] if experts else (0,)
         expected = [
-            ggml.encode(
+            unbiased.encode(
                 ggml.BY_NAME[wanted],
                 ggml.decode(ggml.BY_NAME[before.tensors[name].type], raw, width),
                 means[row],

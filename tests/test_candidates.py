@@ -116,7 +116,7 @@ def assert_consistent(problem: Problem, found: Candidate) -> None:
     data = sum((shape.nbytes + made.alignment - 1) // made.alignment * made.alignment for shape in shapes)
     assert made.nbytes == len(made.header) + data
     quant = sum(problem.sensitivity.nats(architecture.tensor(name), kind) for name, kind in plan.types.items())
-    assert plan.predicted.nats_quant == pytest.approx(quant + (problem.sensitivity.unrest if plan.types else 0.0))
+    assert plan.predicted.nats_quant == pytest.approx(problem.sensitivity.at_once(quant) if plan.types else 0.0)
     assert plan.predicted.nats_drop == problem.drop_nats[plan.kept]
     assert plan.predicted.nats == pytest.approx(plan.predicted.nats_drop + plan.predicted.nats_quant)
     assert all(plan.predicted.pool_bytes[pool.pool] <= pool.total_bytes for pool in problem.budget.pools)

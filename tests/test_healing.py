@@ -35,7 +35,7 @@ from edgeprune.model.checkpoint import SINGLE
 from edgeprune.model.convert import convert
 from edgeprune.model.gguf import GgufFile, TensorShape
 from edgeprune.pipeline import Settings
-from edgeprune.stages.healing import changed_layers, groups
+from edgeprune.stages.healing import changed_layers, groups, healing_share
 
 pytest_plugins = ("demo_fixtures",)
 Floats = npt.NDArray[np.float32]
@@ -143,6 +143,21 @@ def test_only_layers_with_other_experts_are_healed(toy_gguf: Toy) -> None:
     assert changed_layers(plan_for(model, kept, {"blk.0.attn_q.weight": "Q4_K"}), architecture) == []
     assert changed_layers(plan_for(model, kept, {"blk.1.ffn_up_exps.weight": "Q4_K"}), architecture) == [1]
     assert changed_layers(plan_for(model, kept - 2, {}), architecture) == [0, 1]
+
+
+def test_the_text_to_heal_on_follows_from_experts_and_their_types(toy_gguf: Toy) -> None:
+    model = toy_gguf("qwen3_moe")
+    architecture = read_architecture(GgufFile(model))
+    experts = [tensor.name for tensor in architecture.tensors if tensor.is_expert]
+
+    def share(kept: int, *types: str) -> float:
+        return healing_share(
+            plan_for(model, kept, dict(zip(experts, types * len(experts), strict=False))), architecture
+        )
+
+    assert share(4, "IQ2_XXS") == share(4, "Q8_0") == 1.0
+    assert share(architecture.experts, "Q4_K") == share(architecture.experts, "Q5_K", "Q5_K", "IQ2_XXS") == 0.25
+    assert share(architecture.experts, "Q3_K") == share(architecture.experts, "Q2_K", "Q2_K", "Q6_K") == 0.5
 
 
 def test_a_prefix_is_the_pruned_model_as_far_as_it_goes(toy_gguf: Toy, tmp_path: Path) -> None:

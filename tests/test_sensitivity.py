@@ -206,6 +206,23 @@ def test_rounding_adds_to_the_error_and_sums_to_the_measured_floor(deep: Archite
     assert known.to_floor({tensors[1].name: {"32": 0.0}}, floor) == {tensors[1].name: {32: 0.0}}
 
 
+def test_errors_at_once_cost_the_share_that_was_measured(deep: Architecture) -> None:
+    known = whole(deep)
+    parts = [sum(response.nats(error) for response in known.responses.values()) for error in RIPPLES]
+    together = {str(RIPPLES[0]): parts[0] + 3e-4, str(RIPPLES[1]): 0.8 * parts[1] + 3e-4}
+    restless = replace(known, together=together)
+    for error, nats in together.items():
+        assert restless.at_once(parts[RIPPLES.index(float(error))]) == pytest.approx(nats)
+    assert restless.at_once(2 * parts[1]) == pytest.approx(1.6 * parts[1] + 3e-4)
+    middle = parts[1] * (RIPPLES[0] / RIPPLES[1]) ** 0.5  # half of the way, on a logarithmic scale
+    assert restless.at_once(middle) == pytest.approx(0.9 * middle + 3e-4)
+    grown = [restless.at_once(summed) for summed in np.geomspace(1e-9, 10.0, 200)]
+    assert all(a < b for a, b in pairwise(grown))
+    assert (restless.at_once(0.0), replace(known, together={}).at_once(0.2)) == (pytest.approx(3e-4), 0.2)
+    absurd = replace(known, together={str(RIPPLES[0]): 0.0, str(RIPPLES[1]): 9 * parts[1]})
+    assert absurd.at_once(parts[1]) == pytest.approx(1.5 * parts[1])
+
+
 def test_unrest_is_what_a_ripple_costs_beyond_its_parts_and_is_no_part_of_the_floor(deep: Architecture) -> None:
     known = whole(deep)
     parts = [sum(response.nats(error) for response in known.responses.values()) for error in RIPPLES]

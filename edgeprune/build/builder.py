@@ -22,7 +22,7 @@ from edgeprune.errors import BadFile
 from edgeprune.files import atomic_writer, file_digest, require_space
 from edgeprune.measure import channels as channel_orders
 from edgeprune.measure.statistics import InputMoments, Statistics
-from edgeprune.model import ggml
+from edgeprune.model import ggml, unbiased
 from edgeprune.model.architecture import Architecture, Tensor, read_architecture
 from edgeprune.model.gguf import GgufFile, align
 from edgeprune.model.layout import layout
@@ -118,7 +118,8 @@ def _encode_jobs(
 
             def job(chunk: Bytes = chunk, importance: Any = importance, picked: Any = picked) -> Bytes:
                 weights = ggml.decode(kind, chunk, width)
-                return ggml.encode(target, weights if picked is None else weights[:, picked], importance, tensor.name)
+                way = ggml.encode if stock else unbiased.encode
+                return way(target, weights if picked is None else weights[:, picked], importance, tensor.name)
 
             yield job
 

@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune.model import ggml
+from edgeprune.model import ggml, unbiased
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -131,7 +131,7 @@ def encode(kind: ggml.GgmlType, weights: Floats, importance: Floats, inputs: Inp
     Raises:
         as ``ggml.encode``.
     """
-    raw = ggml.encode(kind, weights, importance, name).reshape(-1)
+    raw = unbiased.encode(kind, weights, importance, name).reshape(-1)
     decoded = ggml.decode(kind, raw, weights.shape[1])
     if not kind.feeds_back(weights.shape[1]) or not len(inputs.fitted) or not len(inputs.judged):
         return Encoded(raw, decoded)

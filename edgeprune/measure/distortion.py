@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edgeprune.device.probe import cores
 from edgeprune.measure.statistics import InputMoments, Statistics
-from edgeprune.model import ggml
+from edgeprune.model import ggml, unbiased
 from edgeprune.model.architecture import Tensor, read_architecture
 from edgeprune.model.gguf import GgufFile
 
@@ -134,8 +134,9 @@ def _distortions(
             rows = rows[:, :whole]
             flat = np.ones(rows.shape[1], np.float32)
             importance = flat if means is None else means[matrix if len(means) > 1 else 0][:whole]
+            gain = unbiased.gain(kind, rows, importance, tensor.name)
             started = time.perf_counter()
-            encoded = ggml.encode(kind, rows, importance, tensor.name)
+            encoded = unbiased.divided(kind, rows, importance, gain, tensor.name)
             rates[name] = max(rates.get(name, 0.0), rows.size / (time.perf_counter() - started))
             decoded = ggml.decode(kind, encoded.reshape(-1), rows.shape[1])
             error, energy = relative_error(rows, decoded, importance)

@@ -23,6 +23,8 @@ RIPPLES = (1e-5, 1e-2)
 MOST_LAYERS_MEASURED = 12
 # Cost is never taken to grow slower than the error to this power, nor faster than to that one.
 _EXPONENTS = (0.6, 1.4)
+# Nor are all errors at once taken to cost less, or more, than these shares of what they cost one by one.
+_SHARES = (0.5, 1.5)
 _LOOKUP = " (lookup)"  # behind the weight's name in a site's key
 
 
@@ -133,6 +135,21 @@ class Sensitivity:
         was not measured."""
         large = RIPPLES[1]
         return self.together[str(large)] / self._summed(large) if str(large) in self.together else None
+
+    def at_once(self, summed: float) -> float:
+        """Nats per token of errors that cost ``summed`` one by one, when all are there, with ``unrest``.
+
+        Errors of ``RIPPLES[1]`` cost a share of their sum that was measured; those of ``RIPPLES[0]`` the whole of it,
+        by the definition of unrest. The share of errors between is read off a straight line over the logarithm of
+        their size; that of larger ones stays. More one by one is always more at once.
+        """
+        small, large = RIPPLES
+        whole = self._summed(large)
+        if str(large) not in self.together or not summed > 0 or not whole > 0:
+            return summed + self.unrest
+        least = min(max((self.together[str(large)] - self.unrest) / whole, _SHARES[0]), _SHARES[1])
+        way = math.log(large * summed / whole / small) / math.log(large / small)
+        return summed * (1 + (least - 1) * min(max(way, 0.0), 1.0)) + self.unrest
 
     def _summed(self, error: float) -> float:
         return sum(response.nats(error) for response in self.responses.values())

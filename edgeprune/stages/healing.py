@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from edgeprune.measure import child
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import shipped_texts, texts_digest
 from edgeprune.measure.weights import layer_tensors
+from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture
 from edgeprune.settings import Progress, within
 from edgeprune.stages.measuring import tools
@@ -32,10 +34,11 @@ MOST_STAGES, MOST_STAGES_OF_WHOLE, LAYERS_OF_WHOLE = 8, 4, 2
 # and up projections, twice a sweep, and once for each look at what is left; matrices of an expert and its tokens go
 # through at half the speed of large ones.
 FIT_PRODUCTS = 28
-# Share of the healing text that is used where all experts stay: the error of their types is small and even. A file
-# of 4.5 bits per weight was 0.00094 nats away with half of the text, 0.00101 with a third and 0.00105 with a quarter;
+# Share of the healing text that is used where all experts stay: the error of their types is smaller and more even
+# than that of dropping some. The fewer bits, the more there is to win, and the slower is encoding anyway. A file of
+# 4.5 bits per weight was 0.00094 nats away with half of the text, 0.00101 with a third and 0.00105 with a quarter;
 # healing took 5.2, 4.1 and 2.9 times as long as encoding alone.
-SHARE_OF_WHOLE = 0.3
+SHARE_OF_WHOLE, SHARE_OF_COARSE, COARSE_BITS = 0.25, 0.5, 4.0
 # Shares of the time of building what comes before, observing it and fitting, for a bar that moves.
 STEPS = (1, 10, 15)
 # Of the tokens that are kept whole on disk.
@@ -51,6 +54,20 @@ def changed_layers(plan: Plan, architecture: Architecture) -> list[int]:
 def _fewer(plan: Plan) -> bool:
     """Whether ``plan`` has fewer experts than the source, or narrower ones."""
     return bool(plan.keep or plan.width)
+
+
+def healing_share(plan: Plan, architecture: Architecture) -> float:
+    """Part of the healing text, 0 to 1, that ``plan`` is healed on; it follows from the experts and their types."""
+    if _fewer(plan):
+        return 1.0
+    return SHARE_OF_COARSE if _expert_bits(plan, architecture) < COARSE_BITS else SHARE_OF_WHOLE
+
+
+def _expert_bits(plan: Plan, architecture: Architecture) -> float:
+    """Bits per weight of the experts of ``plan`` on average."""
+    experts = [tensor for tensor in architecture.tensors if tensor.is_expert]
+    nbytes = (ggml.tensor_bytes(plan.types.get(tensor.name, tensor.type), tensor.shape) for tensor in experts)
+    return 8 * sum(nbytes) / sum(math.prod(tensor.shape) for tensor in experts)
 
 
 def groups(layers: Sequence[int], count: int) -> list[tuple[int, int]]:
@@ -71,12 +88,15 @@ class HealStages(NarrowStages):
         beside = [text.to_json() for text in shipped_texts()] if self.settings.texts else []
         return {"texts": own, "beside": beside, "most_tokens": most // 2 if beside else most}
 
-    def healing_tokens(self, *, dropping: bool) -> int:
-        """As many as were asked for, or as the disk is to hold: every layer keeps what goes in and comes out and the
-        residual stream, at two bytes a channel, and what the router saw, at twice four bytes an expert."""
+    def healing_tokens(self, plan: Plan) -> int:
+        """Tokens that ``plan`` is healed on: its share of what was asked for, or as many as the disk is to hold.
+
+        Every layer keeps what goes in and comes out and the residual stream, at two bytes a channel, and what the
+        router saw, at twice four bytes an expert.
+        """
         architecture = self.architecture
         token_bytes = len(architecture.moe_layers) * (6 * architecture.width + 8 * architecture.experts)
-        wanted = self.settings.healing_tokens if dropping else int(SHARE_OF_WHOLE * self.settings.healing_tokens)
+        wanted = int(healing_share(plan, architecture) * self.settings.healing_tokens)
         return min(wanted, MOST_BYTES // max(token_bytes, 1))
 
     def _healing_made_from(self, tokens: int) -> dict[str, Any]:
@@ -111,7 +131,7 @@ class HealStages(NarrowStages):
         speeds, architecture = self.sensitivity.speeds, self.architecture
         if not speeds.get("tokens") or not speeds.get("products"):
             return 0.0
-        changed, tokens = changed_layers(plan, architecture), self.healing_tokens(dropping=_fewer(plan))
+        changed, tokens = changed_layers(plan, architecture), self.healing_tokens(plan)
         passes = 1 + sum(end for _, end in self._stages(plan, changed)) / architecture.layers
         width = architecture.width * (plan.width or architecture.expert_width)
         products = FIT_PRODUCTS * tokens * min(architecture.used, plan.kept) * width * len(changed)
@@ -183,7 +203,7 @@ class HealStages(NarrowStages):
         stages = self._stages(plan, changed)
         stages = [s for s in stages if not all(str(layer) in done for layer in changed if layer in range(*s))]
         if stages:
-            teacher = self.teacher(self.healing_tokens(dropping=_fewer(plan)))
+            teacher = self.teacher(self.healing_tokens(plan))
             with self.listener.progress("heal the experts") as progress:
                 passed, whole = 0, sum(end for _, end in stages)
                 for stage in stages:  # one costs as it is deep: all before it is built and observed
@@ -225,7 +245,7 @@ class HealStages(NarrowStages):
         self.folder.scratch.mkdir(parents=True, exist_ok=True)
         prefix = self.folder.scratch / "prefix.gguf"
         student = self.folder.scratch / "student.safetensors"
-        tokens = self.healing_tokens(dropping=_fewer(plan))
+        tokens = self.healing_tokens(plan)
         statistics = self.statistics_file if plan.types else ""
         build, observe, fit = (
             within(progress, *part, sum(STEPS)) for part in zip((0, *accumulate(STEPS)), STEPS, strict=False)

@@ -286,7 +286,7 @@ class Run(ChooseStages):
         }
 
     def _additivity(self, plan: Plan) -> dict[str, str]:
-        """How far the prediction, which is a sum over the tensors, is one; nothing where no type was chosen by it."""
+        """How far errors add up, which the prediction reckons with; nothing where no type was chosen by it."""
         found = self.sensitivity.additivity if plan.types and self.folder.sensitivity.is_file() else None
         if found is None:
             return {}

@@ -10,8 +10,8 @@ held-out text, domain by domain.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import words
@@ -36,26 +36,55 @@ def masked(run: Run, method: str, kept: int) -> Row:
     return {"all": found["all"], **found["domains"]}
 
 
-def plan_of(run: Run, method: str, kept: int, reduce: str) -> Plan:
+@dataclass(frozen=True)
+class Way:
+    """How a file comes to fewer experts: who chooses them, what becomes of the others, what is done for those that
+    stay."""
+
+    method: str
+    reduce: str
+    heal: bool
+    train: bool = False
+
+    def __str__(self) -> str:
+        name = self.method if self.reduce == DROP else self.reduce
+        return name + ", trained" * self.train + ", healed" * self.heal
+
+
+def ways(methods: str, reductions: str, *, train: bool) -> Iterator[Way]:
+    """All that are asked for by names that are separated by commas."""
+    dropping, merging = ([name for name in names.split(",") if name] for names in (methods, reductions))
+    for heal in (False, True):  # dropped and nothing else is measured by masking
+        yield from (
+            Way(method, DROP, heal, trained)
+            for method in dropping
+            for trained in sorted({False, train})
+            if heal or trained
+        )
+        yield from (Way(MERGER, reduce, heal) for reduce in merging)
+
+
+def plan_of(run: Run, way: Way, kept: int) -> Plan:
     """The plan that drops or merges experts and changes no type."""
     problem = run.unmeasured({}, frozenset())
-    ranked = run.ranked(method, [kept])
-    found = priced(replace(problem, ranked=ranked, drop_nats={kept: 0.0}, method=method, heal=True), kept, {})
+    ranked = run.ranked(way.method, [kept])
+    found = priced(replace(problem, ranked=ranked, drop_nats={kept: 0.0}, method=way.method, heal=True), kept, {})
     assert found is not None
     statistics = digest(run.statistics.made_from)
     made_from = {**found.plan.made_from, "healing": run.healing, "statistics": statistics}
-    return run.merging(replace(found.plan, made_from=made_from), reduce)
+    plan = run.merging(replace(found.plan, made_from=made_from), way.reduce)
+    return replace(plan, heal=way.heal, train=way.train)
 
 
-def built(run: Run, method: str, kept: int, reduce: str, *, heal: bool) -> tuple[Row, float]:
+def built(run: Run, way: Way, kept: int) -> tuple[Row, float]:
     """Quality by domain of the file, and the seconds it took to make."""
-    if heal:
-        run.teacher(run.healing_tokens(dropping=True))
-    plan = replace(plan_of(run, method, kept, reduce), heal=heal)
+    plan = plan_of(run, way, kept)
+    if way.heal:
+        run.teacher(run.healing_tokens(plan))
     started = time.perf_counter()
     build = run.build(plan)
     seconds = time.perf_counter() - started
-    found = run.quality(Path(build.path), f"{method}, {reduce}, K={kept}")
+    found = run.quality(Path(build.path), f"{way}, K={kept}")
     return {"all": found["all"], **found["domains"]}, seconds
 
 
@@ -65,30 +94,22 @@ def main() -> None:
     parser.add_argument("--keep", default="28,24,16")
     parser.add_argument("--methods", default="replay,reap")
     parser.add_argument("--reduce", default="dern,ream,hc-smoe,m-smoe", help="ways of merging, beside dropping")
+    parser.add_argument("--train", action="store_true", help="also train; MODEL is a Hugging Face checkpoint")
     arguments = parser.parse_args()
-    settings = words.settings(arguments, device="auto")
+    settings = words.settings(arguments, device="auto", train=arguments.train)
     with pipeline.opened(settings, Console()) as run:
         for kept in map(int, arguments.keep.split(",")):
             base = masked(run, "reap", kept)
             domains = list(base)
             print(f"\nK={kept} | " + " | ".join(domains) + f"\n{'---|' * (len(domains) + 1)}")
-            print("reap | " + " | ".join(f"{base[name]['kl_mean']:.4f}" for name in domains))
-            kinds = [(method, DROP) for method in arguments.methods.split(",") if method]
-            kinds += [(MERGER, reduce) for reduce in arguments.reduce.split(",") if reduce]
-            for heal, (method, reduce) in product((False, True), kinds):
-                if reduce == DROP and not heal:
-                    continue  # masked, above
-                own, seconds = built(run, method, kept, reduce, heal=heal)
+            print("reap | " + " | ".join(f"{base[name]['kl_mean']:.4f}" for name in domains), flush=True)
+            for way in ways(arguments.methods, arguments.reduce, train=arguments.train):
+                own, seconds = built(run, way, kept)
                 cells = (
                     f"{own[name]['kl_mean']:.4f} ({own[name]['kl_mean'] / base[name]['kl_mean']:.3f})"
                     for name in domains
                 )
-                print(
-                    f"{method if reduce == DROP else reduce}{', healed' if heal else ''} | "
-                    + " | ".join(cells)
-                    + f" | {seconds:.0f} s",
-                    flush=True,
-                )
+                print(f"{way} | " + " | ".join(cells) + f" | {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

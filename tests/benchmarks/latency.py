@@ -69,7 +69,7 @@ def main() -> None:
     base = Settings(
         source=arguments.model,
         texts=tuple(arguments.text),
-        file_bytes=1,
+        file_bytes=1 << 40,  # no limit: every size has its own
         output=arguments.output,
         heal=False,
         baselines=False,

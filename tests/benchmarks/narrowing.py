@@ -58,7 +58,7 @@ def _plan(run: Run, problem: Any, kept: int) -> Plan:
 
 def healed(run: Run, plan: Plan) -> tuple[dict[str, Any], int, float]:
     """Quality and bytes of the healed file, and the seconds it took to make."""
-    run.teacher(run.healing_tokens(dropping=True))
+    run.teacher(run.healing_tokens(plan))
     started = time.perf_counter()
     build = run.build(plan)
     seconds = time.perf_counter() - started

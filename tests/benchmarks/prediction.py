@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--bits", default="1.9,2.1,2.3,2.6,2.9,3.2,3.6,4.0,4.5,5.2,6.0,7.0", help="per weight")
     arguments = parser.parse_args()
     method = "reap" if arguments.heal else "replay"
-    settings = words.settings(arguments, file_bytes=1, heal=arguments.heal, method=method)
+    settings = words.settings(arguments, file_bytes=1 << 40, heal=arguments.heal, method=method)
     print("| bits per weight | bytes | K | predicted | measured | predicted / measured | seconds |", flush=True)
     print(f"|{'---|' * 7}", flush=True)
     rows = []

@@ -137,7 +137,7 @@ def large(size: synthetic.Size, folder: Path, scores: bool) -> None:
 
     model = synthetic.shadow(folder / "large.gguf", size)
     time.sleep(4)  # only the fingerprint of a file that has settled is remembered
-    settings = Settings(str(model), file_bytes=1, output=str(folder / "run"))
+    settings = Settings(str(model), file_bytes=1 << 40, output=str(folder / "run"))
     run = Run(settings, Console())
     started = time.perf_counter()
     fingerprint = run.fingerprint
