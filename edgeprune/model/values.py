@@ -78,9 +78,10 @@ def _by_layer_type(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     by_layer, types = config.get("per_layer_config"), config.get("layer_types")
     if not isinstance(by_layer, dict) or not isinstance(types, list):
         return {}
+    numbered = {int(key): own for key, own in by_layer.items() if key.isdecimal()}  # "05" in a model of 30 layers
     found: dict[str, dict[str, Any]] = {}
     for layer, kind in enumerate(types):
-        own = by_layer.get(str(layer), {})
+        own = numbered.get(layer, {})
         if found.setdefault(str(kind), own) != own:
             raise Unsupported(f"config.json: layers of the type {str(kind)[:60]} differ in per_layer_config")
     return found
@@ -185,6 +186,8 @@ def _size(name: str, field: Field, config: dict[str, Any]) -> int:
 
 
 def _check(converter: Converter, requirement: Requirement, config: dict[str, Any]) -> None:
+    if requirement.unless and lookup(config, (requirement.unless,)) is not None:
+        return
     value = lookup(config, (requirement.key,))
     if value is None:
         value = requirement.default
