@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 EXPERTS, KEPT = 8, 4
+SEED = 7  # of the weights
 KEPT_ON_REQUEST = "blocks that predict further tokens with `--mtp keep`"
 
 
@@ -41,7 +42,6 @@ class Family:
         model_type: of the toy's configuration, where it is not the family's name.
         single: published checkpoints have the experts one by one.
         center: what norm weights vary around; 0 where one is added to them.
-        seed: of the weights.
         prepare: further weights of the toy, set before it is saved.
         note: for the README: what is left out or refused.
     """
@@ -60,7 +60,6 @@ class Family:
     model_type: str = ""
     single: bool = True
     center: float = 1.0
-    seed: int = 7
     prepare: Callable[[Any], None] | None = None
     note: str = ""
 
@@ -227,12 +226,10 @@ FAMILIES: dict[str, Family] = {
             },
             "audio_config": None,
         },
-        # llama.cpp takes GELU from a table in F16, which is 1e-6 nats, and 1e-3 where two experts are so close for a
-        # router that it turns them round; with these weights none are.
-        seed=5,
+        variants={"one head of keys": {"num_key_value_heads": 1}},
         # The model multiplies embeddings with the root of the width, and divides what routers see by it.
         prepare=_rescaled({"embed_tokens.weight": 1 / 16, "router.proj.weight": 16}),
-        note="text only; vision and audio are left out",
+        note="text only; vision and audio are left out; compared with GELU in F16, as llama.cpp's CPU code has it",
         real=(
             {
                 "text_config": {
@@ -504,7 +501,10 @@ FAMILIES: dict[str, Family] = {
             "hidden_act": "silu",
             "rms_norm_eps": 1e-06,
         },
-        variants={"without groups or scaling": {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE}},
+        variants={
+            "without groups or scaling": {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE},
+            "all groups": {"n_group": 4, "topk_group": 4},
+        },
         experts="n_routed_experts",
         note=KEPT_ON_REQUEST,
         real=({}, 671.0),
@@ -819,7 +819,7 @@ def make_checkpoint(
         toys.sentencepiece_tokenizer(folder)
     else:
         toys.byte_level_tokenizer(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], toys.QWEN2_PATTERN)
-    toys.save_model(model, folder, family.seed, dtype, save, family.center)
+    toys.save_model(model, folder, SEED, dtype, save, family.center)
     if family.prepare is not None:
         family.prepare(folder)
     return folder

@@ -19,6 +19,7 @@ from agreement import divergence, log_probabilities, token_windows, transformers
 from families import FAMILIES
 from family_checks import assert_same, assert_same_file, copied, loaded
 from observed import collected
+from safetensors.torch import load_file, save_file
 
 from edgeprune import inspection
 from edgeprune.build import builder
@@ -30,7 +31,7 @@ from edgeprune.measure.launch import Launch
 from edgeprune.measure.replay import LayerExperts, activation_of
 from edgeprune.measure.routing import preference
 from edgeprune.model.architecture import read_architecture
-from edgeprune.model.checkpoint import Checkpoint, Stored, open_checkpoint
+from edgeprune.model.checkpoint import SINGLE, Checkpoint, Stored, open_checkpoint
 from edgeprune.model.convert import bare_header, convert
 from edgeprune.model.converter import load_converter, shipped_converters
 from edgeprune.model.gguf import GgufFile
@@ -211,6 +212,22 @@ def test_the_language_model_of_llama_4_is_the_same_without_the_part_that_sees(ma
     (remark,) = convert(folder, tmp_path / "whole.gguf", "f32")
     assert remark.startswith("left out: the part that sees, 26 tensors")
     assert_same_file(gguf, tmp_path / "whole.gguf")
+
+
+def test_experts_of_a_llama_4_may_be_stored_one_by_one(made: Any, tmp_path: Path) -> None:
+    """As llm-compressor, which quantises linear layers, publishes them."""
+    checkpoint, gguf = made("llama4")
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    weights = load_file(folder / SINGLE)
+    for name in [name for name in weights if ".experts." in name]:
+        before = name[: name.rindex(".")]
+        for expert, stacked in enumerate(weights.pop(name)):
+            own = zip(("gate", "up"), stacked.chunk(2, -1), strict=True) if "gate_up" in name else [("down", stacked)]
+            for part, matrix in own:
+                weights[f"{before}.{expert}.{part}_proj.weight"] = matrix.T.contiguous()
+    save_file(weights, folder / SINGLE)
+    convert(folder, tmp_path / "single.gguf", "f32")
+    assert_same_file(gguf, tmp_path / "single.gguf")
 
 
 # What a graph of llama.cpp does not compute is refused in one line, and what is no language model stays behind.

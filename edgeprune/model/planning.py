@@ -287,4 +287,12 @@ def plan_conversion(checkpoint: Checkpoint, base: str = "auto", *, mtp: bool = F
         raise Unsupported(
             f"{checkpoint.folder} has {len(unknown)} tensors that {converter.name} does not: {unknown[0]}"
         )
-    return Conversion(settings, base, tensors, tuple(remarks))
+    conversion = Conversion(settings, base, tensors, tuple(remarks))
+    vocabulary = settings.config.get("vocab_size")
+    if vocabulary != conversion.vocabulary:
+        raise BadFile(
+            f"{checkpoint.folder}: config.json has vocab_size = {repr(vocabulary)[:40]}, the embeddings have "
+            f"{conversion.vocabulary} rows",
+            hint="the configuration is of another model, or the weights are; get both again",
+        )
+    return conversion

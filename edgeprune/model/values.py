@@ -18,6 +18,7 @@ from edgeprune.model.transforms import Sizes
 
 MOST_HEADS = 4096
 BLOCKS = "block_count"
+GROUPING = ("expert_group_count", "expert_group_used_count")
 MOST_EXTRA_LAYERS = 16
 
 
@@ -317,6 +318,8 @@ def metadata_entries(settings: Settings, where: str) -> list[Entry]:
             value = _by_layer(value, settings, label) if array else _uniform(value, label)
         if key == BLOCKS:
             value = len(settings.kinds)
+        if key in GROUPING and _all_groups(settings):  # which llama.cpp knows as one group
+            value = 1
         try:
             entries.append(make_entry(f"{settings.converter.arch}.{key}", field.type, value))
             sane = not field.type.endswith("f32") or _is_sane(value, key)
@@ -327,6 +330,12 @@ def metadata_entries(settings: Settings, where: str) -> list[Entry]:
     if settings.further:
         entries.append(make_entry(f"{settings.converter.arch}.nextn_predict_layers", "u32", settings.further))
     return entries
+
+
+def _all_groups(settings: Settings) -> bool:
+    """Whether every token may go to experts of all groups, as if there were none."""
+    fields = settings.converter.metadata
+    return len({_evaluated(fields[key], settings.config, key) for key in GROUPING if key in fields}) == 1
 
 
 def _is_sane(value: Any, key: str) -> bool:
