@@ -63,8 +63,8 @@ class _TableGelu(torch.nn.Module):
 
 
 def transformers_log_probabilities(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' log-probabilities [tokens, vocabulary]; with llama.cpp's GELU, whose rounding costs 1e-6 nats, and
-    1e-4 where two experts are so close for a router that it turns them round."""
+    """transformers' log-probabilities [tokens, vocabulary]; with llama.cpp's GELU, whose rounding costs 1e-6 nats,
+    and 1e-4 where two experts are so close for a router that it turns them round."""
     for module in model.modules():
         if isinstance(getattr(module, "act_fn", None), GELUTanh):
             module.act_fn = _TableGelu()

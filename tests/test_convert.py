@@ -259,6 +259,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
         BadFile,
         "rotary embedding settings",
     ),
+    "a smaller vocabulary": ({"vocab_size": 600}, BadFile, "vocab_size = 600, the embeddings have 640 rows"),
     "no number of layers": ({"num_hidden_layers": ...}, BadFile, "has none of: num_hidden_layers"),
     "layers that are a text": ({"num_hidden_layers": "one"}, BadFile, "num_hidden_layers = 'one' is not a number"),
     "no layers": ({"num_hidden_layers": 0}, BadFile, "num_hidden_layers = 0 is not a number"),
@@ -361,7 +362,7 @@ WEIGHTS: dict[str, tuple[Callable[[Weights], object], type[EdgepruneError], str,
     "an embedding too few": (
         replaced("model.embed_tokens.weight", lambda w: w[:600]),
         BadFile,
-        "the model 600 embeddings",
+        "vocab_size = 640, the embeddings have 600 rows",
         "auto",
     ),
 }

@@ -289,9 +289,9 @@ def plan_conversion(checkpoint: Checkpoint, base: str = "auto", *, mtp: bool = F
         )
     conversion = Conversion(settings, base, tensors, tuple(remarks))
     vocabulary = settings.config.get("vocab_size")
-    if vocabulary != conversion.vocabulary:
+    if isinstance(vocabulary, int) and vocabulary != conversion.vocabulary:
         raise BadFile(
-            f"{checkpoint.folder}: config.json has vocab_size = {repr(vocabulary)[:40]}, the embeddings have "
+            f"{checkpoint.folder}: config.json has vocab_size = {vocabulary}, the embeddings have "
             f"{conversion.vocabulary} rows",
             hint="the configuration is of another model, or the weights are; get both again",
         )
