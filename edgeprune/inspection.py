@@ -292,7 +292,7 @@ def _stacked(checkpoint: Checkpoint, names: Iterable[str], tied: bool) -> tuple[
     types: dict[str, str] = {}
     for name in names:
         stored = checkpoint.stored[name]
-        if name == OUTPUT and tied:  # ignored by the conversion too
+        if name == OUTPUT and tied:  # by rule a copy, which the conversion leaves out
             continue
         shape = tuple(reversed(stored.shape)) or (1,)
         expert = EXPERT_TENSOR.search(name)

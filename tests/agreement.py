@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoTokenizer
+from transformers.activations import GELUTanh
 
 from edgeprune.measure import llama
 from edgeprune.measure.launch import Launch
@@ -53,8 +54,20 @@ def token_windows(checkpoint: Path, folder: Path) -> torch.Tensor:
     return tokens
 
 
+class _TableGelu(torch.nn.Module):
+    """GELU as llama.cpp takes it on a CPU, from a table of F16 (ggml, ``ggml_vec_gelu_f32``)."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        found = torch.nn.functional.gelu(values.half().float(), approximate="tanh").half().float()
+        return torch.where(values.abs() < 10, found, values.clamp(min=0))
+
+
 def transformers_log_probabilities(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' log-probabilities [tokens, vocabulary]."""
+    """transformers' log-probabilities [tokens, vocabulary]; with llama.cpp's GELU, whose rounding costs 1e-6 nats,
+    and 1e-4 where two experts are so close for a router that it turns them round."""
+    for module in model.modules():
+        if isinstance(getattr(module, "act_fn", None), GELUTanh):
+            module.act_fn = _TableGelu()
     with torch.no_grad():
         return torch.log_softmax(model(tokens).logits.flatten(0, 1).double(), -1)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 EXPERTS, KEPT = 8, 4
+SEED = 7  # of the weights
 KEPT_ON_REQUEST = "blocks that predict further tokens with `--mtp keep`"
 
 
@@ -41,7 +42,6 @@ class Family:
         model_type: of the toy's configuration, where it is not the family's name.
         single: published checkpoints have the experts one by one.
         center: what norm weights vary around; 0 where one is added to them.
-        seed: of the weights.
         prepare: further weights of the toy, set before it is saved.
         note: for the README: what is left out or refused.
     """
@@ -60,7 +60,6 @@ class Family:
     model_type: str = ""
     single: bool = True
     center: float = 1.0
-    seed: int = 7
     prepare: Callable[[Any], None] | None = None
     note: str = ""
 
@@ -80,6 +79,7 @@ SHARED = {
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
 _OLD_YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1}
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -105,6 +105,7 @@ def _rescaled(factors: Mapping[str, float]) -> Callable[[Path], None]:
     return change
 
 
+_TIED = {"tied embeddings": {"tie_word_embeddings": True}}
 _GRANITE = {
     "intermediate_size": 256,
     "num_local_experts": EXPERTS,
@@ -225,12 +226,34 @@ FAMILIES: dict[str, Family] = {
             },
             "audio_config": None,
         },
-        # llama.cpp takes GELU from a table in F16, which is 1e-6 nats, and 1e-3 where two experts are so close for a
-        # router that it turns them round; with these weights none are.
-        seed=5,
+        variants={"one head of keys": {"num_key_value_heads": 1}},
         # The model multiplies embeddings with the root of the width, and divides what routers see by it.
         prepare=_rescaled({"embed_tokens.weight": 1 / 16, "router.proj.weight": 16}),
-        note="text only; vision and audio are left out",
+        note="text only; vision and audio are left out; compared with GELU in F16, as llama.cpp's CPU code has it",
+        real=(
+            {
+                "text_config": {
+                    "hidden_size": 2816,
+                    "num_hidden_layers": 30,
+                    "num_attention_heads": 16,
+                    "num_key_value_heads": 8,
+                    "num_global_key_value_heads": 2,
+                    "attention_k_eq_v": True,
+                    "intermediate_size": 2112,
+                    "hidden_size_per_layer_input": 0,
+                    "enable_moe_block": True,
+                    "num_experts": 128,
+                    "top_k_experts": 8,
+                    "moe_intermediate_size": 704,
+                    "sliding_window": 1024,
+                    "final_logit_softcapping": 30.0,
+                    "use_bidirectional_attention": "vision",
+                    "max_position_embeddings": 262144,
+                },
+                "audio_config": None,
+            },
+            25.2,
+        ),
     ),
     "granitemoe": Family(
         "granitemoe",
@@ -349,7 +372,11 @@ FAMILIES: dict[str, Family] = {
         "qwen3next",
         ("Qwen3-Next-80B-A3B", "Qwen3-Coder-Next"),
         {**_LINEAR, "intermediate_size": 256, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}},
-        variants={"as many value heads as key heads": {"linear_num_value_heads": 2}},
+        variants={
+            "as many value heads as key heads": {"linear_num_value_heads": 2},
+            "YaRN": {"rope_parameters": {**YARN, "partial_rotary_factor": 0.25}},
+            "linear scaling": {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.25}},
+        },
         center=0.0,
         note=KEPT_ON_REQUEST,
         real=({}, 79.7),
@@ -380,6 +407,7 @@ FAMILIES: dict[str, Family] = {
         },
         center=0.0,
         note=f"text only; vision is left out; {KEPT_ON_REQUEST}",
+        real=({}, 34.7),
     ),
     "qwen2_moe": Family(
         "qwen2moe",
@@ -401,7 +429,7 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": 1e-06,
             "decoder_sparse_step": 1,
         },
-        variants={"without biases": {"qkv_bias": False}},
+        variants={"without biases": {"qkv_bias": False}, **_TIED},
         real=({}, 14.3),
     ),
     "deepseek_v2": Family(
@@ -473,7 +501,10 @@ FAMILIES: dict[str, Family] = {
             "hidden_act": "silu",
             "rms_norm_eps": 1e-06,
         },
-        variants={"without groups or scaling": {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE}},
+        variants={
+            "without groups or scaling": {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE},
+            "all groups": {"n_group": 4, "topk_group": 4},
+        },
         experts="n_routed_experts",
         note=KEPT_ON_REQUEST,
         real=({}, 671.0),
@@ -526,6 +557,9 @@ FAMILIES: dict[str, Family] = {
             "hidden_act": "silu",
             "rms_norm_eps": 1e-05,
         },
+        variants={
+            "YaRN": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7, "partial_rotary_factor": 1.0}}
+        },
         experts="n_routed_experts",
         note=KEPT_ON_REQUEST,
         real=({}, 29.9),
@@ -552,6 +586,7 @@ FAMILIES: dict[str, Family] = {
             "hidden_act": "silu",
             "rms_norm_eps": 1e-06,
         },
+        variants=_TIED,
         experts="n_routed_experts",
         real=(
             {
@@ -589,6 +624,7 @@ FAMILIES: dict[str, Family] = {
             "hidden_act": "silu",
             "rms_norm_eps": 1e-06,
         },
+        variants=_TIED,
         experts="num_local_experts",
         real=({"rotary_dim": 64}, 228.7),
     ),
@@ -619,7 +655,7 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": 1e-05,
         },
         variants={
-            "tied embeddings": {"tie_word_embeddings": True},
+            **_TIED,
             "without shared experts": {"moe_num_shared_experts": 0},
         },
         experts="moe_num_experts",
@@ -699,6 +735,7 @@ FAMILIES: dict[str, Family] = {
             "hidden_act": "silu",
             "rms_norm_eps": 1e-05,
         },
+        variants=_TIED,
         single=False,
         experts="num_local_experts",
         note="MXFP4 experts are kept; llama.cpp rounds the bounds of YaRN's ramp, the original does not",
@@ -782,7 +819,7 @@ def make_checkpoint(
         toys.sentencepiece_tokenizer(folder)
     else:
         toys.byte_level_tokenizer(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], toys.QWEN2_PATTERN)
-    toys.save_model(model, folder, family.seed, dtype, save, family.center)
+    toys.save_model(model, folder, SEED, dtype, save, family.center)
     if family.prepare is not None:
         family.prepare(folder)
     return folder

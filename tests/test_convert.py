@@ -166,14 +166,22 @@ def test_type_of_most_weights_is_the_base_type(tmp_path: Path) -> None:
     assert GgufFile(tmp_path / "model.gguf").tensors["token_embd.weight"].type == "BF16"
 
 
-def test_output_matrix_beside_tied_embeddings_is_ignored(tmp_path: Path) -> None:
+def test_output_matrix_that_repeats_tied_embeddings_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeprune.model.checkpoint._WEIGHTS_TOGETHER", 100 * 64)  # in several steps
     folder = toys.qwen3_moe(tmp_path / "model", tie_word_embeddings=True, **SMALL)
     weights = load_file(folder / SINGLE)
     assert "lm_head.weight" not in weights
     convert(folder, tmp_path / "tied.gguf")
-    save_file({**weights, "lm_head.weight": torch.zeros(toys.VOCABULARY, 64)}, folder / SINGLE)
+    output = weights["model.embed_tokens.weight"].clone()
+    save_file({**weights, "lm_head.weight": output}, folder / SINGLE)
     convert(folder, tmp_path / "both.gguf")
     assert tensor_bytes(tmp_path / "both.gguf") == tensor_bytes(tmp_path / "tied.gguf")
+    output[-1, -1] += 1
+    save_file({**weights, "lm_head.weight": output}, folder / SINGLE)
+    convert(folder, tmp_path / "own.gguf")
+    assert GgufFile(tmp_path / "own.gguf").raw("output.weight").tobytes() == output.numpy().tobytes()
 
 
 def test_progress_ends_at_the_exact_size_and_the_origin_is_recorded(
@@ -251,6 +259,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
         BadFile,
         "rotary embedding settings",
     ),
+    "a smaller vocabulary": ({"vocab_size": 600}, BadFile, "vocab_size = 600, the embeddings have 640 rows"),
     "no number of layers": ({"num_hidden_layers": ...}, BadFile, "has none of: num_hidden_layers"),
     "layers that are a text": ({"num_hidden_layers": "one"}, BadFile, "num_hidden_layers = 'one' is not a number"),
     "no layers": ({"num_hidden_layers": 0}, BadFile, "num_hidden_layers = 0 is not a number"),
@@ -353,7 +362,7 @@ WEIGHTS: dict[str, tuple[Callable[[Weights], object], type[EdgepruneError], str,
     "an embedding too few": (
         replaced("model.embed_tokens.weight", lambda w: w[:600]),
         BadFile,
-        "the model 600 embeddings",
+        "vocab_size = 640, the embeddings have 600 rows",
         "auto",
     ),
 }

@@ -187,6 +187,13 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], type[EdgepruneError], str]] =
         Unsupported,
         "layers of the type full differ in per_layer_config",
     ),
+    "a key that speaks": (
+        "[require]\na = { is = 1, unless = 'b' }",
+        "",
+        {"a": 3},
+        Unsupported,
+        "a = 3; .* assumes 1",
+    ),
     "off the beat": ("[require]\na = { cycle = [1, 0] }", "", {"a": [1, 1]}, Unsupported, r"assumes \[1, 0\]"),
 }
 
@@ -206,6 +213,7 @@ ALLOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "in a table": ("'a.b' = 3", {"a": {"b": 3}}),
     "the same": ("a = { same_as = 'width' }", {"a": 48}),
     "on the beat": ("a = { cycle = [1, 1, 0] }", {"a": [1, 1, 0, 1]}),
+    "a key that says nothing": ("a = { is = 1, unless = 'width' }", {"a": 3}),
     "no beat": ("a = { cycle = [1, 0] }", {}),
 }
 

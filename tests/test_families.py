@@ -19,6 +19,7 @@ from agreement import divergence, log_probabilities, token_windows, transformers
 from families import FAMILIES
 from family_checks import assert_same, assert_same_file, copied, loaded
 from observed import collected
+from safetensors.torch import load_file, save_file
 
 from edgeprune import inspection
 from edgeprune.build import builder
@@ -30,7 +31,7 @@ from edgeprune.measure.launch import Launch
 from edgeprune.measure.replay import LayerExperts, activation_of
 from edgeprune.measure.routing import preference
 from edgeprune.model.architecture import read_architecture
-from edgeprune.model.checkpoint import Checkpoint, Stored, open_checkpoint
+from edgeprune.model.checkpoint import SINGLE, Checkpoint, Stored, open_checkpoint
 from edgeprune.model.convert import bare_header, convert
 from edgeprune.model.converter import load_converter, shipped_converters
 from edgeprune.model.gguf import GgufFile
@@ -122,13 +123,13 @@ def test_published_configuration_says_what_a_saved_one_says(name: str, made: Any
     assert_same_file(gguf, tmp_path / "model.gguf", but="tokenizer.ggml.seperator_token_id")
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].real])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_takes_the_real_model_in_its_real_size(name: str, tmp_path: Path) -> None:
     """Its header, with a hole in place of the weights."""
     changes, billions = FAMILIES[name].real or ({}, 0.0)
     config = transformers.AutoConfig.for_model(FAMILIES[name].model_type or name, **changes)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = getattr(transformers, FAMILIES[name].auto).from_config(config)
     stored = {key: Stored(tuple(value.shape), "BF16") for key, value in model.state_dict().items()}
     table = json.loads(config.to_json_string(use_diff=False))
     checkpoint = Checkpoint(tmp_path, table, dict.fromkeys(stored, ""), stored)
@@ -141,6 +142,33 @@ def test_llama_cpp_takes_the_real_model_in_its_real_size(name: str, tmp_path: Pa
     assert architecture.parameters / 1e9 == pytest.approx(billions, abs=0.05)
     arguments = {"shadow": str(path), "launch": Launch(context=512).to_json()}
     assert child.call("edgeprune.measure.tasks:price", arguments)["kv_bytes"] > 0
+
+
+# An output matrix with other numbers than the embeddings counts, whatever the configuration says of tying: its outer
+# table, which transformers goes by, or that of the language model.
+
+TYING = [
+    ("qwen3_moe", True, None),
+    ("nemotron_h", True, None),
+    *((name, outer, inner) for name in ("gemma4", "qwen3_5_moe") for outer, inner in ((False, True), (True, ...))),
+]
+
+
+@pytest.mark.parametrize(("name", "outer", "inner"), TYING, ids=[f"{n}, {o}, {i}" for n, o, i in TYING])
+def test_output_matrix_of_its_own_is_kept_as_transformers_does(
+    name: str, outer: bool, inner: Any, made: Any, tmp_path: Path
+) -> None:
+    folder = copied(made(name)[0], tmp_path / "model")
+    changes: dict[str, Any] = {"tie_word_embeddings": outer}
+    if nested := FAMILIES[name].nested:
+        table = json.loads((folder / "config.json").read_text())[nested]
+        table = {**table, "tie_word_embeddings": inner}
+        changes[nested] = {key: value for key, value in table.items() if value is not ...}
+    toys.change_json(folder / "config.json", **changes)
+    tokens = token_windows(folder, tmp_path)
+    convert(folder, tmp_path / "model.gguf", "f32")
+    expected = transformers_log_probabilities(loaded(name, folder), tokens)
+    assert_same(expected, log_probabilities(tmp_path / "model.gguf", tokens.tolist()))
 
 
 # What single families have of their own.
@@ -186,6 +214,22 @@ def test_the_language_model_of_llama_4_is_the_same_without_the_part_that_sees(ma
     assert_same_file(gguf, tmp_path / "whole.gguf")
 
 
+def test_experts_of_a_llama_4_may_be_stored_one_by_one(made: Any, tmp_path: Path) -> None:
+    """As llm-compressor, which quantises linear layers, publishes them."""
+    checkpoint, gguf = made("llama4")
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    weights = load_file(folder / SINGLE)
+    for name in [name for name in weights if ".experts." in name]:
+        before = name[: name.rindex(".")]
+        for expert, stacked in enumerate(weights.pop(name)):
+            own = zip(("gate", "up"), stacked.chunk(2, -1), strict=True) if "gate_up" in name else [("down", stacked)]
+            for part, matrix in own:
+                weights[f"{before}.{expert}.{part}_proj.weight"] = matrix.T.contiguous()
+    save_file(weights, folder / SINGLE)
+    convert(folder, tmp_path / "single.gguf", "f32")
+    assert_same_file(gguf, tmp_path / "single.gguf")
+
+
 # What a graph of llama.cpp does not compute is refused in one line, and what is no language model stays behind.
 
 REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
@@ -194,17 +238,24 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"topk_method": "group_limited_greedy"}, "topk_method = 'group_limited_greedy'"),
         ({"norm_topk_prob": True}, "norm_topk_prob = True"),
         ({"rope_parameters": {**families.YARN, "mscale": 1.0}}, "'yarn' with mscale = 1.0 and mscale_all_dim = 0.0"),
+        ({"rope_parameters": families.LINEAR}, "scaling 'linear' is not supported"),
     ],
     "deepseek_v3": [
+        ({"rope_parameters": families.YARN}, "'yarn' with mscale = 0.0 and mscale_all_dim = 0.0"),
+        ({"rope_parameters": families.LINEAR}, "scaling 'linear' is not supported"),
         ({"rope_interleave": False}, "rope_interleave = False"),
         ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
         ({"attention_bias": True}, "attention_bias = True"),
     ],
     "glm4_moe": [({"topk_method": "greedy"}, "topk_method = 'greedy'")],
-    "glm4_moe_lite": [({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5")],
+    "glm4_moe_lite": [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": families.LINEAR}, "scaling 'linear' is not supported"),
+    ],
     "dots1": [
         ({"num_key_value_heads": 2}, r"num_key_value_heads = 2; llama\.cpp's dots1 assumes 4"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types = "),
+        ({"layer_types": ..., "sliding_window": 8, "max_window_layers": 1}, "sliding_window = 8"),
     ],
     "minimax_m2": [
         ({"qk_norm_type": "per_head"}, "qk_norm_type = 'per_head'"),
@@ -226,6 +277,7 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "llama4": [
         ({"attention_chunk_size": 4096}, "attention_chunk_size = 4096"),
         ({"use_qk_norm": False}, r"use_qk_norm = False; llama\.cpp's llama4 assumes True"),
+        ({"layer_types": ["full_attention"] * 4}, "layer_types = "),
         ({"no_rope_layers": [1, 1, 1, 1]}, r"no_rope_layers = \[1, 1, 1, 1\]"),
         ({"rope_parameters": families.YARN}, "scaling 'yarn' is not supported"),
     ],

@@ -153,6 +153,26 @@ def test_fp8_experts_in_one_tensor_have_their_own_scales(tmp_path: Path) -> None
 # MXFP4.
 
 
+def test_fp8_experts_of_a_llama_4_have_a_scale_for_each_output(tmp_path: Path) -> None:
+    """As transformers stores them (``FbgemmFp8Llama4TextExperts``): outputs are columns, whichever way scales lie."""
+    folder = families.make_checkpoint("llama4", tmp_path / "model", {"intermediate_size": 192})
+    weights = load_file(folder / SINGLE)
+    plain = dict(weights)
+    for name in [name for name in weights if ".experts." in name]:
+        scale = weights[name].abs().amax(1, keepdim=True) / 448
+        weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+        weights[name + "_scale"] = scale.transpose(1, 2).contiguous() if "down_proj" in name else scale
+        plain[name] = weights[name].float() * scale
+    with_weights(folder, tmp_path / "packed", weights, "fbgemm_fp8")
+    with_weights(folder, tmp_path / "plain", plain)
+    for name in ("packed", "plain"):
+        convert(tmp_path / name, tmp_path / f"{name}.gguf", "f32")
+    one, two = GgufFile(tmp_path / "packed.gguf"), GgufFile(tmp_path / "plain.gguf")
+    assert list(one.tensors) == list(two.tensors)
+    for tensor in one.tensors:
+        assert np.array_equal(one.raw(tensor), two.raw(tensor)), tensor
+
+
 def test_scales_that_are_exponents_in_integers_are_not_taken_for_numbers() -> None:
     weight = torch.ones(4, 4).to(torch.float8_e4m3fn)
     with pytest.raises(Unsupported, match="x_scale has scales of the type uint8"):

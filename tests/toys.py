@@ -146,6 +146,7 @@ def spread(model: Any, seed: int, center: float = 1.0) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     learned = ("correction_bias", "expert_bias", "layer_scalar")
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(learned)]
     for name, parameter in [*model.named_parameters(), *buffers]:
@@ -156,7 +157,8 @@ def spread(model: Any, seed: int, center: float = 1.0) -> None:
             # The norm of a linear attention multiplies with its weight also where the others add one to it.
             values = (1.0 if "linear_attn.norm" in name else center) + 0.2 * noise
         elif "embed_tokens" in name:
-            values = noise
+            # As small as an output matrix where they are one too: else each token is sure to follow itself.
+            values = 2.0 * noise / parameter.shape[-1] ** 0.5 if tied else noise
         else:
             gain = 2.0 if (name.endswith(ROUTERS) or "lm_head" in name) else 1.0
             values = gain * noise / parameter.shape[-1] ** 0.5

@@ -30,8 +30,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Of what a checkpoint needs beside its weights: configurations, tokenizers, chat templates.
 SMALL = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_WEIGHTS_TOGETHER = 1 << 23  # that are compared in one go
 # Raised when conversion changes its result, so that converted files are made again.
-CONVERSION_FORMAT = 2
+CONVERSION_FORMAT = 3
 LARGEST_HEADER = 100_000_000
 # A weight of a routed expert, of one (``experts.7.``) or of all of them stacked.
 EXPERT_TENSOR = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?")
@@ -101,6 +102,32 @@ class Checkpoint:
         if bool((scales == MXFP4_NAN).any()):
             raise BadFile(f"tensor {self.scaled[name].scale} holds scales that are NaN")
         return mxfp4_rows(self._raw(name, matrix), scales)
+
+    def is_here(self, *names: str) -> bool:
+        """Whether the files with the tensors ``names`` are in the folder, and not only known by their headers."""
+        return all((self.folder / self.shard_of[name]).is_file() for name in names)
+
+    def alike(self, one: str, two: str) -> bool:
+        """Whether two matrices are stored with the same numbers; read some rows at a time and let go of again.
+
+        Raises:
+            BadFile: one of them cannot be read.
+        """
+        import torch
+
+        if self.stored[one] != self.stored[two] or {one, two} & self.scaled.keys():
+            return False
+        rows, *columns = self.shape(one)
+        step = max(_WEIGHTS_TOGETHER // max(math.prod(columns), 1), 1)
+        for start in range(0, rows, step):
+            # Opened anew each time: what is mapped stays in memory for as long as its file is open.
+            parts = [
+                _open_shard(self.folder / self.shard_of[name]).get_slice(name)[start : start + step]
+                for name in (one, two)
+            ]
+            if not torch.equal(*parts):
+                return False
+        return True
 
     def _scale(self, name: str, matrix: int | None) -> torch.Tensor:
         """The scales of tensor ``name``; of one matrix of a stack where every matrix has its own."""

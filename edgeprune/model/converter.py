@@ -77,6 +77,7 @@ class Requirement:
         cycle: for a list with an element for each layer, these over and over; an absent list is taken for right.
         same_as: the value of another key.
         default: the value of an absent key.
+        unless: another key, whose presence makes this one say nothing.
     """
 
     key: str
@@ -84,6 +85,7 @@ class Requirement:
     cycle: tuple[Any, ...] = ()
     same_as: str = ""
     default: Any = None
+    unless: str = ""
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def _requirement(where: str, key: str, entry: Any) -> Requirement:
     if not isinstance(entry, dict):
         entry = {"is": entry}
     ways = ("is", "one_of", "cycle", "same_as")
-    check_keys(where, entry, set(), {*ways, "default"})
+    check_keys(where, entry, set(), {*ways, "default", "unless"})
     if not set(ways) & entry.keys() or {"is", "one_of"} <= entry.keys():
         raise BadFile(f"{where} needs one of: {', '.join(ways)}")
     allowed = entry.get("one_of", [entry["is"]] if "is" in entry else [])
@@ -281,6 +283,7 @@ def _requirement(where: str, key: str, entry: Any) -> Requirement:
         cycle=tuple(entry.get("cycle", ())),
         same_as=entry.get("same_as", ""),
         default=entry.get("default"),
+        unless=entry.get("unless", ""),
     )
 
 

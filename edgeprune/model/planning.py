@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,20 +38,27 @@ class Planned:
     values: tuple[float, ...] = ()
 
 
-def apply_tying(checkpoint: Checkpoint, config: dict[str, Any] | None = None) -> None:
-    """Forget an output matrix beside tied embeddings: transformers ignores it, so it may be anything.
+def apply_tying(checkpoint: Checkpoint, converter: Converter, config: Mapping[str, Any]) -> None:
+    """Forget an output matrix that repeats the embeddings which it is tied to.
+
+    One with other numbers counts, whatever the configuration says (transformers, ``modeling_utils.tie_weights``). The
+    configuration is believed where the weights are not here yet.
 
     Args:
-        config: of the language model, where it has one of its own.
+        converter: with the checkpoint's own prefix in its names.
+        config: of the language model, which is asked after the outer one: transformers' class goes by that.
 
     Raises:
-        BadFile: neither tied embeddings nor an output matrix.
+        BadFile: neither tied embeddings nor an output matrix; or one of them cannot be read.
     """
-    tied = (config or checkpoint.config).get("tie_word_embeddings")
+    tied = checkpoint.config.get("tie_word_embeddings")
+    tied = config.get("tie_word_embeddings") if tied is None else tied
     outputs = [name for name in checkpoint.stored if f".{name}".endswith(f".{OUTPUT}")]
-    if tied:
+    embeddings = choose(checkpoint, converter.tensors["token_embd.weight"], 0)
+    if tied and embeddings is not None:
         for name in outputs:
-            checkpoint.stored.pop(name)
+            if not checkpoint.is_here(name, embeddings.name) or checkpoint.alike(name, embeddings.name):
+                checkpoint.stored.pop(name)
     elif tied is False and not outputs:
         raise BadFile(f"{checkpoint.folder} lacks tensor {OUTPUT}, and its embeddings are not tied")
 
@@ -272,7 +279,7 @@ def plan_conversion(checkpoint: Checkpoint, base: str = "auto", *, mtp: bool = F
     converter = known_converter(checkpoint.config)
     with naming(str(checkpoint.folder / "config.json")):
         settings = read_settings(converter, checkpoint, mtp=mtp)
-    apply_tying(checkpoint, settings.config)
+    apply_tying(checkpoint, settings.converter, settings.config)
     with naming(str(checkpoint.folder / "config.json")):
         tensors = tuple(_planned(settings, checkpoint, base))
     unknown, remarks = _left_out(settings, checkpoint, _unclaimed(checkpoint, tensors))
@@ -280,4 +287,12 @@ def plan_conversion(checkpoint: Checkpoint, base: str = "auto", *, mtp: bool = F
         raise Unsupported(
             f"{checkpoint.folder} has {len(unknown)} tensors that {converter.name} does not: {unknown[0]}"
         )
-    return Conversion(settings, base, tensors, tuple(remarks))
+    conversion = Conversion(settings, base, tensors, tuple(remarks))
+    vocabulary = settings.config.get("vocab_size")
+    if isinstance(vocabulary, int) and vocabulary != conversion.vocabulary:
+        raise BadFile(
+            f"{checkpoint.folder}: config.json has vocab_size = {vocabulary}, the embeddings have "
+            f"{conversion.vocabulary} rows",
+            hint="the configuration is of another model, or the weights are; get both again",
+        )
+    return conversion

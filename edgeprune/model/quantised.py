@@ -1,6 +1,6 @@
 """Checkpoints whose weights are stored in fewer bits: FP8 with scales, and MXFP4.
 
-FP8 (E4M3) weights have a scale for the tensor, for each row, or for each block of 128 x 128 (DeepSeek-V3). MXFP4
+FP8 (E4M3) weights have a scale for the tensor, for each output, or for each block of 128 x 128 (DeepSeek-V3). MXFP4
 weights (gpt-oss) are 4-bit floats (E2M1) in blocks of 32 with a power of two as their scale: GGUF's MXFP4 is the same
 numbers in another order of nibbles, so they are moved there without loss (OCP Microscaling Formats, version 1.0).
 """
@@ -78,6 +78,9 @@ def _spread(scale: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int],
     by_row = (*outer, rows)
     if tuple(scale.shape) in (by_row, (*by_row, 1)):
         return scale.reshape(*by_row, 1)
+    # Experts stored with their inputs as rows (Llama 4) have a scale for each output, which is a column.
+    if outer and tuple(scale.shape) in ((*outer, 1, columns), (*outer, columns, 1)):
+        return scale.reshape(*outer, 1, columns)
     if outer and scale.numel() == outer[0]:  # one for each expert
         return scale.reshape(outer[0], *(1 for _ in shape[1:]))
     raise BadFile(f"{name}: scales of the shape {list(scale.shape)} do not fit weights of the shape {list(shape)}")

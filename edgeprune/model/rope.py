@@ -84,10 +84,11 @@ def _log_multiplier(table: Mapping[str, Any], prefix: str) -> list[Entry]:
     """DeepSeek's YaRN: the attention's scale grows with ``mscale_all_dim``, the rotation's with the quotient of both
     settings, which llama.cpp takes for one."""
     over, under = float(table.get("mscale") or 0), float(table.get("mscale_all_dim") or 0)
-    if over != under:
+    # Without them the original leaves the attention's scale alone, which llama.cpp changes with any factor.
+    if over != under or not under:
         raise Unsupported(f"rotary embedding scaling 'yarn' with mscale = {over} and mscale_all_dim = {under}")
     # The tenth is llama.cpp's: it divides the value by 0.1 for these graphs.
-    return [make_entry(f"{prefix}.scaling.yarn_log_multiplier", "f32", 0.1 * under)] if under else []
+    return [make_entry(f"{prefix}.scaling.yarn_log_multiplier", "f32", 0.1 * under)]
 
 
 def _scaling(rope: Rope, kind: str, table: Mapping[str, Any], prefix: str) -> list[Entry]:

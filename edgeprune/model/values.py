@@ -18,6 +18,7 @@ from edgeprune.model.transforms import Sizes
 
 MOST_HEADS = 4096
 BLOCKS = "block_count"
+GROUPING = ("expert_group_count", "expert_group_used_count")
 MOST_EXTRA_LAYERS = 16
 
 
@@ -78,9 +79,10 @@ def _by_layer_type(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     by_layer, types = config.get("per_layer_config"), config.get("layer_types")
     if not isinstance(by_layer, dict) or not isinstance(types, list):
         return {}
+    numbered = {int(key): own for key, own in by_layer.items() if key.isdecimal()}  # "05" in a model of 30 layers
     found: dict[str, dict[str, Any]] = {}
     for layer, kind in enumerate(types):
-        own = by_layer.get(str(layer), {})
+        own = numbered.get(layer, {})
         if found.setdefault(str(kind), own) != own:
             raise Unsupported(f"config.json: layers of the type {str(kind)[:60]} differ in per_layer_config")
     return found
@@ -185,6 +187,8 @@ def _size(name: str, field: Field, config: dict[str, Any]) -> int:
 
 
 def _check(converter: Converter, requirement: Requirement, config: dict[str, Any]) -> None:
+    if requirement.unless and lookup(config, (requirement.unless,)) is not None:
+        return
     value = lookup(config, (requirement.key,))
     if value is None:
         value = requirement.default
@@ -314,6 +318,8 @@ def metadata_entries(settings: Settings, where: str) -> list[Entry]:
             value = _by_layer(value, settings, label) if array else _uniform(value, label)
         if key == BLOCKS:
             value = len(settings.kinds)
+        if key in GROUPING and _all_groups(settings):  # which llama.cpp knows as one group
+            value = 1
         try:
             entries.append(make_entry(f"{settings.converter.arch}.{key}", field.type, value))
             sane = not field.type.endswith("f32") or _is_sane(value, key)
@@ -324,6 +330,12 @@ def metadata_entries(settings: Settings, where: str) -> list[Entry]:
     if settings.further:
         entries.append(make_entry(f"{settings.converter.arch}.nextn_predict_layers", "u32", settings.further))
     return entries
+
+
+def _all_groups(settings: Settings) -> bool:
+    """Whether every token may go to experts of all groups, as if there were none."""
+    fields = settings.converter.metadata
+    return len({_evaluated(fields[key], settings.config, key) for key in GROUPING if key in fields}) == 1
 
 
 def _is_sane(value: Any, key: str) -> bool:

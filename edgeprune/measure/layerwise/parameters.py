@@ -117,7 +117,7 @@ def opened_parameters(checkpoint: Path, experts: int) -> tuple[Parameters, Sizes
     converter = converter_for(str(opened.config.get("model_type", "")))
     converter = converter.with_prefix(prefix_of(converter, opened))
     config = language_config(converter, opened.config)
-    apply_tying(opened, config)
+    apply_tying(opened, converter, config)
     return Parameters(opened, converter, experts), sizes_of(converter, config, opened)
 
 
