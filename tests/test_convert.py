@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -463,6 +465,37 @@ def test_memory_of_a_conversion_does_not_grow_with_the_checkpoint(small: Path, t
     assert size > 90e6
     first, second = conversion_peaks("auto", Path(shutil.copytree(small, tmp_path / "small")), folder)
     assert second - first < 30e6
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "stacked"])
+def test_memory_of_a_conversion_does_not_grow_with_a_shard(stacked: bool, small: Path, tmp_path: Path) -> None:
+    """300 MB in one file, of which no tensor of the GGUF takes more than 3 MB."""
+    folder, layers, width, hidden = Path(shutil.copytree(small, tmp_path / "model")), 48, 64, 1024
+    toys.change_json(folder / "config.json", num_hidden_layers=layers, moe_intermediate_size=hidden)
+    stored = {name: tuple(weight.shape) for name, weight in load_file(folder / SINGLE).items()}
+    shapes = {name: shape for name, shape in stored.items() if "layers" not in name}
+    for layer in range(layers):
+        block = f"model.layers.{layer}."
+        own = {name: shape for name, shape in stored.items() if ".layers.0." in name and ".experts." not in name}
+        shapes |= {name.replace("model.layers.0.", block): shape for name, shape in own.items()}
+        if stacked:
+            shapes[f"{block}mlp.experts.gate_up_proj"] = (8, 2 * hidden, width)
+            shapes[f"{block}mlp.experts.down_proj"] = (8, width, hidden)
+        for expert in range(0 if stacked else 8):
+            part = f"{block}mlp.experts.{expert}."
+            shapes |= {f"{part}{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
+            shapes[f"{part}down_proj.weight"] = (width, hidden)
+    described, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        described[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(described).encode()
+    with (folder / SINGLE).open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        stream.truncate(8 + len(encoded) + end)  # weights of zero
+    assert end > 300e6
+    first, second = conversion_peaks("auto", Path(shutil.copytree(small, tmp_path / "small")), folder)
+    assert second - first < 200e6
 
 
 # What only llama.cpp holds against each other: shapes, and the numbers of the configuration.

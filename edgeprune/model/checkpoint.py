@@ -33,6 +33,9 @@ SMALL = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 # Raised when conversion changes its result, so that converted files are made again.
 CONVERSION_FORMAT = 2
 LARGEST_HEADER = 100_000_000
+# Read of a shard before it is mapped anew. What was read stays in memory as long as its map does, and a shard may be
+# as large as the model.
+_MAPPED_BYTES = 64 << 20
 # A weight of a routed expert, of one (``experts.7.``) or of all of them stacked.
 EXPERT_TENSOR = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?")
 # How configurations call the number of experts; any family that has them has one of these.
@@ -70,6 +73,7 @@ class Checkpoint:
     stored: dict[str, Stored]
     scaled: dict[str, Scaled] = field(default_factory=dict)
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
+    _read_bytes: int = field(default=0, repr=False)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of tensor ``name`` in PyTorch's order."""
@@ -120,13 +124,14 @@ class Checkpoint:
     def _raw(self, name: str, matrix: int | None = None) -> torch.Tensor:
         import safetensors
 
+        handle = self._handle(name)
         try:
-            if matrix is not None:
-                part: torch.Tensor = self._handle(name).get_slice(name)[matrix : matrix + 1]
-                return part
-            tensor: torch.Tensor = self._handle(name).get_tensor(name)
+            tensor: torch.Tensor = (
+                handle.get_tensor(name) if matrix is None else handle.get_slice(name)[matrix : matrix + 1]
+            )
         except safetensors.SafetensorError as error:
             raise BadFile(f"{self.folder / self.shard_of[name]}: tensor {name}: {error}") from error
+        self._read_bytes += tensor.nbytes
         return tensor
 
     def require_experts(self) -> None:
@@ -146,7 +151,8 @@ class Checkpoint:
 
     def _handle(self, name: str) -> Any:
         shard = self.shard_of[name]
-        if shard not in self._open:
+        if shard not in self._open or self._read_bytes > _MAPPED_BYTES:
+            self._open, self._read_bytes = {}, 0  # the old map first; it goes when its last tensor does
             self._open = {shard: _open_shard(self.folder / shard)}
         return self._open[shard]
 
