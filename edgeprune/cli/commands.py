@@ -243,6 +243,8 @@ def inspect(model: str, tokenizer: bool, as_json: bool) -> None:
 
     found = inspect_model(model, Console(), tokenizer=tokenizer)
     _print(found.to_json(), show.inspection(found), as_json)
+    if found.refusal is not None:
+        raise found.refusal
 
 
 @click.command()

@@ -1,11 +1,13 @@
 """Peak memory of converting a checkpoint of several gigabytes, against the largest group of its tensors.
 
-    python tests/benchmarks/conversion.py [--layers 3] [--experts 128] [--type auto] [--shards one] [--stacked] [--fp8]
+    python tests/benchmarks/conversion.py [--layers 3] [--experts 128] [--type auto] [--shards one|layer] [--stacked]
+        [--fp8]
 
-The checkpoint has the extents of Qwen3-30B-A3B (width 2048, expert width 768) and random weights, in one file or in one
-for each layer; it is written into the temporary folder, which needs room for it and its GGUF. Converts in a process of its
-own, whose peak memory includes everything: interpreter, torch, mapped pages of the shards. A group is what one GGUF
-tensor is made of: the embedding matrix, or the gate, up or down matrices of all experts of a layer; counted in BF16.
+The checkpoint has the extents of Qwen3-30B-A3B (width 2048, expert width 768) and random weights, in one file or in
+one for each layer; it is written into the temporary folder, which needs room for it and its GGUF. Converts in a
+process of its own, whose peak memory includes everything: interpreter, torch, mapped pages of the shards. A group is
+what one GGUF tensor is made of: the embedding matrix, or the gate, up or down matrices of all experts of a layer;
+counted in BF16.
 """
 
 from __future__ import annotations
