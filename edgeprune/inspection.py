@@ -13,7 +13,7 @@ from edgeprune.fitting import Fit, Shape, fits
 from edgeprune.model import ggml, hub
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Tensor, read_architecture
 from edgeprune.model.cached import NotHere, cached
-from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint
+from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint, shown
 from edgeprune.model.convert import bare_header
 from edgeprune.model.converter import Converter, converter_for
 from edgeprune.model.download import beside_weights, fetch_beside
@@ -195,7 +195,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, total: int, folder: Path | None)
     model_type = str(checkpoint.config.get("model_type", ""))
     converter = converter_for(model_type)
     facts = [
-        ("checkpoint", f"{checkpoint.folder}, {format_bytes(total)}"),
+        ("checkpoint", f"{shown(checkpoint.folder)}, {format_bytes(total)}"),
         ("model type", f"{model_type}, becomes {converter.arch}"),
     ]
     stored = dict(checkpoint.stored)

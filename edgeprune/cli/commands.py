@@ -276,7 +276,7 @@ def convert(checkpoint: str, output: Path, base: str, mtp: str) -> None:
     """Convert a Hugging Face CHECKPOINT, a folder, ORG/NAME on the Hub, or 'demo', to the GGUF file OUTPUT."""
     from edgeprune.cli.console import Console
     from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
-    from edgeprune.model.convert import check_output
+    from edgeprune.model.convert import check_output, check_place
     from edgeprune.model.download import Aim
     from edgeprune.model.headers import Header
     from edgeprune.settings import KEEP
@@ -292,6 +292,7 @@ def convert(checkpoint: str, output: Path, base: str, mtp: str) -> None:
             raise UsageError(f"{checkpoint} is a GGUF, which needs no conversion", hint=hint)
         scrutiny(model)
 
+    check_place(output)  # before anything is downloaded
     folder = found_at(checkpoint, console, Aim(output, base, scrutiny.mtp, look))
     if not folder.is_dir():
         raise UsageError(f"{checkpoint} is no folder with a checkpoint", hint=hint)

@@ -12,7 +12,8 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,9 +141,7 @@ class Checkpoint:
         Raises:
             Unsupported: neither the configuration nor a tensor speaks of experts.
         """
-        tables = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
-        counted = any(table.get(key) for table in tables for key in _EXPERT_KEYS)
-        if not counted and not any(EXPERT_TENSOR.search(name) for name in self.stored):
+        if not counts_experts(self.config) and not any(EXPERT_TENSOR.search(name) for name in self.stored):
             model_type = str(self.config.get("model_type", ""))[:60]
             raise Unsupported(
                 f"{self.folder} is a dense {model_type or 'language'} model: it has no experts to choose from",
@@ -185,6 +184,30 @@ class Checkpoint:
             state.update(content_digest(shard, told).encode())
             told(1, 1)  # also where it was known
         return state.hexdigest()
+
+
+def counts_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration speaks of experts. One that does not may still be of a model that has them."""
+    tables = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return any(table.get(key) for table in tables for key in _EXPERT_KEYS)
+
+
+@contextmanager
+def blaming_the_download() -> Iterator[None]:
+    """A block whose complaints of a checkpoint have a way out, if they name no better one."""
+    try:
+        yield
+    except BadFile as error:
+        error.hint = error.hint or "the download is damaged, or its files are of different models; get it again"
+        raise
+
+
+def shown(folder: Path) -> str:
+    """What people call a checkpoint: ORG/NAME of one in the cache of the Hub, else the path of its folder."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return "/".join(repository.split("--")[1:])
+    return str(folder)
 
 
 def _open_shard(path: Path) -> Any:
@@ -260,6 +283,7 @@ def _described(entry: dict[str, Any]) -> tuple[Stored, int]:
     return Stored(shape, entry["dtype"]), end
 
 
+@blaming_the_download()
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder``, with every shard present and complete.
 
@@ -312,6 +336,8 @@ def parsed_config(content: bytes, where: str) -> dict[str, Any]:
     Raises:
         BadFile: it is no JSON, or no table.
     """
+    if not content.strip():
+        raise BadFile(f"cannot read {where}: it is empty", hint="download this file again")
     try:
         config = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -403,5 +429,10 @@ def _shards(folder: Path) -> list[str]:
         raise Unsupported(
             f"{folder} has its weights as Python pickles, which can run code when they are opened",
             hint="save it again with safe_serialization=True",
+        )
+    if shards := len(list(folder.glob("*.safetensors"))):
+        raise BadFile(
+            f"{folder} lacks {INDEX}, which says what its {shards} safetensors hold",
+            hint="the download is incomplete; get the missing file",
         )
     raise BadFile(f"{folder} holds no {SINGLE}", hint="the download is incomplete, or this is another folder")
