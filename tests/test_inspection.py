@@ -13,6 +13,7 @@ import toys
 from runs import run_edgeprune
 
 from edgeprune import inspection
+from edgeprune.cli import show
 from edgeprune.device.profile import find_profile, user_folder
 from edgeprune.errors import DoesNotFit, NativeCrash
 from edgeprune.fitting import smallest_bytes
@@ -301,3 +302,11 @@ def test_verdicts_near_the_limit_are_those_of_the_plan(
         kind = "no" if "no, " in own else "as it is" if "as it is" in own else "smaller"
         assert kind == outcome or own.startswith("about: "), (size - beside, own, outcome)
     assert verdict(said, f"of-{sizes[-1]}") == "as it is"
+
+
+def test_a_long_fact_is_wrapped_and_widens_no_line(toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    toys.change_json(folder / "config.json", num_attention_heads=8)
+    found = inspect_model(str(folder))
+    assert max(len(figure) for _, figure in found.facts) > 150
+    assert max(map(len, show.inspection(found))) <= 118
