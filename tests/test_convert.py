@@ -633,3 +633,9 @@ def test_reading_a_checkpoint_for_its_fingerprint_is_a_stage_of_its_own(small: P
     convert_checked(small, tmp_path / "model.gguf", ear)
     assert ear.stages == ["fingerprint of the checkpoint", "convert"]
     assert GgufFile(tmp_path / "model.gguf").get(SOURCE_KEY) == open_checkpoint(small).origin()
+
+
+def test_fewer_layers_than_the_weights_hold_are_told_with_both(toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    toys.change_json(folder / "config.json", num_hidden_layers=1)
+    assert_refused(folder, BadFile, "config.json says 1 layers, the weights hold 2")

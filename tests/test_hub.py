@@ -762,3 +762,6 @@ def test_checkpoint_in_the_cache_is_shown_by_its_name(hub: hub_files.Hub, toy_ch
     hub.add_folder("maker/toy", toy_checkpoint("qwen3_moe"))
     folder = get("maker/toy")
     assert dict(inspect_model(str(folder)).facts)["checkpoint"].startswith("maker/toy, ")
+    (folder / "config.json").unlink()
+    done = run_edgeprune("inspect", folder)
+    assert done.stderr.startswith("error: maker/toy holds no config.json")
