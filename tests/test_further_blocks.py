@@ -277,7 +277,7 @@ def test_block_is_left_out_with_a_remark_and_changes_nothing_where_it_is_kept(
 def test_a_block_behind_the_last_layer_that_is_not_counted_is_not_known(name: str, made: Any, tmp_path: Path) -> None:
     folder = with_further_block(name, made(name)[0], tmp_path / "model")
     toys.change_json(folder / "config.json", num_nextn_predict_layers=0)
-    with pytest.raises(BadFile, match="config.json says 3 layers, the weights hold 4"):
+    with pytest.raises(BadFile, match=r"config\.json says 3 layers, the weights hold 4"):
         convert(folder, tmp_path / "model.gguf", "f32")
 
 
