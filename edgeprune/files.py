@@ -100,7 +100,10 @@ def read_json(path: Path) -> Any:
         BadFile: missing, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            raise BadFile(f"cannot read {path}: it is empty")
+        return json.loads(text)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise BadFile(f"cannot read {path}: {error}") from error
     except RecursionError:  # brackets within brackets, a hundred thousand deep

@@ -13,7 +13,7 @@ from edgeprune.fitting import Fit, Shape, fits
 from edgeprune.model import ggml, hub
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Tensor, read_architecture
 from edgeprune.model.cached import NotHere, cached
-from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint
+from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint, shown
 from edgeprune.model.convert import bare_header
 from edgeprune.model.converter import Converter, converter_for
 from edgeprune.model.download import beside_weights, fetch_beside
@@ -55,6 +55,7 @@ class Inspection:
 
     Attributes:
         nbytes: of its weights.
+        refusal: why nothing can be made of it: llama.cpp does not load it, or it cannot be converted; or None.
         fetched_bytes: what it took to find out, of a model on the Hub.
     """
 
@@ -62,10 +63,12 @@ class Inspection:
     roles: dict[str, int]
     fits: list[Fit]
     nbytes: int
+    refusal: EdgepruneError | None = None
     fetched_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        cause = self.refusal.cause if self.refusal is not None else ""
+        return {**asdict(replace(self, refusal=None)), "refusal": cause}
 
 
 def inspect_model(model: str, listener: Listener | None = None, *, tokenizer: bool = False) -> Inspection:
@@ -153,9 +156,10 @@ def _inspected(facts: list[tuple[str, str]], architecture: Architecture, header:
     for tensor in architecture.tensors:
         role = _NAMED_ROLES[tensor.role]
         roles[role] = roles.get(role, 0) + tensor.nbytes
-    found, basis = fits(architecture, header, Shape())
-    facts = [*facts, ("KV cache and buffers", basis)]
-    return Inspection(facts, dict(sorted(roles.items(), key=lambda i: -i[1])), found, architecture.nbytes)
+    found = fits(architecture, header, Shape())
+    facts = [*facts, ("KV cache and buffers", found.basis), *found.reasons]
+    roles = dict(sorted(roles.items(), key=lambda role: -role[1]))
+    return Inspection(facts, roles, found.profiles, architecture.nbytes, found.refusal)
 
 
 def _numbers(architecture: Architecture) -> list[tuple[str, str]]:
@@ -191,7 +195,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, total: int, folder: Path | None)
     model_type = str(checkpoint.config.get("model_type", ""))
     converter = converter_for(model_type)
     facts = [
-        ("checkpoint", f"{checkpoint.folder}, {format_bytes(total)}"),
+        ("checkpoint", f"{shown(checkpoint.folder)}, {format_bytes(total)}"),
         ("model type", f"{model_type}, becomes {converter.arch}"),
     ]
     stored = dict(checkpoint.stored)
@@ -202,7 +206,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, total: int, folder: Path | None)
         architecture = read_architecture(header)
     except EdgepruneError as error:
         checkpoint.stored = stored
-        return _inspect_sketch(checkpoint, converter, facts, total, error.cause)
+        return _inspect_sketch(checkpoint, converter, facts, error)
     facts += [*_numbers(architecture), *(("conversion", remark) for remark in planned.remarks)]
     facts += [("tokenizer", text) for text in (_told(folder, planned) if folder is not None else [])]
     return _inspected(facts, architecture, header)
@@ -218,9 +222,9 @@ def _told(folder: Path, planned: Conversion) -> list[str]:
 
 
 def _inspect_sketch(
-    checkpoint: Checkpoint, converter: Converter, facts: list[tuple[str, str]], total: int, cause: str
+    checkpoint: Checkpoint, converter: Converter, facts: list[tuple[str, str]], refusal: EdgepruneError
 ) -> Inspection:
-    """What there is to say of a checkpoint that cannot be converted for this ``cause``."""
+    """What there is to say of a checkpoint that cannot be converted, and why."""
     architecture = _sketch(checkpoint, converter)
     experts = sum(tensor.nbytes for tensor in architecture.tensors if tensor.is_expert)
     if not experts:
@@ -232,16 +236,17 @@ def _inspect_sketch(
     head = _config_count(config, ("head_dim",), 1 << 20) or (width // queries if queries else 0)
     vocabulary = _config_count(config, ("vocab_size",), 1 << 24)
     shape = Shape(_config_count(config, converter.layers, MOST_LAYERS), heads, head, vocabulary)
-    found, basis = fits(architecture, None, shape, "because there is no GGUF that llama.cpp could be asked about")
+    cause = "because there is no GGUF that llama.cpp could be asked about"
+    found = fits(architecture, None, shape, cause, "cannot be converted; by its size: ")
     facts += [
-        ("conversion", f"refused: {cause}"),
+        ("conversion", f"refused: {refusal.cause}"),
         ("experts", f"{architecture.experts} per layer, {architecture.used} per token"),
         ("parameters", f"{architecture.parameters:,}"),
         ("weights", format_bytes(architecture.nbytes)),
-        ("KV cache and buffers", basis),
+        ("KV cache and buffers", found.basis),
     ]
     roles = {"routed experts": experts, "everything else": architecture.nbytes - experts}
-    return Inspection(facts, roles, found, architecture.nbytes)
+    return Inspection(facts, roles, found.profiles, architecture.nbytes, refusal)
 
 
 def _sketch(checkpoint: Checkpoint, converter: Converter) -> Architecture:

@@ -224,3 +224,15 @@ def test_blocks_that_predict_further_tokens_are_left_out_unless_they_are_wanted(
     assert {tensor.layer for tensor in found.left_out} == {1} and len(found.allowed_counts()) > 1
     assert (whole.layers, whole.moe_layers, whole.further_moe_layers) == (1, (0,), (1,)) and not whole.left_out
     assert {*found.tensors, *found.left_out} == set(whole.tensors)
+
+
+@pytest.mark.parametrize("further", [0, 1])
+def test_more_blocks_than_are_counted_are_refused_and_not_taken_for_further_ones(
+    further: int, tmp_path: Path
+) -> None:
+    counts = [("block_count", "u32", 2), ("nextn_predict_layers", "u32", further)]
+    path = toys.synthetic_gguf(tmp_path / "a.gguf", layers=3, extra=counts, **TINY)
+    for mtp in (False, True):
+        with pytest.raises(BadFile, match="the metadata count 2 blocks, the tensors are of 3") as refusal:
+            read_architecture(GgufFile(path), mtp=mtp)
+        assert "another model" in refusal.value.hint

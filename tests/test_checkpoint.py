@@ -406,3 +406,18 @@ def test_shards_hold_what_the_index_lists(case: str, sharded: Path) -> None:
     with pytest.raises(BadFile, match=cause.replace(".", r"\.")) as refusal:
         open_checkpoint(sharded)
     assert "\n" not in refusal.value.cause and "get all of them again" in refusal.value.hint
+
+
+def test_missing_index_is_named(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    with pytest.raises(BadFile, match=f"lacks {INDEX}, which says what its 2 safetensors hold") as refusal:
+        open_checkpoint(sharded)
+    assert "incomplete" in refusal.value.hint
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_empty_file_is_called_empty(name: str, sharded: Path) -> None:
+    (sharded / name).write_bytes(b"")
+    with pytest.raises(BadFile, match=f"{name}: it is empty") as refusal:
+        open_checkpoint(sharded)
+    assert "download" in refusal.value.hint

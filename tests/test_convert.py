@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
 import toys
 from agreement import log_probabilities, token_windows
-from runs import conversion_peaks, run_edgeprune
+from runs import Ear, conversion_peaks, run_edgeprune
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +27,7 @@ from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
 from edgeprune.model.convert import SOURCE_KEY, _piece_bytes, convert
 from edgeprune.model.converter import load_converter
 from edgeprune.model.gguf import GgufFile
-from edgeprune.stages.converting import require_convertible
+from edgeprune.stages.converting import convert_checked, require_convertible
 
 
 def assert_computes_the_same(checkpoint: Path, gguf: Path, folder: Path) -> None:
@@ -223,7 +226,7 @@ def assert_refused(folder: Path, kind: type[EdgepruneError], cause: str, base: s
 CONFIGS: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
     "an unknown type": ({"model_type": "mamba"}, Unsupported, "no converter for checkpoints of type 'mamba'"),
     "a type that is a path": ({"model_type": "../profiles/cpu-8gb"}, Unsupported, "no converter"),
-    "no type": ({"model_type": ...}, Unsupported, "no converter"),
+    "no type": ({"model_type": ...}, BadFile, "it has no model_type"),
     "weights not renormalised": ({"norm_topk_prob": False}, Unsupported, "norm_topk_prob = False"),
     "biased attention": ({"attention_bias": True}, Unsupported, "attention_bias = True"),
     "dense layers between": ({"decoder_sparse_step": 2}, Unsupported, "decoder_sparse_step = 2"),
@@ -269,12 +272,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
     "more experts than there are": (
         {"num_experts": 9, "num_local_experts": 9},
         BadFile,
-        r"lacks tensor model\.layers\.0\.mlp\.experts\.8\.gate_proj",
+        "config.json says 9 experts, the weights hold 8",
     ),
     "fewer experts than there are": (
         {"num_experts": 7, "num_local_experts": 7},
-        Unsupported,
-        r"3 tensors that qwen3_moe does not: model\.layers\.0\.mlp\.experts\.7",
+        BadFile,
+        "config.json says 7 experts, the weights hold 8",
     ),
     "an epsilon that is a text": ({"rms_norm_eps": "small"}, BadFile, "rms_norm_eps = 'small' does not fit"),
     "a width below zero": ({"hidden_size": -1}, BadFile, "hidden_size = -1 does not fit"),
@@ -474,6 +477,37 @@ def test_memory_of_a_conversion_does_not_grow_with_the_checkpoint(small: Path, t
     assert second - first < 30e6
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "stacked"])
+def test_memory_of_a_conversion_does_not_grow_with_a_shard(stacked: bool, small: Path, tmp_path: Path) -> None:
+    """300 MB in one file, of which no tensor of the GGUF takes more than 3 MB."""
+    folder, layers, width, hidden = Path(shutil.copytree(small, tmp_path / "model")), 48, 64, 1024
+    toys.change_json(folder / "config.json", num_hidden_layers=layers, moe_intermediate_size=hidden)
+    stored = {name: tuple(weight.shape) for name, weight in load_file(folder / SINGLE).items()}
+    shapes = {name: shape for name, shape in stored.items() if "layers" not in name}
+    for layer in range(layers):
+        block = f"model.layers.{layer}."
+        own = {name: shape for name, shape in stored.items() if ".layers.0." in name and ".experts." not in name}
+        shapes |= {name.replace("model.layers.0.", block): shape for name, shape in own.items()}
+        if stacked:
+            shapes[f"{block}mlp.experts.gate_up_proj"] = (8, 2 * hidden, width)
+            shapes[f"{block}mlp.experts.down_proj"] = (8, width, hidden)
+        for expert in range(0 if stacked else 8):
+            part = f"{block}mlp.experts.{expert}."
+            shapes |= {f"{part}{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
+            shapes[f"{part}down_proj.weight"] = (width, hidden)
+    described, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        described[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(described).encode()
+    with (folder / SINGLE).open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        stream.truncate(8 + len(encoded) + end)  # weights of zero
+    assert end > 300e6
+    first, second = conversion_peaks("auto", Path(shutil.copytree(small, tmp_path / "small")), folder)
+    assert second - first < 200e6
+
+
 # What only llama.cpp holds against each other: shapes, and the numbers of the configuration.
 
 ABSURD: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
@@ -493,6 +527,7 @@ ABSURD: dict[str, tuple[dict[str, Any], type[EdgepruneError], str]] = {
         BadFile,
         "rope_theta = '1e4' is no base",
     ),
+    "experts used of none": ({"num_experts_per_tok": 0}, BadFile, "8 experts, 0 used per token"),
     "more experts used than there are": ({"num_experts_per_tok": 9}, BadFile, "8 experts, 9 used per token"),
 }
 
@@ -553,3 +588,63 @@ def test_what_cannot_fit_is_told_before_a_checkpoint_is_converted(small: Path, t
     done = run_edgeprune("plan", small, "--file-size", "20kB", "-o", "run", cwd=tmp_path)
     assert done.returncode == 3 and "smallest plan" in done.stderr, done.stderr
     assert not list(tmp_path.rglob("*.gguf"))
+
+
+@pytest.mark.parametrize("counted", [4, 16])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe, stacked", "granitemoe"])
+def test_another_number_of_experts_than_the_weights_hold_is_told_with_both(
+    family: str, counted: int, small: Path, tmp_path: Path
+) -> None:
+    if family == "granitemoe":
+        folder = families.make_checkpoint(family, tmp_path / "model")
+        toys.change_json(folder / "config.json", num_local_experts=counted)
+    else:
+        folder = Path(shutil.copytree(small, tmp_path / "model"))
+        toys.change_json(folder / "config.json", num_experts=counted, num_local_experts=counted)
+    if family == "qwen3_moe, stacked":
+        weights = load_file(folder / SINGLE)
+        for layer in range(len({name.split(".")[2] for name in weights if ".layers." in name})):
+            block = f"model.layers.{layer}.mlp.experts"
+            gates, ups, downs = (
+                torch.stack([weights.pop(f"{block}.{expert}.{part}_proj.weight") for expert in range(8)])
+                for part in ("gate", "up", "down")
+            )
+            weights |= {f"{block}.gate_up_proj": torch.cat([gates, ups], 1), f"{block}.down_proj": downs}
+        save_file(weights, folder / SINGLE)
+    error = assert_refused(folder, BadFile, f"config.json says {counted} experts, the weights hold 8")
+    assert "blk." not in error.cause and "another model" in error.hint
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_configuration_without_a_type_is_told_what_it_lacks(value: Any, small: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    toys.change_json(folder / "config.json", model_type=value)
+    error = assert_refused(folder, BadFile, "has no model_type")
+    assert "config.json" in error.hint
+
+
+@pytest.mark.parametrize("damage", ["a tensor", "tokenizer.json"])
+def test_damaged_download_has_a_way_out(damage: str, small: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    if damage == "a tensor":
+        weights = load_file(folder / SINGLE)
+        weights["model.layers.0.mlp.gatte.weight"] = weights.pop("model.layers.0.mlp.gate.weight")
+        save_file(weights, folder / SINGLE)
+    else:
+        (folder / damage).write_bytes(b"")
+    done = run_edgeprune("convert", folder, tmp_path / "model.gguf")
+    cause = "lacks tensor model.layers.0.mlp.gate.weight" if damage == "a tensor" else f"{damage}: it is empty"
+    assert done.returncode == 1 and cause in done.stderr and "hint: the download is damaged" in done.stderr
+
+
+def test_reading_a_checkpoint_for_its_fingerprint_is_a_stage_of_its_own(small: Path, tmp_path: Path) -> None:
+    ear = Ear()
+    convert_checked(small, tmp_path / "model.gguf", ear)
+    assert ear.stages == ["fingerprint of the checkpoint", "convert"]
+    assert GgufFile(tmp_path / "model.gguf").get(SOURCE_KEY) == open_checkpoint(small).origin()
+
+
+def test_fewer_layers_than_the_weights_hold_are_told_with_both(toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    toys.change_json(folder / "config.json", num_hidden_layers=1)
+    assert_refused(folder, BadFile, "config.json says 1 layers, the weights hold 2")

@@ -11,9 +11,11 @@ from typing import Any
 
 import hub_files
 import pytest
+import torch
 import toys
 from huggingface_hub import constants
 from runs import run_edgeprune
+from safetensors.torch import save, save_file
 
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
 from edgeprune.inspection import inspect_model
@@ -21,7 +23,7 @@ from edgeprune.model import download
 from edgeprune.model.checkpoint import INDEX
 from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
-from edgeprune.model.hub import Unreachable, repo_folder
+from edgeprune.model.hub import Unreachable, endpoint, repo_folder
 from edgeprune.model.location import HubName, hub_name, located
 from edgeprune.settings import Silent
 from edgeprune.stages.source import found_at
@@ -30,6 +32,7 @@ pytest_plugins = ("hub_fixtures",)
 
 REPO = "maker/toy-GGUF"
 FILE = "toy-Q8_0.gguf"
+EXPERT = save({"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(8, 8)})
 
 
 def get(name: str, said: list[str] | None = None) -> Path:
@@ -698,3 +701,67 @@ def test_further_chat_templates_are_fetched_and_converted(
     file = GgufFile(tmp_path / "out.gguf")
     assert file.get("tokenizer.chat_template.tool_use") == "{{ tools }}"
     assert file.get("tokenizer.chat_templates") == ["tool_use"]
+
+
+@pytest.mark.parametrize(("output", "cause"), [("notes.txt", "is not a GGUF"), ("notes.txt/a/x.gguf", "is a file")])
+def test_where_a_gguf_cannot_be_written_is_told_before_anything_is_fetched(
+    output: str, cause: str, hub: hub_files.Hub, toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    hub.add_folder("maker/toy", toy_checkpoint("qwen3_moe"))
+    (tmp_path / "notes.txt").write_text("my notes")
+    done = run_edgeprune("convert", "maker/toy", output, cwd=tmp_path)
+    assert done.returncode == 2 and cause in done.stderr and "hint: choose" in done.stderr, done.stderr
+    assert hub.requests == [] and (tmp_path / "notes.txt").read_text() == "my notes"
+
+
+def test_dense_model_is_called_so_whether_it_is_looked_at_or_converted(hub: hub_files.Hub, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.ones(8, 8)}, tmp_path / "model" / "model.safetensors")
+    hub.add_folder("maker/toy", tmp_path / "model")
+    for words in (("inspect", "maker/toy"), ("convert", "maker/toy", "out.gguf")):
+        done = run_edgeprune(*words, cwd=tmp_path)
+        assert done.returncode == 1 and "is a dense llama model" in done.stderr, done.stderr
+        assert "known: " not in done.stderr
+
+
+def test_model_of_an_unknown_kind_with_experts_is_not_called_dense(hub: hub_files.Hub, tmp_path: Path) -> None:
+    hub.add("maker/toy", {"config.json": b'{"model_type": "nonesuch"}', "model.safetensors": EXPERT})
+    with pytest.raises(Unsupported, match="no converter for checkpoints of type 'nonesuch'"):
+        aimed("maker/toy", tmp_path)
+
+
+PUBLIC = "https://huggingface.co"
+ADDRESSES = {
+    "/maker/toy": HubName("maker/toy"),
+    "/maker/toy/": HubName("maker/toy"),
+    "/maker/toy/tree/main": HubName("maker/toy"),
+    "/maker/toy/tree/v1.0": HubName("maker/toy", "", "v1.0"),
+    "/maker/toy?library=x#files": HubName("maker/toy"),
+    "/maker/toy/blob/main/sub/x.gguf": HubName("maker/toy", "sub/x.gguf"),
+    "/maker/toy/resolve/v1.0/x.gguf?download=true": HubName("maker/toy", "x.gguf", "v1.0"),
+    "/maker/toy/blob/main/config.json": HubName("maker/toy"),
+}
+
+
+@pytest.mark.parametrize("rest", ADDRESSES)
+def test_address_of_a_repository_is_its_name(rest: str, hub: hub_files.Hub) -> None:
+    for host in (PUBLIC, endpoint()):
+        assert located(host + rest) == ADDRESSES[rest]
+
+
+@pytest.mark.parametrize(
+    "text", [f"{PUBLIC}/maker", f"{PUBLIC}/datasets/maker/toy", "https://example.com/maker/toy", f"{PUBLIC}.evil/a/b"]
+)
+def test_other_addresses_are_no_names(text: str) -> None:
+    with pytest.raises(UsageError, match="no model at"):
+        located(text)
+
+
+def test_checkpoint_in_the_cache_is_shown_by_its_name(hub: hub_files.Hub, toy_checkpoint: toys.Maker) -> None:
+    hub.add_folder("maker/toy", toy_checkpoint("qwen3_moe"))
+    folder = get("maker/toy")
+    assert dict(inspect_model(str(folder)).facts)["checkpoint"].startswith("maker/toy, ")
+    (folder / "config.json").unlink()
+    done = run_edgeprune("inspect", folder)
+    assert done.stderr.startswith("error: maker/toy holds no config.json")

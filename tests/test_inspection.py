@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import toys
+from runs import run_edgeprune
 
 from edgeprune import inspection
-from edgeprune.device.profile import find_profile
+from edgeprune.cli import show
+from edgeprune.device.profile import find_profile, user_folder
+from edgeprune.errors import DoesNotFit, NativeCrash
 from edgeprune.fitting import smallest_bytes
 from edgeprune.inspection import Inspection, inspect_model
 from edgeprune.model.architecture import read_architecture
@@ -20,6 +23,8 @@ from edgeprune.model.checkpoint import open_checkpoint
 from edgeprune.model.convert import convert
 from edgeprune.model.converter import converter_for
 from edgeprune.model.gguf import GgufFile, TensorShape, file_bytes, header, make_entry
+from edgeprune.pipeline import opened
+from edgeprune.settings import Settings, Silent
 
 FAMILIES = ["qwen3_moe", "mixtral", "olmoe"]
 
@@ -83,12 +88,13 @@ def test_a_checkpoint_that_can_never_fit_is_told_so(stacked: bool, tmp_path: Pat
     assert dict(found.facts)["experts"] == "64 per layer, 8 per token"
     # 8 experts of 2.25 GiB weights at 1.5625 bits each are 3.5 GiB; 32 and 64 of them are 14 and 28 GiB; at 2.0625
     # bits 8 are 4.7 GiB, 16 are 9.3 GiB, and all of them 37 GiB.
-    assert verdict(found, "rpi5-8gb") == "pruned to 8 of 64 experts, IQ2_XXS"
-    assert verdict(found, "cpu-16gb") == "pruned to 16 of 64 experts, IQ2_XXS"
-    assert verdict(found, "cpu-32gb") == "pruned to 32 of 64 experts, IQ2_XXS"
-    assert verdict(found, "strix-halo-128gb") == "quantised to IQ3_S, all 64 experts"
+    but = "cannot be converted; by its size: "
+    assert verdict(found, "rpi5-8gb") == f"{but}pruned to 8 of 64 experts, IQ2_XXS"
+    assert verdict(found, "cpu-16gb") == f"{but}pruned to 16 of 64 experts, IQ2_XXS"
+    assert verdict(found, "cpu-32gb") == f"{but}pruned to 32 of 64 experts, IQ2_XXS"
+    assert verdict(found, "strix-halo-128gb") == f"{but}quantised to IQ3_S, all 64 experts"
     toys.change_json(folder / "config.json", num_experts_per_tok=32)
-    assert verdict(inspect_model(str(folder)), "rpi5-8gb").startswith("no, short of ")
+    assert verdict(inspect_model(str(folder)), "rpi5-8gb").startswith(f"{but}no, short of ")
 
 
 @pytest.mark.parametrize("value", ["8", True, 0, -1, 10**9, None, [8, 4]])
@@ -150,6 +156,8 @@ def test_what_would_not_be_converted_is_told(case: str, toy_checkpoint: toys.Mak
     toys.change_json(folder / "config.json", **changes)
     found = inspect_model(str(folder))
     assert cause in dict(found.facts)["conversion"]
+    assert found.refusal is not None and cause in found.refusal.cause and cause in found.to_json()["refusal"]
+    assert {fit.verdict for fit in found.fits} == {"cannot be converted; by its size: as it is"}
     assert dict(found.facts)["KV cache and buffers"].startswith("by formula")
     # 2 layers, keys and values of all heads, F16, and 16,384 tokens or what the profile says.
     config = json.loads((folder / "config.json").read_text())
@@ -206,3 +214,99 @@ def test_differences_of_the_tokenizer_are_told(toy_checkpoint: toys.Maker, tmp_p
     convert(folder, tmp_path / "model.gguf")
     for place in (folder, tmp_path / "model.gguf"):
         assert "does not compose characters (NFC)" in dict(inspect_model(str(place)).facts)["tokenizer"]
+
+
+# Verdicts against what llama.cpp and `plan` say.
+
+
+def test_a_cache_that_llama_cpp_does_not_make_costs_other_profiles_nothing(tmp_path: Path) -> None:
+    """Heads of 16 are no multiple of the 32 of a Q8_0 block."""
+    path = toys.synthetic_gguf(tmp_path / "model.gguf", width=64, experts=4, expert_width=64)
+    found = inspect_model(str(path))
+    for fit in found.fits:
+        if find_profile(fit.profile).kv_type == "f16":
+            assert fit.verdict == "as it is" and fit.beside_bytes > 1 << 20
+        else:
+            assert fit.verdict == "no context of 2,048 tokens with a Q8_0 cache" and fit.kept == 0
+    assert {find_profile(fit.profile).kv_type for fit in found.fits} == {"f16", "q8_0"}
+    assert "does not divide n_embd_head_k=16; try --kv-type f16" in dict(found.facts)["Q8_0 cache"]
+    assert found.refusal is None
+
+
+def unloadable(change: str, path: Path) -> Path:
+    """A GGUF that llama.cpp does not load."""
+    toys.synthetic_gguf(path, width=64, experts=4, expert_width=64)
+    old, new = change.encode().split(b" ")
+    path.write_bytes(path.read_bytes().replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize("change", ["blk.1.ffn_gate_inp blk.1.ffn_gate_imp", "qwen3moe qwen9moe"])
+def test_what_llama_cpp_does_not_load_fits_nowhere(change: str, tmp_path: Path) -> None:
+    path = unloadable(change, tmp_path / "model.gguf")
+    found = inspect_model(str(path))
+    assert {(fit.verdict, fit.kept) for fit in found.fits} == {("llama.cpp cannot load it", 0)}
+    assert found.refusal is not None and "llama.cpp cannot load" in found.refusal.cause
+    done = run_edgeprune("inspect", path)
+    assert done.returncode == 1 and "routed experts" in done.stdout and "error: llama.cpp cannot load" in done.stderr
+
+
+def test_what_crashes_llama_cpp_fits_nowhere(tmp_path: Path) -> None:
+    used = ("expert_used_count", "[u32]", [2, 0])
+    path = toys.synthetic_gguf(tmp_path / "model.gguf", width=64, experts=4, expert_width=64, extra=(used,))
+    found = inspect_model(str(path))
+    assert {fit.verdict for fit in found.fits} == {"llama.cpp cannot load it"}
+    assert isinstance(found.refusal, NativeCrash)
+
+
+PROFILE = """
+name = "{name}"
+summary = "of a test"
+backend = "{backend}"
+threads = 2
+pools.ram = {{ total = "{ram} KiB", reserve = "0 MiB", bandwidth = "20 GB/s" }}
+defaults = {{ context = 2048, kv_type = "f16" }}
+types.avoid = []
+"""
+VRAM = 'pools.vram = {{ total = "{vram} KiB", reserve = "0 MiB", bandwidth = "200 GB/s" }}'
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_verdicts_near_the_limit_are_those_of_the_plan(
+    backend: str, toy_gguf: toys.Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(toy_gguf("qwen3_moe"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("APPDATA", str(tmp_path / "config"))
+    user_folder().mkdir(parents=True)
+    whole = inspect_model(model)
+    beside = next(fit.beside_bytes for fit in whole.fits if fit.profile == "cpu-16gb")
+    sizes = [beside + share * whole.nbytes // 8 for share in (-4, 1, 4, 7, 9, 12)]
+    for size in sizes:
+        ram = size if backend == "cpu" else beside - (7 << 20)
+        text = PROFILE.format(name=f"of-{size}", backend=backend, ram=ram >> 10)
+        text += VRAM.format(vram=max(size - ram, 1 << 20) >> 10) if backend == "cuda" else ""
+        (user_folder() / f"of-{size}.toml").write_text(text)
+    said, planned = inspect_model(model), {}
+    for size in sizes:
+        wishes = Settings(model, device=f"of-{size}", output=str(tmp_path / f"run-{size}"))
+        with opened(wishes, Silent()) as run:
+            try:
+                run._fail_early()
+                planned[size] = "as it is" if run._untouched() is not None else "smaller"
+            except DoesNotFit:
+                planned[size] = "no"
+    assert set(planned.values()) >= {"as it is", "smaller"}
+    for size, outcome in planned.items():
+        own = verdict(said, f"of-{size}")
+        kind = "no" if "no, " in own else "as it is" if "as it is" in own else "smaller"
+        assert kind == outcome or own.startswith("about: "), (size - beside, own, outcome)
+    assert verdict(said, f"of-{sizes[-1]}") == "as it is"
+
+
+def test_a_long_fact_is_wrapped_and_widens_no_line(toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    toys.change_json(folder / "config.json", num_attention_heads=8)
+    found = inspect_model(str(folder))
+    assert max(len(figure) for _, figure in found.facts) > 150
+    assert max(map(len, show.inspection(found))) <= 118

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 
@@ -33,6 +34,10 @@ def edgeprune() -> None:
     """
 
 
+# A checkpoint in the cache of the Hub, which people know as ORG/NAME.
+_CACHED = re.compile(r"\S*[/\\]models--([^/\\\s]+?)--([^/\\\s]+)[/\\]snapshots[/\\][0-9a-f]{40}")
+
+
 def main() -> None:
     """Entry point: run a command and turn an explained failure into its message and exit code."""
     code = 0
@@ -49,6 +54,7 @@ def main() -> None:
         if os.environ.get("EDGEPRUNE_DEBUG"):
             raise
         cause = error if isinstance(error, EdgepruneError) else system_cause(error)
-        click.echo(f"error: {cause}", err=True)
+        text = _CACHED.sub(r"\1/\2", str(cause))
+        click.echo(f"error: {text}", err=True)
         code = error.exit_code if isinstance(error, EdgepruneError) else 1
     sys.exit(code)

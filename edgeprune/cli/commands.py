@@ -243,6 +243,8 @@ def inspect(model: str, tokenizer: bool, as_json: bool) -> None:
 
     found = inspect_model(model, Console(), tokenizer=tokenizer)
     _print(found.to_json(), show.inspection(found), as_json)
+    if found.refusal is not None:
+        raise found.refusal
 
 
 @click.command()
@@ -274,7 +276,7 @@ def convert(checkpoint: str, output: Path, base: str, mtp: str) -> None:
     """Convert a Hugging Face CHECKPOINT, a folder, ORG/NAME on the Hub, or 'demo', to the GGUF file OUTPUT."""
     from edgeprune.cli.console import Console
     from edgeprune.model.checkpoint import Checkpoint, open_checkpoint
-    from edgeprune.model.convert import check_output
+    from edgeprune.model.convert import check_output, check_place
     from edgeprune.model.download import Aim
     from edgeprune.model.headers import Header
     from edgeprune.settings import KEEP
@@ -290,6 +292,7 @@ def convert(checkpoint: str, output: Path, base: str, mtp: str) -> None:
             raise UsageError(f"{checkpoint} is a GGUF, which needs no conversion", hint=hint)
         scrutiny(model)
 
+    check_place(output)  # before anything is downloaded
     folder = found_at(checkpoint, console, Aim(output, base, scrutiny.mtp, look))
     if not folder.is_dir():
         raise UsageError(f"{checkpoint} is no folder with a checkpoint", hint=hint)

@@ -57,6 +57,7 @@ def family(found: Family, folder: Path) -> list[str]:
 
 # A summary is read on one screen: lines of types have no more columns, and there are no more of them.
 _COLUMNS, _TYPE_LINES = 110, 12
+_FACT = 60  # characters of a fact that stands on the right
 _LAYERS = re.compile(r"\[([0-9,-]+)\]")
 
 
@@ -249,9 +250,22 @@ def profile(found: Profile) -> list[str]:
     return [found.name, found.summary, "", *table(rows), *(f"- {line}" for line in found.why)]
 
 
+def _facts(facts: Sequence[tuple[str, str]]) -> list[str]:
+    """Labels and figures; a text that is too long for a line goes on below itself and widens no column."""
+    label_width = max(len(label) for label, _ in facts)
+    room = _COLUMNS - label_width - 2
+    width = max((len(figure) for _, figure in facts if len(figure) <= _FACT), default=0)
+    lines = []
+    for label, figure in facts:
+        first, *more = [figure.rjust(width)] if len(figure) <= _FACT else textwrap.wrap(figure, room)
+        lines.append(f"{label:<{label_width}}  {first}")
+        lines += [f"{'':<{label_width}}  {part}" for part in more]
+    return lines
+
+
 def inspection(found: Inspection) -> list[str]:
     """A model's shape, weights and fit."""
-    lines = table([(label, figure) for label, figure in found.facts])
+    lines = _facts(found.facts)
     lines += [
         "",
         *table(

@@ -264,7 +264,11 @@ class Session:
             params.tensor_buft_overrides = ctypes.addressof(self._overrides)
         model = binding.llama_model_load_from_file(str(path).encode(), params)
         if not model:
-            raise BadFile(f"llama.cpp cannot load {path}", rows=[("llama.cpp", line) for line in self.log.errors()])
+            raise BadFile(
+                f"llama.cpp cannot load {path}",
+                rows=[("llama.cpp", line) for line in self.log.errors()],
+                hint="the file is damaged or was made for another version of llama.cpp; get it again, or another one",
+            )
         return model
 
     def _start(self, path: Path, launch: Launch, single_output: bool, sequences: int) -> Any:

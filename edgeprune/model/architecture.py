@@ -35,6 +35,7 @@ _NO_LANGUAGE_MODELS = {"nomic-bert-moe": "is an encoder", "dflash": "drafts for 
 # Hard limits of llama.cpp (src/llama-hparams.h); beyond them it aborts its process.
 MOST_EXPERTS = 1024
 MOST_LAYERS = 512
+_ANOTHER_MODEL = "the numbers are of another model than the weights, or the file is damaged; get it again"
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,8 @@ def read_architecture(file: Header, *, mtp: bool = False) -> Architecture:
         raise BadFile(f"{file.path} names no architecture; it is no language model")
     tensors = tuple(_described(info) for info in file.tensors.values())
     experts = _scalar(file, f"{arch}.expert_count", 0)
-    layers = _scalar(file, f"{arch}.block_count", 0) - _scalar(file, f"{arch}.nextn_predict_layers", 0)
+    blocks = _scalar(file, f"{arch}.block_count", 0)
+    layers = blocks - _scalar(file, f"{arch}.nextn_predict_layers", 0)
     expert_tensors = [tensor for tensor in tensors if tensor.is_expert]
     if experts == 0 or not expert_tensors:
         raise Unsupported(
@@ -307,12 +309,23 @@ def read_architecture(file: Header, *, mtp: bool = False) -> Architecture:
     groups = _scalar(file, f"{arch}.expert_group_count", 1)
     groups_used = _scalar(file, f"{arch}.expert_group_used_count", 0)
     if not (0 < layers <= MOST_LAYERS and 0 < experts <= MOST_EXPERTS and 0 < used <= experts):
-        raise BadFile(f"{file.path}: impossible metadata: {layers} layers, {experts} experts, {used} used per token")
+        raise BadFile(
+            f"{file.path}: impossible metadata: {layers} layers, {experts} experts, {used} used per token",
+            hint=_ANOTHER_MODEL,
+        )
+    found = 1 + max(tensor.layer for tensor in tensors)
+    if found > blocks:
+        raise BadFile(
+            f"{file.path}: the metadata count {blocks} blocks, the tensors are of {found}", hint=_ANOTHER_MODEL
+        )
     if groups > 1 and (groups >= experts or experts % groups or not 0 < groups_used < groups):
         raise BadFile(f"{file.path}: impossible routing groups: {groups_used} of {groups} over {experts} experts")
     for tensor in tensors:
         if tensor.sliced and tensor.shape[-1] != experts:
-            raise BadFile(f"{file.path}: {tensor.name} has {tensor.shape[-1]} experts, the metadata {experts}")
+            raise BadFile(
+                f"{file.path}: {tensor.name} has {tensor.shape[-1]} experts, the metadata {experts}",
+                hint=_ANOTHER_MODEL,
+            )
         if len(tensor.shape) != _dimensions(tensor):
             raise BadFile(f"{file.path}: {tensor.name} has the impossible shape {list(tensor.shape)}")
     left_out = () if mtp else tuple(tensor for tensor in tensors if tensor.layer >= layers)

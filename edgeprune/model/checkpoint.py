@@ -12,7 +12,8 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,9 @@ _WEIGHTS_TOGETHER = 1 << 23  # that are compared in one go
 # Raised when conversion changes its result, so that converted files are made again.
 CONVERSION_FORMAT = 3
 LARGEST_HEADER = 100_000_000
+# Read of a shard before it is mapped anew. What was read stays in memory as long as its map does, and a shard may be
+# as large as the model.
+_MAPPED_BYTES = 64 << 20
 # A weight of a routed expert, of one (``experts.7.``) or of all of them stacked.
 EXPERT_TENSOR = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?")
 # How configurations call the number of experts; any family that has them has one of these.
@@ -71,6 +75,7 @@ class Checkpoint:
     stored: dict[str, Stored]
     scaled: dict[str, Scaled] = field(default_factory=dict)
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
+    _read_bytes: int = field(default=0, repr=False)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of tensor ``name`` in PyTorch's order."""
@@ -147,13 +152,14 @@ class Checkpoint:
     def _raw(self, name: str, matrix: int | None = None) -> torch.Tensor:
         import safetensors
 
+        handle = self._handle(name)
         try:
-            if matrix is not None:
-                part: torch.Tensor = self._handle(name).get_slice(name)[matrix : matrix + 1]
-                return part
-            tensor: torch.Tensor = self._handle(name).get_tensor(name)
+            tensor: torch.Tensor = (
+                handle.get_tensor(name) if matrix is None else handle.get_slice(name)[matrix : matrix + 1]
+            )
         except safetensors.SafetensorError as error:
             raise BadFile(f"{self.folder / self.shard_of[name]}: tensor {name}: {error}") from error
+        self._read_bytes += tensor.nbytes
         return tensor
 
     def require_experts(self) -> None:
@@ -162,9 +168,7 @@ class Checkpoint:
         Raises:
             Unsupported: neither the configuration nor a tensor speaks of experts.
         """
-        tables = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
-        counted = any(table.get(key) for table in tables for key in _EXPERT_KEYS)
-        if not counted and not any(EXPERT_TENSOR.search(name) for name in self.stored):
+        if not counts_experts(self.config) and not any(EXPERT_TENSOR.search(name) for name in self.stored):
             model_type = str(self.config.get("model_type", ""))[:60]
             raise Unsupported(
                 f"{self.folder} is a dense {model_type or 'language'} model: it has no experts to choose from",
@@ -173,7 +177,8 @@ class Checkpoint:
 
     def _handle(self, name: str) -> Any:
         shard = self.shard_of[name]
-        if shard not in self._open:
+        if shard not in self._open or self._read_bytes > _MAPPED_BYTES:
+            self._open, self._read_bytes = {}, 0  # the old map first; it goes when its last tensor does
             self._open = {shard: _open_shard(self.folder / shard)}
         return self._open[shard]
 
@@ -206,6 +211,30 @@ class Checkpoint:
             state.update(content_digest(shard, told).encode())
             told(1, 1)  # also where it was known
         return state.hexdigest()
+
+
+def counts_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration speaks of experts. One that does not may still be of a model that has them."""
+    tables = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return any(table.get(key) for table in tables for key in _EXPERT_KEYS)
+
+
+@contextmanager
+def blaming_the_download() -> Iterator[None]:
+    """A block whose complaints of a checkpoint have a way out, if they name no better one."""
+    try:
+        yield
+    except BadFile as error:
+        error.hint = error.hint or "the download is damaged, or its files are of different models; get it again"
+        raise
+
+
+def shown(folder: Path) -> str:
+    """What people call a checkpoint: ORG/NAME of one in the cache of the Hub, else the path of its folder."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return "/".join(repository.split("--")[1:])
+    return str(folder)
 
 
 def _open_shard(path: Path) -> Any:
@@ -281,6 +310,7 @@ def _described(entry: dict[str, Any]) -> tuple[Stored, int]:
     return Stored(shape, entry["dtype"]), end
 
 
+@blaming_the_download()
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder``, with every shard present and complete.
 
@@ -333,6 +363,8 @@ def parsed_config(content: bytes, where: str) -> dict[str, Any]:
     Raises:
         BadFile: it is no JSON, or no table.
     """
+    if not content.strip():
+        raise BadFile(f"cannot read {where}: it is empty", hint="download this file again")
     try:
         config = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -424,5 +456,10 @@ def _shards(folder: Path) -> list[str]:
         raise Unsupported(
             f"{folder} has its weights as Python pickles, which can run code when they are opened",
             hint="save it again with safe_serialization=True",
+        )
+    if shards := len(list(folder.glob("*.safetensors"))):
+        raise BadFile(
+            f"{folder} lacks {INDEX}, which says what its {shards} safetensors hold",
+            hint="the download is incomplete; get the missing file",
         )
     raise BadFile(f"{folder} holds no {SINGLE}", hint="the download is incomplete, or this is another folder")

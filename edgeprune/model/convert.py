@@ -60,12 +60,12 @@ def _row_bytes(rows: torch.Tensor, kind: str, name: str) -> bytes:
     return rows.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def check_output(folder: Path, output: Path) -> None:
-    """Refuse an output that would replace anything but an earlier GGUF, or that would be taken for a part of the
-    checkpoint in ``folder``: weights cost days to get again, and one slip on the command line replaces them.
+def check_place(output: Path) -> None:
+    """Refuse an output that would replace anything but an earlier GGUF, weights for instance, which cost days to get
+    again; or that nothing can be written to. This can be known before there is a checkpoint.
 
     Raises:
-        UsageError: ``output`` is no GGUF, or has a place and a name that the checkpoint's own files have.
+        UsageError: ``output`` is no GGUF, or lies below a file.
     """
     target = output.resolve()
     if target.is_file():
@@ -75,7 +75,23 @@ def check_output(folder: Path, output: Path) -> None:
                     f"{output} is a file of {target.stat().st_size:,} bytes that is not a GGUF; it is not replaced",
                     hint="choose a new name that ends in .gguf, or delete that file first",
                 )
-    elif target.is_relative_to(folder.resolve()) and target.suffix != ".gguf":
+    folder = next(parent for parent in target.parents if parent.exists())
+    if not folder.is_dir():
+        raise UsageError(
+            f"{output} cannot be written: {folder} is a file, no folder", hint="choose another folder for it"
+        )
+
+
+def check_output(folder: Path, output: Path) -> None:
+    """``check_place``, and refuse an output that would be taken for a part of the checkpoint in ``folder``: one slip
+    on the command line replaces its files.
+
+    Raises:
+        UsageError: as that, or ``output`` has a place and a name that the checkpoint's own files have.
+    """
+    check_place(output)
+    target = output.resolve()
+    if not target.is_file() and target.is_relative_to(folder.resolve()) and target.suffix != ".gguf":
         raise UsageError(
             f"{output} would lie among the files of the checkpoint {folder}",
             hint="choose a name that ends in .gguf, or another folder",
@@ -88,10 +104,11 @@ def convert_task(
     base: str = "auto",
     name: str = "",
     mtp: bool = False,
+    origin: str = "",
     progress: Progress | None = None,
 ) -> list[str]:
     """``convert`` as a task for a child process."""
-    return convert(Path(folder), Path(output), base, name, progress, mtp=mtp)
+    return convert(Path(folder), Path(output), base, name, progress, mtp=mtp, origin=origin)
 
 
 def convert(
@@ -102,6 +119,7 @@ def convert(
     progress: Progress | None = None,
     *,
     mtp: bool = False,
+    origin: str = "",
 ) -> list[str]:
     """Write the checkpoint in ``folder`` as the GGUF ``output``.
 
@@ -110,6 +128,7 @@ def convert(
         name: of the model, for people; the folder's by default.
         progress: called with bytes written and bytes in all.
         mtp: keep blocks that predict further tokens, where llama.cpp has a graph for them.
+        origin: ``Checkpoint.origin``, if it is known.
 
     Returns:
         A line on each part of the checkpoint that is not part of the language model, and was left out.
@@ -123,7 +142,7 @@ def convert(
     entries = [
         *model_entries(planned, name or folder.resolve().name, str(folder / "config.json")),
         *tokenizer_entries(folder, planned.settings.config, planned.vocabulary),
-        make_entry(SOURCE_KEY, "str", checkpoint.origin(mtp=mtp)),
+        make_entry(SOURCE_KEY, "str", origin or checkpoint.origin(mtp=mtp)),
     ]
     _write(checkpoint, planned, header(entries, planned.shapes, DEFAULT_ALIGNMENT), output, progress)
     return list(planned.remarks)

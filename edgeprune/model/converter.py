@@ -370,6 +370,7 @@ def converter_for(model_type: str) -> Converter:
     """The shipped converter for a configuration's ``model_type``.
 
     Raises:
+        BadFile: it is empty.
         Unsupported: there is none, and which there are; or llama.cpp computes the family otherwise.
     """
     if model_type in COMPUTED_OTHERWISE:
@@ -378,6 +379,11 @@ def converter_for(model_type: str) -> Converter:
             hint="a GGUF of it is pruned against what llama.cpp computes, not against the original",
         )
     known = _model_types()
+    if model_type in ("", "None"):
+        raise BadFile(
+            "the configuration does not say which model it is of: it has no model_type",
+            hint="config.json of a Hugging Face checkpoint names it; get that file again",
+        )
     if model_type not in known:
         raise Unsupported(
             f"no converter for checkpoints of type '{model_type}'"[:200],

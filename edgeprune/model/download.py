@@ -20,7 +20,7 @@ from edgeprune.errors import BadFile, Busy, EdgepruneError
 from edgeprune.files import require_space, room_for, write_text
 from edgeprune.model import hub, selection
 from edgeprune.model.cached import COMMIT, NotHere, cached, holds
-from edgeprune.model.checkpoint import INDEX, Checkpoint
+from edgeprune.model.checkpoint import INDEX, Checkpoint, blaming_the_download, counts_experts
 from edgeprune.model.content import known_digest
 from edgeprune.model.convert import whole_header
 from edgeprune.model.headers import Header
@@ -116,7 +116,7 @@ def fetch_beside(listing: Listing, progress: Progress, say: Callable[[str], None
 def _checkpoint(listing: Listing, download: _Download, aim: Aim | None) -> Path:
     """The folder of a checkpoint, its weights last: a folder that has them has everything."""
     if aim is not None:  # a kilobyte may say that it is not to be converted, before tokenizers of megabytes
-        known_converter(remote_config(listing, Budget()))
+        _require_converter(listing)
     index = None
     if INDEX in listing.files:
         download.get([listing.files[INDEX]])
@@ -128,6 +128,22 @@ def _checkpoint(listing: Listing, download: _Download, aim: Aim | None) -> Path:
             _require_use(listing, download, weights, index, aim)
     download.get(weights)
     return _finished(listing)
+
+
+def _require_converter(listing: Listing) -> None:
+    """Refuse a checkpoint of which the configuration alone says that it cannot be converted.
+
+    Raises:
+        BadFile, Unsupported: why; of a dense model that it is one, which the names of its tensors tell.
+    """
+    config = remote_config(listing, Budget())
+    try:
+        known_converter(config)
+    except EdgepruneError:
+        if not counts_experts(config):
+            with contextlib.suppress(NoRanges):
+                remote_checkpoint(listing, Budget()).checkpoint.require_experts()
+        raise
 
 
 def _require_use(
@@ -142,8 +158,9 @@ def _require_use(
     """
     folder = _place(listing, "")
     found = replace(remote_checkpoint(listing, Budget(), index).checkpoint, folder=folder)
-    planned = plan_conversion(found, aim.base, mtp=aim.mtp)
-    made = whole_header(planned, listing.name.short, folder)[0].nbytes
+    with blaming_the_download():
+        planned = plan_conversion(found, aim.base, mtp=aim.mtp)
+        made = whole_header(planned, listing.name.short, folder)[0].nbytes
     aim.look(found)
     old = aim.output.stat().st_size if aim.output.is_file() else 0
     _require_room(listing.name, download.missing(weights), max(made - old, 0), aim.output)

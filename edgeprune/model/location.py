@@ -4,7 +4,8 @@
     ORG/NAME:FILE[@REVISION]           a GGUF file of the repository, or one part of a split one
     ORG/NAME:QUANT[@REVISION]          the GGUF whose name ends in this quantisation, such as Q4_K_M
 
-A path that exists is never taken for a repository.
+A path that exists is never taken for a repository. The address of a repository, or of a GGUF in it, as a browser
+shows it, is its name, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from edgeprune.errors import UsageError
 _NAMED = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<wanted>[^@]+))?(?:@(?P<revision>[^@]+))?", re.ASCII
 )
+_ADDRESS = re.compile(
+    r"/(?P<repo>[^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?"
+)
+_PUBLIC_HUB = "https://huggingface.co"
 LONGEST_REPO = 96  # characters, by the Hub
 HINT = "give `demo`, a checkpoint folder, a GGUF file, or a model on the Hub: ORG/NAME, ORG/NAME:Q4_K_M"
 
@@ -65,6 +70,21 @@ def hub_name(text: str) -> HubName | None:
     return found if inside and not looks_like_file else None
 
 
+def _without_address(text: str) -> str:
+    """The name of what ``text`` is the address of, at the Hub that is used or at the public one; else ``text``."""
+    if not text.startswith(("http://", "https://")):
+        return text
+    from edgeprune.model.hub import endpoint
+
+    host = next((host for host in (endpoint().rstrip("/"), _PUBLIC_HUB) if text.startswith(f"{host}/")), None)
+    match = _ADDRESS.fullmatch(text.removeprefix(host)) if host is not None else None
+    if match is None:
+        return text
+    file, revision = match["file"] or "", match["revision"] or ""
+    wanted = f":{file}" if file.endswith(".gguf") else ""
+    return f"{match['repo']}{wanted}{f'@{revision}' if revision not in ('', 'main') else ''}"
+
+
 def located(text: str) -> Path | HubName:
     """The path that ``text`` is if something is there, else the model on the Hub that it names.
 
@@ -74,7 +94,7 @@ def located(text: str) -> Path | HubName:
     path = Path(text)
     if path.exists():
         return path
-    found = hub_name(text)
+    found = hub_name(_without_address(text))
     if found is None:
         raise UsageError(f"no model at {text}", hint=HINT)
     return found

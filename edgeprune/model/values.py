@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ MOST_HEADS = 4096
 BLOCKS = "block_count"
 GROUPING = ("expert_group_count", "expert_group_used_count")
 MOST_EXTRA_LAYERS = 16
+_ANOTHER_MODEL = "the configuration is of another model, or the download is not complete; get both again"
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def read_settings(converter: Converter, checkpoint: Checkpoint, *, mtp: bool = F
         _check(converter, requirement, config)
     layers = _count(config, converter.layers, checkpoint, MOST_LAYERS)
     experts = _count(config, converter.experts, checkpoint, MOST_EXPERTS)
+    _check_experts(placed, experts, checkpoint)
     extra = extra_layers(converter, config)
+    _check_layers(placed, layers + extra, checkpoint)
     further = _further(placed, extra, checkpoint, layers) if mtp else 0
     kinds = _kinds(placed, config, checkpoint, layers, further)
     return Settings(
@@ -118,6 +122,49 @@ def read_settings(converter: Converter, checkpoint: Checkpoint, *, mtp: bool = F
         kinds=kinds,
         sizes=sizes_of(converter, config, checkpoint),
     )
+
+
+def _check_layers(placed: Converter, layers: int, checkpoint: Checkpoint) -> None:
+    """Hold the number of layers in the configuration against the weights, where these have more.
+
+    Raises:
+        BadFile: they have.
+    """
+    names = {source.name for own in placed.tensors.values() for source in own if "{layer}" in source.name}
+    spelt = "|".join(
+        re.escape(name).replace(r"\{layer\}", r"(\d{1,9})").replace(r"\{expert\}", r"\d+") for name in sorted(names)
+    )
+    found = 1 + max(_numbers(spelt, checkpoint), default=-1)
+    if found > layers:
+        raise BadFile(f"config.json says {layers} layers, the weights hold {found}", hint=_ANOTHER_MODEL)
+
+
+def _numbers(spelt: str, checkpoint: Checkpoint) -> list[int]:
+    """The numbers in names of the checkpoint's tensors that the expression ``spelt`` has groups for."""
+    pattern = re.compile(spelt or r"(?!)")
+    found = (pattern.fullmatch(name) for name in checkpoint.stored)
+    return [int(match[match.lastindex or 0]) for match in found if match]
+
+
+def _check_experts(placed: Converter, experts: int, checkpoint: Checkpoint) -> None:
+    """Hold the number of experts in the configuration against that in the weights, where the last one has a number,
+    or all are stacked.
+
+    Raises:
+        BadFile: it is another one.
+    """
+    sources = {source.name for own in placed.tensors.values() for source in own if "{expert}" in source.name}
+    spelt = "|".join(
+        re.escape(name).replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"(\d{1,9})") for name in sorted(sources)
+    )
+    found = 1 + max(_numbers(spelt, checkpoint), default=-1)
+    if not found:
+        stacks = [source.name for name, own in placed.tensors.items() if "_exps." in name for source in own]
+        named = (name.format(layer=layer, expert=0) for name in stacks for layer in range(MOST_LAYERS))
+        shapes = (checkpoint.shape(name) for name in named if name in checkpoint.stored)
+        found = next((shape[0] for shape in shapes if len(shape) == 3), 0)
+    if found and found != experts:
+        raise BadFile(f"config.json says {experts} experts, the weights hold {found}", hint=_ANOTHER_MODEL)
 
 
 def _further(placed: Converter, extra: int, checkpoint: Checkpoint, layer: int) -> int:

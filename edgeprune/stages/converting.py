@@ -10,7 +10,7 @@ from edgeprune.errors import BadFile, EdgepruneError
 from edgeprune.measure import child
 from edgeprune.measure.memory import require_loadable
 from edgeprune.model.architecture import read_architecture
-from edgeprune.model.checkpoint import Checkpoint
+from edgeprune.model.checkpoint import Checkpoint, blaming_the_download, open_checkpoint
 from edgeprune.model.convert import bare_header, whole_header
 from edgeprune.model.headers import Header, read_header
 from edgeprune.model.planning import Conversion, plan_conversion
@@ -29,10 +29,11 @@ def require_convertible(checkpoint: Checkpoint, base: str = "auto", *, mtp: bool
         BadFile: something is missing, or of another shape than the configuration says.
         Unsupported: a dense model, no converter, or a configuration that llama.cpp cannot represent.
     """
-    planned = plan_conversion(checkpoint, base, mtp=mtp)
     where = checkpoint.folder / "config.json"
-    bare = bare_header(planned, checkpoint.folder.name, str(where))
-    read_architecture(read_header(bare, where))  # numbers on which llama.cpp aborts
+    with blaming_the_download():
+        planned = plan_conversion(checkpoint, base, mtp=mtp)
+        bare = bare_header(planned, checkpoint.folder.name, str(where))
+        read_architecture(read_header(bare, where))  # numbers on which llama.cpp aborts
     try:
         require_loadable(bare, str(checkpoint.folder))
     except EdgepruneError as error:
@@ -63,16 +64,29 @@ def _rows_first(extents: list[int]) -> list[int]:
 
 
 def convert_checked(
-    folder: Path, output: Path, listener: Listener, *, base: str = "auto", name: str = "", mtp: bool = False
+    folder: Path,
+    output: Path,
+    listener: Listener,
+    *,
+    base: str = "auto",
+    name: str = "",
+    mtp: bool = False,
+    origin: str = "",
 ) -> None:
     """``convert`` in a child process. Who calls has had a ``Scrutiny`` look at the checkpoint in ``folder``.
+
+    Args:
+        origin: ``Checkpoint.origin`` where it is known; else all of it is read for that first.
 
     Raises:
         BadFile, Unsupported: as ``convert``.
     """
+    if not origin:
+        with listener.progress("fingerprint of the checkpoint") as progress:
+            origin = open_checkpoint(folder).origin(mtp=mtp, progress=progress)
     arguments = {"folder": str(folder.resolve()), "output": str(output.resolve()), "base": base, "name": name}
     with listener.progress("convert") as progress:
-        child.call("edgeprune.model.convert:convert_task", {**arguments, "mtp": mtp}, progress)
+        child.call("edgeprune.model.convert:convert_task", {**arguments, "mtp": mtp, "origin": origin}, progress)
 
 
 @dataclass
@@ -96,7 +110,8 @@ class Scrutiny:
     def __call__(self, checkpoint: Checkpoint) -> Header:
         """``require_convertible``, its tokenizer included; the header of its GGUF."""
         planned = require_convertible(checkpoint, self.base, mtp=self.mtp)
-        whole, tokenizer = whole_header(planned, self.name or checkpoint.folder.name, checkpoint.folder)
+        with blaming_the_download():
+            whole, tokenizer = whole_header(planned, self.name or checkpoint.folder.name, checkpoint.folder)
         if not self.done:
             for line in next((entry.value() for entry in tokenizer if entry.key == DIFFERENCES_KEY), []):
                 self.listener.say(f"tokenizer: {line}")

@@ -134,7 +134,7 @@ class SourceStages:
                 self._changed("the checkpoint", {"content": old}, {"content": origin})
             if not self._scrutiny.done:
                 self._look(open_checkpoint(checkpoint))
-        convert_checked(checkpoint, output, self.listener, name=self._name(checkpoint), mtp=mtp)
+        convert_checked(checkpoint, output, self.listener, name=self._name(checkpoint), mtp=mtp, origin=origin)
         return output
 
     def _name(self, checkpoint: Path) -> str:

@@ -1,11 +1,13 @@
 """Peak memory of converting a checkpoint of several gigabytes, against the largest group of its tensors.
 
-    python tests/benchmarks/conversion.py [--layers 3] [--experts 128] [--type auto] [--stacked] [--fp8]
+    python tests/benchmarks/conversion.py [--layers 3] [--experts 128] [--type auto] [--shards one|layer] [--stacked]
+        [--fp8]
 
-The checkpoint has the extents of Qwen3-30B-A3B (width 2048, expert width 768) and random weights, a shard for each
-layer; it is written into the temporary folder, which needs room for it and its GGUF. Converts in a process of its
-own, whose peak memory includes everything: interpreter, torch, mapped pages of the shards. A group is what one GGUF
-tensor is made of: the embedding matrix, or the gate, up or down matrices of all experts of a layer; counted in BF16.
+The checkpoint has the extents of Qwen3-30B-A3B (width 2048, expert width 768) and random weights, in one file or in
+one for each layer; it is written into the temporary folder, which needs room for it and its GGUF. Converts in a
+process of its own, whose peak memory includes everything: interpreter, torch, mapped pages of the shards. A group is
+what one GGUF tensor is made of: the embedding matrix, or the gate, up or down matrices of all experts of a layer;
+counted in BF16.
 """
 
 from __future__ import annotations
@@ -83,8 +85,8 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], *, fp8: bool) ->
                     stream.write(values.data)
 
 
-def write_checkpoint(folder: Path, layers: int, experts: int, *, stacked: bool, fp8: bool) -> int:
-    """A checkpoint under ``folder``. Returns its bytes."""
+def write_checkpoint(folder: Path, layers: int, experts: int, *, shards: str, stacked: bool, fp8: bool) -> int:
+    """A checkpoint under ``folder`` in ``one`` shard, or one for each ``layer``. Returns its bytes."""
     import edgeprune
 
     demo = Path(edgeprune.__file__).parent / "demo"
@@ -98,11 +100,15 @@ def write_checkpoint(folder: Path, layers: int, experts: int, *, stacked: bool, 
     if fp8:
         config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(config))
-    shards = [layer_shapes(layer, experts, stacked=stacked) for layer in range(layers)]
-    shards.append({"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)})
+    parts = [layer_shapes(layer, experts, stacked=stacked) for layer in range(layers)]
+    parts.append({"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)})
+    if shards == "one":
+        whole = {name: shape for part in parts for name, shape in part.items()}
+        write_shard(folder / "model.safetensors", whole, fp8=fp8)
+        return (folder / "model.safetensors").stat().st_size
     weight_map = {}
-    for number, shapes in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for number, shapes in enumerate(parts, 1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         write_shard(folder / name, shapes, fp8=fp8)
         with (folder / name).open("rb") as stream:
             top = stream.read(struct.unpack("<Q", stream.read(8))[0])
@@ -115,12 +121,13 @@ def write_checkpoint(folder: Path, layers: int, experts: int, *, stacked: bool, 
 @click.option("--layers", default=3, show_default=True)
 @click.option("--experts", default=128, show_default=True)
 @click.option("--type", "base", default="auto", show_default=True)
+@click.option("--shards", type=click.Choice(["one", "layer"]), default="one", show_default=True)
 @click.option("--stacked", is_flag=True, help="The experts of a layer in one tensor.")
 @click.option("--fp8", is_flag=True, help="Experts in FP8 with a scale for each block.")
-def main(layers: int, experts: int, base: str, stacked: bool, fp8: bool) -> None:
+def main(layers: int, experts: int, base: str, shards: str, stacked: bool, fp8: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="edgeprune-conversion-") as name:
         folder, output = Path(name) / "checkpoint", Path(name) / "model.gguf"
-        size = write_checkpoint(folder, layers, experts, stacked=stacked, fp8=fp8)
+        size = write_checkpoint(folder, layers, experts, shards=shards, stacked=stacked, fp8=fp8)
         started = time.perf_counter()
         command = [sys.executable, "-c", _CONVERT, str(folder), str(output), base]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
