@@ -20,7 +20,7 @@ from edgeprune.measure.divergence import Reference, summarise
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import EvalCallback, session
 from edgeprune.measure.observers import ChannelMask, Masks, RouterMask
-from edgeprune.model import ggml
+from edgeprune.model import ggml, unbiased
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.convert import convert
 from edgeprune.model.gguf import GgufFile, make_entry
@@ -169,7 +169,7 @@ def test_gate_and_up_are_copied_row_by_row_and_down_is_encoded_anew(kind: str, t
         if new == kind and block == 1:
             np.testing.assert_array_equal(ggml.decode(ggml.BY_NAME[kind], found, 96), values)
         else:
-            encoded = ggml.encode(ggml.BY_NAME[new], np.ascontiguousarray(values), np.ones(96, np.float32), down)
+            encoded = unbiased.encode(ggml.BY_NAME[new], np.ascontiguousarray(values), np.ones(96, np.float32), down)
             np.testing.assert_array_equal(found, encoded.reshape(-1))
 
 
