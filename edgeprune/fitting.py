@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from edgeprune.decide.narrowing import ELIMINATING, widths_to_try
 from edgeprune.decide.placement import place
 from edgeprune.device.budget import Budget, make_budget
 from edgeprune.device.profile import Profile, find_profile, known_profiles
@@ -257,7 +258,7 @@ class _Sizes:
         for kind in kinds[-2:]:
             yield from (_Outcome(kept, kind) for kept in architecture.allowed_counts())
         yield from (
-            _Outcome(architecture.experts, kinds[-1], width) for width in architecture.width_rule.worth_trying()
+            _Outcome(architecture.experts, kinds[-1], width) for width in widths_to_try(architecture, ELIMINATING)
         )
 
 

@@ -20,7 +20,7 @@ from edgeprune.measure.text import CHOOSING, HELD_OUT
 from edgeprune.model.gguf import GgufFile
 from edgeprune.pipeline import fit, opened
 from edgeprune.stages import trying
-from edgeprune.stages.trying import TryStages, place
+from edgeprune.stages.trying import TryStages, least, place
 
 pytest_plugins = ("demo_fixtures", "observed_fixtures")
 
@@ -133,6 +133,11 @@ def test_numbers_of_experts_and_widths_are_tried_while_it_gets_better(
     numbers = [-own.width or own.kept for own in line]
     found = _Measured(nats)._walk(line, numbers.index(start))
     assert [numbers[index] for index in found] == tried
+
+
+def test_a_file_that_computes_no_numbers_is_not_the_best() -> None:
+    assert least({12: float("nan"), 8: 1.0, 16: 2.0}) == 8
+    assert least({"training": 0.3, "closed form": 0.2}) == "closed form"
 
 
 def test_the_best_of_the_files_that_were_tried_is_shipped(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune import pipeline
 from edgeprune.build.builder import build
-from edgeprune.build.staged import heal_layers, joins_the_stream, write_prefix
+from edgeprune.build.staged import heal_layers, joins_the_stream, judges, write_prefix
 from edgeprune.build.store import Store
 from edgeprune.decide.candidates import priced
 from edgeprune.decide.plan import Plan, Prediction
@@ -394,6 +394,11 @@ def test_layers_lean_only_where_the_experts_output_joins_the_stream_as_it_is(
     metadata = {key: ("f32", value) for key, value in values.items()}
     file = GgufFile(architectures.toy(tmp_path / "toy.gguf", arch, **metadata))
     assert joins_the_stream(file, read_architecture(file), 1) is expected
+
+
+@pytest.mark.parametrize(("tokens", "held_out"), [(8, 1), (100, 12), (1_700, 212), (2_048, 256), (4_100, 512)])
+def test_some_tokens_judge_however_few_there_are(tokens: int, held_out: int) -> None:
+    assert judges(tokens).sum() == held_out
 
 
 def test_tokens_of_another_text_are_refused(toy_gguf: Toy, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import toys
 
 from edgeprune.build import builder
-from edgeprune.decide.narrowing import asked_width
+from edgeprune.decide.narrowing import MOST_RANKING_SECONDS, asked_width, ranking_seconds, widths_to_try
 from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.errors import BadFile, EdgepruneError, UsageError
 from edgeprune.measure.channels import Channels
@@ -251,10 +252,27 @@ def test_a_share_is_rounded_and_a_number_is_not(synthetic: Toy) -> None:
 
 @pytest.mark.parametrize(
     ("width", "expected"),
-    [(256, (224, 192, 160, 128)), (768, (672, 576, 512, 480, 384, 256)), (1408, (1280, 1024, 768, 512))],
+    [
+        (256, (224, 192, 160, 128)),
+        (768, (672, 576, 512, 480, 384, 256)),
+        (1408, (1280, 1024, 768, 512)),
+        (2048, (1792, 1536, 1280, 1024, 768, 512)),
+        (14336, (12544, 10752, 8960, 7168, 5376, 3584)),
+    ],
 )
 def test_a_few_widths_are_worth_trying(width: int, expected: tuple[int, ...]) -> None:
     assert rule("qwen3moe", {OWN: width}, width=width).worth_trying() == expected
+
+
+def test_channels_that_take_hours_to_rank_are_not_ranked_unasked(synthetic: Toy) -> None:
+    small = read_architecture(GgufFile(synthetic("qwen3moe")))
+    assert widths_to_try(small, "ziplm") == small.width_rule.worth_trying() != ()
+    mixtral = replace(small, experts=8, moe_layers=tuple(range(32)), expert_width=14_336)
+    assert ranking_seconds(mixtral, "ziplm") > 100 * MOST_RANKING_SECONDS
+    assert widths_to_try(mixtral, "ziplm") == ()
+    assert widths_to_try(mixtral, "energy") == small.width_rule.worth_trying()
+    thirty = replace(small, experts=128, moe_layers=tuple(range(48)), expert_width=768)
+    assert 2_000 < ranking_seconds(thirty, "ziplm") < MOST_RANKING_SECONDS
 
 
 # Plans.

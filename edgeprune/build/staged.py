@@ -155,6 +155,13 @@ def heal_layers(
     return found
 
 
+def judges(tokens: int) -> npt.NDArray[np.bool_]:
+    """Which of so many ``tokens`` are not fitted, bool [tokens]: every eighth run, of shorter ones where there are
+    few, because a fit that nothing judges is none."""
+    run = max(1, min(_RUN, tokens // _HELD_OUT_EVERY))
+    return np.asarray(np.arange(tokens) // run % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1)
+
+
 def joins_the_stream(file: GgufFile, architecture: Architecture, layer: int) -> bool:
     """Whether the experts' output is added to the residual stream as it is: not normed again (Gemma), nor scaled
     (Granite)."""
@@ -196,7 +203,7 @@ class _Healer:
         self.originals = LayerExperts(GgufFile(file.path), architecture, layer)
         if not np.array_equal(self.teacher.domain, self.student.domain):
             raise BadFile("the statistics of the source and of the pruned model are over different tokens")
-        self.held_out = np.arange(len(self.student)) // _RUN % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        self.held_out = judges(len(self.student))
 
     def heal(self, store: Store) -> dict[str, Any]:
         activation = activation_of(self.originals, self.teacher)

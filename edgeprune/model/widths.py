@@ -7,6 +7,7 @@ tensors are created), and for many architectures sizes the shared experts by it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from edgeprune.model.headers import Header
 
 # The smallest block of a quantised type: narrower steps would leave down projections only floating-point types.
 STEP = 32
-_LARGEST_BLOCK, _ENOUGH = 256, 3
+_LARGEST_BLOCK, _ENOUGH, _MANY = 256, 3, 6
 OWN, GENERAL = "expert_feed_forward_length", "feed_forward_length"
 _SHARED, _COUNT = "expert_shared_feed_forward_length", "expert_shared_count"
 # By the key that sizes the experts: their own, where shared experts have a width of their own or there are none ...
@@ -78,11 +79,18 @@ class WidthRule:
 
     def worth_trying(self) -> tuple[int, ...]:
         """Smaller widths worth trying, largest first: multiples of 256 down to a quarter, which leave all types to
-        down projections, and where those are few the nearest to eighths, down to a half."""
+        down projections, of many those nearest to eighths; and where they are few the nearest to eighths of all, down
+        to a half."""
         possible = self.widths()
-        large = {w for w in possible if w % _LARGEST_BLOCK == 0 and 4 * w >= self.width}
-        eighths = {min(possible, key=lambda w: abs(8 * w - share * self.width)) for share in (7, 6, 5, 4) if possible}
-        return tuple(sorted(large if len(large) >= _ENOUGH else large | eighths, reverse=True))
+        large = [w for w in possible if w % _LARGEST_BLOCK == 0 and 4 * w >= self.width]
+
+        def nearest(widths: Sequence[int], eighths: Sequence[int]) -> set[int]:
+            return {min(widths, key=lambda w: abs(8 * w - share * self.width)) for share in eighths if widths}
+
+        if len(large) > _MANY:
+            return tuple(sorted(nearest(large, range(2, 8)), reverse=True))
+        wanted = set(large) if len(large) >= _ENOUGH else set(large) | nearest(possible, range(4, 8))
+        return tuple(sorted(wanted, reverse=True))
 
     def metadata(self, width: int) -> dict[str, int]:
         """Values of the keys, without the architecture's prefix, that a file with ``width`` channels needs."""

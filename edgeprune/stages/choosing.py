@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from edgeprune.decide.plan import SOLVER, Plan
 from edgeprune.errors import BadFile
 from edgeprune.files import digest, read_json, to_json, write_text
-from edgeprune.stages.trying import TryStages
+from edgeprune.stages.trying import TryStages, least
 
 # Whether the closed form heals, and whether training comes before.
 WAYS = {"closed form": (True, False), "training": (False, True), "training and closed form": (True, True)}
@@ -34,7 +33,7 @@ class ChooseStages(TryStages):
         found = self.ways(about)
         if found is None:
             nats = {name: self.tried(own) for name, own in ways.items()}
-            best = min(nats, key=lambda name: nats[name] if math.isfinite(nats[name]) else math.inf)
+            best = least(nats)
             found = {"made_from": about, "taken": best, "nats": nats}
             write_text(self.folder.ways, to_json(found))
             self.listener.say(f"taken: {in_words(found)}")

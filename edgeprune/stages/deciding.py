@@ -16,7 +16,7 @@ import numpy as np
 from edgeprune.build.builder import Build, describe
 from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
 from edgeprune.decide.keep import check_method, check_room, fewest_kept, keep_set
-from edgeprune.decide.narrowing import check_narrowing
+from edgeprune.decide.narrowing import MOST_RANKING_SECONDS, check_narrowing, ranking_seconds, widths_to_try
 from edgeprune.decide.plan import DROP, USER, Plan
 from edgeprune.decide.solver import prepare
 from edgeprune.device.profile import Profile
@@ -154,11 +154,18 @@ class DecideStages(TrainStages):
         """Widths of experts that are tried beside their own and beside fewer experts, if nothing is forced."""
         settings = self.settings
         free = settings.keep is None and not settings.types and not settings.width
-        return self.architecture.width_rule.worth_trying() if free else ()
+        return widths_to_try(self.architecture, settings.narrowing) if free else ()
 
     def _narrower(self, problem: Problem) -> list[Problem]:
         """``problem`` with each of those widths; none where the channels cannot be ranked, which is said."""
         narrowing, everyone = self.settings.narrowing, [self.architecture.experts]
+        seconds = ranking_seconds(self.architecture, narrowing)
+        if seconds > MOST_RANKING_SECONDS:
+            hours = f"{seconds / 3600:.0f} hours of a core"
+            self.listener.say(
+                f"narrower experts are not considered: {narrowing} would take {hours} to rank their channels; "
+                "--narrowing energy or --width considers them"
+            )
         try:
             return [self.narrower(problem, width, narrowing, everyone) for width in self._widths()]
         except (BadFile, Unsupported) as error:

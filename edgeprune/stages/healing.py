@@ -25,6 +25,7 @@ from edgeprune.model.architecture import Architecture
 from edgeprune.settings import Progress, within
 from edgeprune.stages.measuring import tools
 from edgeprune.stages.narrowing import NarrowStages
+from edgeprune.units import format_bytes
 
 # Groups of layers by default: more cost a pass over the text each, fewer leave the fits with inputs that are further
 # from those of the finished model. Where all experts stay that matters less: three groups of six layers left 1.00 of
@@ -203,6 +204,7 @@ class HealStages(NarrowStages):
         stages = self._stages(plan, changed)
         stages = [s for s in stages if not all(str(layer) in done for layer in changed if layer in range(*s))]
         if stages:
+            self._say_cut(plan)
             teacher = self.teacher(self.healing_tokens(plan))
             with self.listener.progress("heal the experts") as progress:
                 passed, whole = 0, sum(end for _, end in stages)
@@ -216,6 +218,12 @@ class HealStages(NarrowStages):
                 self.listener.say(f"layer {layer} is not healed: {found['reason']}")
         write_text(self.folder.healing, to_json(done))
         return str(folder)
+
+    def _say_cut(self, plan: Plan) -> None:
+        tokens, wanted = self.healing_tokens(plan), self.settings.healing_tokens
+        if tokens < int(healing_share(plan, self.architecture) * wanted):
+            limit = format_bytes(MOST_BYTES)
+            self.listener.say(f"healing on {tokens:,} tokens, as many as {limit} of disk hold for layers so wide")
 
     def _whole(self, store: Store, layer: str, found: dict[str, Any]) -> bool:
         """Whether all is there that the record says of ``layer``: a run may have been killed while it deleted them,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgeprune.build.builder import Build
 from edgeprune.decide.plan import FAMILY, PRESET, SOLVER, Plan
@@ -16,11 +17,17 @@ from edgeprune.measure.text import CHOOSING
 from edgeprune.rundir import RunFolder
 from edgeprune.stages.deciding import DecideStages
 
+_Key = TypeVar("_Key")
 # Files that are built before one is taken.
 MOST_TRIED = 4
 # Plans that drop or narrow experts are tried beside one that keeps all only if a prediction is within this factor:
 # nats of dropping and narrowing are less certain than nats of types.
 _NEAR = 2.0
+
+
+def least(nats: Mapping[_Key, float]) -> _Key:
+    """The key of the smallest number; a file that computes none is never better than one that does."""
+    return min(nats, key=lambda key: nats[key] if math.isfinite(nats[key]) else math.inf)
 
 
 @dataclass
@@ -50,7 +57,7 @@ class TryStages(DecideStages):
         rivals = [own.predicted.nats for own in line if own.keep or own.width]
         if len(line) > 1 and rivals and min(rivals) <= _NEAR * plan.predicted.nats:
             nats = self._walk(line, places.index(place(plan)))
-            best = line[min(nats, key=lambda index: nats[index])]
+            best = line[least(nats)]
             tried = [
                 {"kept": line[index].kept, "width": line[index].width, "nats": value} for index, value in nats.items()
             ]
