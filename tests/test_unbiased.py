@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float32]
 COARSE = [name for name in ggml.CHOICES if ggml.BY_NAME[name].bits_per_weight <= 5]
 
 
-def matrix(rows: int = 256, width: int = 512, seed: int = 0) -> Floats:
+def matrix(rows: int = 96, width: int = 512, seed: int = 0) -> Floats:
     """Weights with the heavy tails of trained ones."""
     return (0.02 * np.random.default_rng(seed).standard_t(6, (rows, width))).astype(np.float32)
 
@@ -43,7 +43,7 @@ def test_what_is_decoded_is_as_large_as_what_was_encoded(name: str) -> None:
 def test_errors_that_point_the_same_way_cost_most_behind_the_next_product(name: str, least: float) -> None:
     """Matrices with a few strong directions that inputs share, as trained ones have, and two products in a row."""
     random, kind, columns = np.random.default_rng(2), ggml.BY_NAME[name], np.ones(512, np.float32)
-    left, right = (np.linalg.qr(random.standard_normal((size, 8)))[0].T.astype(np.float32) for size in (256, 512))
+    left, right = (np.linalg.qr(random.standard_normal((size, 8)))[0].T.astype(np.float32) for size in (96, 512))
     exact = matrix() + 2 * left.T @ right
     plain = ggml.encode(kind, exact, columns)
     assert abs(gain(kind, plain, exact, columns) - 1) > least
