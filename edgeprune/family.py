@@ -117,10 +117,8 @@ def _no_worse(
     Raises:
         BrokenPromise: as ``pipeline.fit``.
     """
-    own, smaller = (
-        nats[member.folder],
-        [m for m in members if m.report.build["nbytes"] < member.report.build["nbytes"]],
-    )
+    own = nats[member.folder]
+    smaller = [other for other in members if other.report.build["nbytes"] < member.report.build["nbytes"]]
     best = min(smaller, key=lambda other: nats[other.folder], default=member)
     if not nats[best.folder] < own:
         return member

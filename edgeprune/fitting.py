@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from edgeprune.decide.narrowing import ELIMINATING, widths_to_try
+from edgeprune.decide.narrowing import widths_to_try
 from edgeprune.decide.placement import place
 from edgeprune.device.budget import Budget, make_budget
 from edgeprune.device.profile import Profile, find_profile, known_profiles
@@ -17,6 +17,7 @@ from edgeprune.model.architecture import Architecture
 from edgeprune.model.convert import without_weights
 from edgeprune.model.headers import Header
 from edgeprune.model.layout import layout
+from edgeprune.settings import Settings
 from edgeprune.units import format_bytes
 
 # Types of a whole file, largest first, for the question what there is room for.
@@ -258,7 +259,8 @@ class _Sizes:
         for kind in kinds[-2:]:
             yield from (_Outcome(kept, kind) for kept in architecture.allowed_counts())
         yield from (
-            _Outcome(architecture.experts, kinds[-1], width) for width in widths_to_try(architecture, ELIMINATING)
+            _Outcome(architecture.experts, kinds[-1], width)
+            for width in widths_to_try(architecture, Settings.narrowing)
         )
 
 

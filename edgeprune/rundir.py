@@ -64,6 +64,10 @@ class RunFolder:
     def ways(self) -> Path:
         return self.path / "ways.json"
 
+    @property
+    def tried(self) -> Path:
+        return self.path / "tried.json"
+
     def channels(self, narrowing: str) -> Path:
         return self.path / f"channels-{narrowing}.safetensors"
 

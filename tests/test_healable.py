@@ -151,6 +151,8 @@ def test_the_best_of_the_files_that_were_tried_is_shipped(
     assert len(tried) >= 2
     best = min(tried, key=lambda own: float(own["nats"]))
     assert (report.plan["kept"], report.plan["width"]) == (best["kept"], best["width"])
+    measured = {(row["kept"], row.get("width", 0)): row["measured"] for row in report.curve if "measured" in row}
+    assert measured == {(own["kept"], own["width"]): own["nats"] for own in tried}
     assert not (folder / "scratch").exists()
     with opened(settings, ear) as run:
         shipped = folder / str(report.build["path"])

@@ -206,6 +206,15 @@ def test_rounding_adds_to_the_error_and_sums_to_the_measured_floor(deep: Archite
     assert known.to_floor({tensors[1].name: {"32": 0.0}}, floor) == {tensors[1].name: {32: 0.0}}
 
 
+def test_linearity_is_the_usual_power_of_what_was_measured(deep: Architecture) -> None:
+    known = whole(deep)
+    pairs = ((1e-3, 1e-2), (1e-3, 5e-3), (1e-3, 1e-3), (1e-3, 9e-2))
+    slopes = {str(number): Response(*pair, interpolated=number == 3) for number, pair in enumerate(pairs)}
+    # Linear, half of that, and no growth, which is taken for the least there can be; the interpolated one is none.
+    assert replace(known, responses=slopes).linearity == pytest.approx(math.log10(5))
+    assert replace(known, responses={}).linearity is None
+
+
 def test_errors_at_once_cost_the_share_that_was_measured(deep: Architecture) -> None:
     known = whole(deep)
     parts = [sum(response.nats(error) for response in known.responses.values()) for error in RIPPLES]

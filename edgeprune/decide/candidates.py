@@ -39,7 +39,6 @@ HEALED_SHARE = 0.15
 # the three differ decides where bits go: with one share of 0.6 for all, KL divergence was higher by 7 % at 4.0 bits
 # per weight, by 16 % at 3.2 and by 8 % at 2.6.
 INNER_SHARE, DOWN_SHARE, OUTER_SHARE = 0.4, 1.0, 0.8
-_INNER = ("expert_gate", "expert_up", "expert_gate_up")
 # What error feedback leaves of the error of a type whose blocks are shorter than the rows: 0.67 to 0.77.
 FEEDBACK_SHARE = 0.75
 # The same of narrowing them, on the same model: 0.26 at three quarters of the width (tests/benchmarks/narrowing.py).
@@ -112,13 +111,17 @@ class Problem:
 
     def quantised(self, tensor: Tensor, name: str, *, healed: bool) -> float:
         """Predicted nats per token that ``tensor`` costs as the type ``name``; healing makes good a part."""
-        share = 1.0
-        if healed and tensor.layer >= 0:
-            inner, down = tensor.role in _INNER, tensor.role == "expert_down"
-            share = INNER_SHARE if inner else DOWN_SHARE if down else OUTER_SHARE
-            if tensor.is_expert and ggml.BY_NAME[name].feeds_back(self.shape(tensor, 1)[0]):
-                share *= FEEDBACK_SHARE
-        return self.sensitivity.nats(tensor, name, share)
+        return self.sensitivity.nats(tensor, name, self._left(tensor, name) if healed else 1.0)
+
+    def _left(self, tensor: Tensor, name: str) -> float:
+        """Share of the error of ``tensor`` as the type ``name`` that healing leaves."""
+        if tensor.layer < 0:
+            return 1.0
+        if not tensor.is_expert:
+            return OUTER_SHARE
+        fed_back = ggml.BY_NAME[name].feeds_back(self.shape(tensor, 1)[0])
+        share = DOWN_SHARE if tensor.role == "expert_down" else INNER_SHARE
+        return share * (FEEDBACK_SHARE if fed_back else 1.0)
 
     def dropped(self, kept: int) -> float:
         """Predicted nats per token that ``kept`` experts of the problem's width cost, healed if they are."""

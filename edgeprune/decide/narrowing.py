@@ -18,18 +18,15 @@ from edgeprune.measure.statistics import Statistics
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile
 
-# Of a core, for the cube of each expert's width: 1.0 to 0.5 ns were measured at 768 to 2048 channels.
-_CUBE_SECONDS = 1e-9
 # Of a core, that ranking the channels of a model may take where nobody asked for narrower experts.
 MOST_RANKING_SECONDS = 7_200.0
-ELIMINATING = "ziplm"
 
 
 def ranking_seconds(architecture: Architecture, narrowing: str) -> float:
     """About how long a core takes to rank the channels of all experts by the score ``narrowing``; 0 where it is
-    little beside a pass over the text: all but one look at each channel once."""
+    little beside a pass over the text."""
     experts = architecture.experts * len(architecture.moe_layers)
-    return experts * architecture.expert_width**3 * _CUBE_SECONDS if narrowing == ELIMINATING else 0.0
+    return experts * architecture.expert_width**3 * NARROWINGS[narrowing].cube_seconds
 
 
 def widths_to_try(architecture: Architecture, narrowing: str) -> tuple[int, ...]:

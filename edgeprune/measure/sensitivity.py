@@ -8,6 +8,7 @@ interpolated and its linearity is seen, not assumed.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,6 +137,13 @@ class Sensitivity:
         large = RIPPLES[1]
         return self.together[str(large)] / self._summed(large) if str(large) in self.together else None
 
+    @property
+    def linearity(self) -> float | None:
+        """Median over the sites of the power of the squared error that cost grows with between ``SMALL`` and
+        ``LARGE``, as predictions take it: 1 where it is linear; None where nothing was measured."""
+        powers = [response.exponent for response in self.responses.values() if not response.interpolated]
+        return statistics.median(powers) if powers else None
+
     def at_once(self, summed: float) -> float:
         """Nats per token of errors that cost ``summed`` one by one, when all are there, with ``unrest``.
 
@@ -147,9 +155,9 @@ class Sensitivity:
         whole = self._summed(large)
         if str(large) not in self.together or not summed > 0 or not whole > 0:
             return summed + self.unrest
-        least = min(max((self.together[str(large)] - self.unrest) / whole, _SHARES[0]), _SHARES[1])
+        measured = min(max((self.together[str(large)] - self.unrest) / whole, _SHARES[0]), _SHARES[1])
         way = math.log(large * summed / whole / small) / math.log(large / small)
-        return summed * (1 + (least - 1) * min(max(way, 0.0), 1.0)) + self.unrest
+        return summed * (1 + (measured - 1) * min(max(way, 0.0), 1.0)) + self.unrest
 
     def _summed(self, error: float) -> float:
         return sum(response.nats(error) for response in self.responses.values())

@@ -91,8 +91,13 @@ class Checkpoint:
             BadFile: it cannot be read, or its scales do not fit it.
         """
         if name not in self.scaled:
-            return self._raw(name, matrix)
-        return decoded(self.scaled[name], self._raw(name, matrix), self._scale(name, matrix), self.block)
+            return self._matrix(name, matrix)
+        return decoded(
+            self.scaled[name],
+            self._matrix(name, matrix),
+            self._scale(name, matrix),
+            self.block,
+        )
 
     def packed(self, name: str, matrix: int | None = None) -> torch.Tensor:
         """Tensor ``name``, which is stored as MXFP4, as uint8 [..., rows, bytes of a GGUF row].
@@ -106,7 +111,7 @@ class Checkpoint:
         scales = self._scale(name, matrix)
         if bool((scales == MXFP4_NAN).any()):
             raise BadFile(f"tensor {self.scaled[name].scale} holds scales that are NaN")
-        return mxfp4_rows(self._raw(name, matrix), scales)
+        return mxfp4_rows(self._matrix(name, matrix), scales)
 
     def is_here(self, *names: str) -> bool:
         """Whether the files with the tensors ``names`` are in the folder, and not only known by their headers."""
@@ -125,12 +130,7 @@ class Checkpoint:
         rows, *columns = self.shape(one)
         step = max(_WEIGHTS_TOGETHER // max(math.prod(columns), 1), 1)
         for start in range(0, rows, step):
-            # Opened anew each time: what is mapped stays in memory for as long as its file is open.
-            parts = [
-                _open_shard(self.folder / self.shard_of[name]).get_slice(name)[start : start + step]
-                for name in (one, two)
-            ]
-            if not torch.equal(*parts):
+            if not torch.equal(*(self._raw(name, slice(start, start + step)) for name in (one, two))):
                 return False
         return True
 
@@ -149,14 +149,17 @@ class Checkpoint:
             return size[0], size[1]
         return 128, 128
 
-    def _raw(self, name: str, matrix: int | None = None) -> torch.Tensor:
+    def _matrix(self, name: str, matrix: int | None) -> torch.Tensor:
+        """One ``matrix`` of a stack as stored, or all of the tensor."""
+        return self._raw(name, None if matrix is None else slice(matrix, matrix + 1))
+
+    def _raw(self, name: str, part: slice | None = None) -> torch.Tensor:
+        """As stored: the tensor ``name``, or a ``part`` along its first axis."""
         import safetensors
 
         handle = self._handle(name)
         try:
-            tensor: torch.Tensor = (
-                handle.get_tensor(name) if matrix is None else handle.get_slice(name)[matrix : matrix + 1]
-            )
+            tensor: torch.Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
         except safetensors.SafetensorError as error:
             raise BadFile(f"{self.folder / self.shard_of[name]}: tensor {name}: {error}") from error
         self._read_bytes += tensor.nbytes

@@ -292,7 +292,10 @@ class _Reader:
         cursor = self.cursor
         magic = cursor.take(4)
         if magic != MAGIC:
-            raise BadFile(f"{self.path} is not a GGUF file: it begins with {magic!r}")
+            raise BadFile(
+                f"{self.path} is not a GGUF file: it begins with {magic!r}",
+                hint="give a GGUF, the folder of a Hugging Face checkpoint, or ORG/NAME on the Hub",
+            )
         version = cursor.number("<I")
         if version not in (2, VERSION):
             raise Unsupported(f"{self.path}: GGUF version {version}; edgeprune reads 2 and 3")

@@ -3,9 +3,9 @@
 Some of ggml's encoders are off by a few percent, all in one direction: scales of IQ3_S come out 2.3 % too large,
 those of Q2_K 3.7 % too small. Beside the errors of single weights that is little, but those average out in the sums
 of the products that follow, and a matrix that is too large on the whole makes all of its answers too large: at the
-output of experts of a 41 M model such an error costs ten times as much as one at random of the same energy. An
-encoder answers to weights that are multiplied by a number with codes that are multiplied by it, so the matrix is
-divided by its gain first.
+output of experts of a 41 M model such an error of an up projection in IQ3_S costs seven to twelve times as much as
+one at random of the same energy. An encoder answers to weights that are multiplied by a number with codes that are
+multiplied by it, so the matrix is divided by its gain first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ def encode(kind: ggml.GgmlType, weights: Floats, importance: Floats, name: str =
 def divided(
     kind: ggml.GgmlType, weights: Floats, importance: Floats, by: float, name: str = ""
 ) -> npt.NDArray[np.uint8]:
-    """``encode`` with a gain that is known, if the type holds weights that are divided ``by`` it."""
+    """``encode`` where the gain is known: ``weights`` [rows, W] divided ``by`` it if the type holds them, else as
+    they are; uint8 [rows, row_bytes].
+
+    Raises:
+        as ``ggml.encode``.
+    """
     own = weights / np.float32(by) if by != 1 else weights
     if by < 1 and float(np.abs(own).max(initial=0.0)) > kind.largest:
         own = weights

@@ -130,18 +130,22 @@ def _check_layers(placed: Converter, layers: int, checkpoint: Checkpoint) -> Non
     Raises:
         BadFile: they have.
     """
-    names = {source.name for own in placed.tensors.values() for source in own if "{layer}" in source.name}
-    spelt = "|".join(
-        re.escape(name).replace(r"\{layer\}", r"(\d{1,9})").replace(r"\{expert\}", r"\d+") for name in sorted(names)
-    )
-    found = 1 + max(_numbers(spelt, checkpoint), default=-1)
+    found = 1 + max(_numbers("layer", placed, checkpoint), default=-1)
     if found > layers:
         raise BadFile(f"config.json says {layers} layers, the weights hold {found}", hint=_ANOTHER_MODEL)
 
 
-def _numbers(spelt: str, checkpoint: Checkpoint) -> list[int]:
-    """The numbers in names of the checkpoint's tensors that the expression ``spelt`` has groups for."""
-    pattern = re.compile(spelt or r"(?!)")
+def _numbers(what: str, placed: Converter, checkpoint: Checkpoint) -> list[int]:
+    """The numbers that stand for ``what``, ``layer`` or ``expert``, in names of the checkpoint's tensors."""
+    names = {source.name for own in placed.tensors.values() for source in own if f"{{{what}}}" in source.name}
+    spelt = (
+        re.escape(name)
+        .replace(rf"\{{{what}\}}", r"(\d{1,9})")
+        .replace(r"\{layer\}", r"\d+")
+        .replace(r"\{expert\}", r"\d+")
+        for name in sorted(names)
+    )
+    pattern = re.compile("|".join(spelt) or r"(?!)")
     found = (pattern.fullmatch(name) for name in checkpoint.stored)
     return [int(match[match.lastindex or 0]) for match in found if match]
 
@@ -153,11 +157,7 @@ def _check_experts(placed: Converter, experts: int, checkpoint: Checkpoint) -> N
     Raises:
         BadFile: it is another one.
     """
-    sources = {source.name for own in placed.tensors.values() for source in own if "{expert}" in source.name}
-    spelt = "|".join(
-        re.escape(name).replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"(\d{1,9})") for name in sorted(sources)
-    )
-    found = 1 + max(_numbers(spelt, checkpoint), default=-1)
+    found = 1 + max(_numbers("expert", placed, checkpoint), default=-1)
     if not found:
         stacks = [source.name for name, own in placed.tensors.items() if "_exps." in name for source in own]
         named = (name.format(layer=layer, expert=0) for name in stacks for layer in range(MOST_LAYERS))

@@ -68,12 +68,13 @@ def tables(report: Report) -> dict[str, Table]:
             ],
         ),
         "candidates": Table(
-            ("Experts kept", "Size", "KL predicted"),
+            ("Experts kept", "Size", "KL predicted", "KL measured, to choose"),
             [
                 (
                     experts_in_words({**row, "experts": report.plan["experts"]}),
                     format_bytes(row["file_bytes"]),
-                    f"{row['nats']:.4g}",
+                    nats_in_words(row["nats"]),
+                    nats_in_words(row["measured"]) if "measured" in row else _NONE,
                 )
                 for row in report.curve
             ],

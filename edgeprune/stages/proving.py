@@ -20,7 +20,7 @@ from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.launch import Launch, generated_tokens, prompt_tokens
-from edgeprune.measure.sensitivity import RIPPLES
+from edgeprune.measure.sensitivity import LARGE, RIPPLES, SMALL
 from edgeprune.measure.text import HELD_OUT, REPORTING
 from edgeprune.model.ggml import tensor_bytes
 from edgeprune.model.headers import DEFAULT_ALIGNMENT, align
@@ -187,7 +187,7 @@ class Run(ChooseStages):
             str(layer): [float(value) for value in sums.total("gated_square")]
             for layer, sums in self.statistics.layers.items()
         }
-        curve_path, known = self.folder.path / "candidates.json", self._known_of(build)
+        known = self._known_of(build)
         report = Report(
             title=f"{self.architecture.name} for {self.profile.name}",
             verdict="",
@@ -200,7 +200,7 @@ class Run(ChooseStages):
             plan=plan.to_json(),
             folded=folded(plan, self.architecture),
             types=[(t.name, plan.types.get(t.name, t.type)) for t in self.architecture.tensors if t.quantisable],
-            curve=read_json(curve_path) if curve_path.is_file() else [],
+            curve=self._curve(plan),
             importance=importance,
             build={**build.to_json(), "path": Path(build.path).name},
             source={
@@ -285,6 +285,16 @@ class Run(ChooseStages):
             "memory": f"predicted for {plan.launch.context:,} tokens of context, measured with {speed['context']:,}",
         }
 
+    def _curve(self, plan: Plan) -> list[dict[str, Any]]:
+        """The candidates, with nats per token of those whose file was built and measured to choose from."""
+        path, measured = self.folder.path / "candidates.json", self.tried_nats(plan)
+        rows: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+        places = [(row["kept"], row.get("width", 0)) for row in rows]
+        return [
+            {**row, "measured": measured[place]} if measured.get(place) is not None else row
+            for row, place in zip(rows, places, strict=True)
+        ]
+
     def _additivity(self, plan: Plan) -> dict[str, str]:
         """How far errors add up, which the prediction reckons with; nothing where no type was chosen by it."""
         found = self.sensitivity.additivity if plan.types and self.folder.sensitivity.is_file() else None
@@ -292,7 +302,8 @@ class Run(ChooseStages):
             return {}
         return {
             "prediction": f"errors of {RIPPLES[1]:.0%} in all products at once cost {found:.2f} of the sum of what "
-            f"they cost one by one; any change costs {self.sensitivity.unrest:.1e} nats per token"
+            f"they cost one by one; any change costs {self.sensitivity.unrest:.1e} nats per token; from errors of "
+            f"{SMALL:.0%} to {LARGE:.0%}, cost grows with their power {self.sensitivity.linearity:.2f} (median)"
         }
 
     def save_report(self, report: Report) -> None:

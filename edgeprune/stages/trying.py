@@ -45,8 +45,7 @@ class TryStages(DecideStages):
         free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types and not self.width
         if not free or not plan.heal:
             return plan
-        path = self.folder.path / "tried.json"
-        about = digest([plan.made_from, *self.judge])
+        path, about = self.folder.tried, self._tried_for(plan)
         taken = _taken(path, about)
         if taken == place(plan):
             return plan
@@ -65,6 +64,18 @@ class TryStages(DecideStages):
             if place(best) != place(plan):
                 return self.saved(best)
         return plan
+
+    def _tried_for(self, plan: Plan) -> str:
+        return digest([plan.made_from, *self.judge])
+
+    def tried_nats(self, plan: Plan) -> dict[tuple[int, int], float]:
+        """Measured nats per token of the files that were built before ``plan`` was taken, by experts and channels
+        that they keep (0: all channels); empty where none were."""
+        with contextlib.suppress(BadFile, KeyError, TypeError):
+            known = read_json(self.folder.tried)
+            if known["made_from"] == self._tried_for(plan):
+                return {(row["kept"], row["width"]): float(row["nats"]) for row in known["tried"]}
+        return {}
 
     def saved(self, plan: Plan) -> Plan:
         """``plan``, in the folder."""

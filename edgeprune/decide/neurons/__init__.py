@@ -22,14 +22,16 @@ class Narrowing:
     Attributes:
         score: of one layer's evidence.
         differentiates: the score needs gradients, which only a Hugging Face checkpoint can give.
+        cube_seconds: of a core, for the cube of each expert's width; 0 of scores that look at each channel once.
     """
 
     score: NeuronScore
     differentiates: bool = False
+    cube_seconds: float = 0.0
 
 
 NARROWINGS: dict[str, Narrowing] = {
-    "ziplm": Narrowing(ziplm.score),
+    "ziplm": Narrowing(ziplm.score, cube_seconds=1e-9),  # 1.0 to 0.5 ns at 768 to 2048 channels
     "camera": Narrowing(camera.score),
     "energy": Narrowing(energy.score),
     "tenp": Narrowing(tenp.score),
