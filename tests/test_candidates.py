@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import toys
 
-from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidate, candidates, priced
+from edgeprune.decide.candidates import (
+    FINE_MENDED,
+    INNER_SHARE,
+    Candidate,
+    Problem,
+    allowed_types,
+    candidate,
+    candidates,
+    priced,
+)
 from edgeprune.device.budget import make_budget
 from edgeprune.device.profile import Profile, find_profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
@@ -28,6 +37,7 @@ COUNTS = (8, 6, 4, 2)
 MIB = 2**20
 UNREST = 1e-4
 Pose = Callable[..., Problem]
+ROLES = ("expert_up", "attention", "expert_down")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +133,20 @@ def assert_consistent(problem: Problem, found: Candidate) -> None:
     assert plan.predicted.decode_per_s > 0
     limit = problem.budget.file_limit_bytes
     assert limit is None or made.nbytes <= limit
+
+
+def test_healing_mends_most_before_the_activation_and_less_of_fine_types(pose: Pose) -> None:
+    problem = pose(file_limit=4 * MIB)
+
+    def left(role: str, name: str) -> float:
+        tensor = next(t for t in problem.architecture.tensors if t.role == role and t.layer == 0)
+        return problem.quantised(tensor, name, healed=True) / problem.quantised(tensor, name, healed=False)
+
+    coarse, fine = ({role: left(role, kind) for role in ROLES} for kind in ("IQ3_XXS", "Q6_K"))
+    assert coarse["expert_up"] < coarse["attention"] < coarse["expert_down"] == 1.0
+    assert fine["expert_up"] < fine["attention"] < fine["expert_down"] == 1.0
+    # Errors of Q6_K lie where cost is linear.
+    assert INNER_SHARE < fine["expert_up"] == pytest.approx(1 - FINE_MENDED * (1 - INNER_SHARE))
 
 
 def test_healing_makes_good_what_is_rounded_in_blocks_but_not_the_output(pose: Pose) -> None:

@@ -39,6 +39,11 @@ HEALED_SHARE = 0.15
 # the three differ decides where bits go: with one share of 0.6 for all, KL divergence was higher by 7 % at 4.0 bits
 # per weight, by 16 % at 3.2 and by 8 % at 2.6.
 INNER_SHARE, DOWN_SHARE, OUTER_SHARE = 0.4, 1.0, 0.8
+# Experts of fewer bits per weight on average are healed on more text; see ``stages.healing``.
+COARSE_BITS = 4.0
+# What of all this healing mends at more bits, where it has less text: files of 4.9 to 6.7 bits per weight came to
+# 0.89 to 0.95 of what they are unhealed, and to 1.1 to 1.4 times what the shares above alone promised.
+FINE_MENDED = 0.65
 # What error feedback leaves of the error of a type whose blocks are shorter than the rows: 0.67 to 0.77.
 FEEDBACK_SHARE = 0.75
 # The same of narrowing them, on the same model: 0.26 at three quarters of the width (tests/benchmarks/narrowing.py).
@@ -48,6 +53,12 @@ _HOPELESS = 2.0
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
 _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
+
+
+def _less_mended(share: float, type_name: str) -> float:
+    """Share of the errors of the type ``type_name`` that healing leaves, if it leaves ``share`` of a coarse one's."""
+    fine = ggml.BY_NAME[type_name].bits_per_weight >= COARSE_BITS
+    return 1 - FINE_MENDED * (1 - share) if fine else share
 
 
 def _as_it_is(plan: Plan) -> Plan:
@@ -118,10 +129,10 @@ class Problem:
         if tensor.layer < 0:
             return 1.0
         if not tensor.is_expert:
-            return OUTER_SHARE
+            return _less_mended(OUTER_SHARE, name)
         fed_back = ggml.BY_NAME[name].feeds_back(self.shape(tensor, 1)[0])
         share = DOWN_SHARE if tensor.role == "expert_down" else INNER_SHARE
-        return share * (FEEDBACK_SHARE if fed_back else 1.0)
+        return _less_mended(share, name) * (FEEDBACK_SHARE if fed_back else 1.0)
 
     def dropped(self, kept: int) -> float:
         """Predicted nats per token that ``kept`` experts of the problem's width cost, healed if they are."""

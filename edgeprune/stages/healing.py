@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.build.store import Store
+from edgeprune.decide.candidates import COARSE_BITS
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
@@ -39,7 +40,7 @@ FIT_PRODUCTS = 28
 # than that of dropping some. The fewer bits, the more there is to win, and the slower is encoding anyway. A file of
 # 4.5 bits per weight was 0.00094 nats away with half of the text, 0.00101 with a third and 0.00105 with a quarter;
 # healing took 5.2, 4.1 and 2.9 times as long as encoding alone.
-SHARE_OF_WHOLE, SHARE_OF_COARSE, COARSE_BITS = 0.25, 0.5, 4.0
+SHARE_OF_WHOLE, SHARE_OF_COARSE = 0.25, 0.5
 # Shares of the time of building what comes before, observing it and fitting, for a bar that moves.
 STEPS = (1, 10, 15)
 # Of the tokens that are kept whole on disk.
