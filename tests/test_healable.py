@@ -91,6 +91,14 @@ def test_less_memory_gives_fewer_tokens_and_nearly_the_same(
     np.testing.assert_allclose(part, whole, rtol=0.5)
 
 
+@pytest.mark.parametrize(("tokens", "most", "looked_at"), [(100, 512, 100), (1_000, 512, 512), (1_000, 600, 576)])
+def test_fewer_tokens_are_from_the_whole_text(tokens: int, most: int, looked_at: int) -> None:
+    """Kinds of text follow each other: the first tokens would be of one kind."""
+    found = healable.spread(tokens, most)
+    assert len(found) == pytest.approx(looked_at, abs=64) and len(np.unique(found)) == len(found)
+    assert found[0] == 0 and found[-1] == tokens - 1
+
+
 # Numbers of experts.
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,16 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune import pipeline
 from edgeprune.build.builder import build
-from edgeprune.build.staged import heal_layers, joins_the_stream, judges, write_prefix
+from edgeprune.build.healer import joins_the_stream
+from edgeprune.build.staged import heal_layers, write_prefix
 from edgeprune.build.store import Store
 from edgeprune.decide.candidates import priced
 from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.errors import BadFile
 from edgeprune.measure import llama, tasks
 from edgeprune.measure.channels import Channels
-from edgeprune.measure.refit import RIDGES, Share, refit, residual
+from edgeprune.measure.equations import Equations
+from edgeprune.measure.refit import RIDGES, Healed, Share, judges, refit, residual
 from edgeprune.measure.statistics import Statistics
 from edgeprune.model import ggml
 from edgeprune.model.architecture import read_architecture
@@ -43,10 +47,11 @@ Floats = npt.NDArray[np.float32]
 # The fit.
 
 
-def layer(experts: int = 4, tokens: int = 400, used: int = 2) -> tuple[list[Floats], list[Share], Floats]:
+def layer(
+    experts: int = 4, tokens: int = 400, used: int = 2, hidden: int = 6
+) -> tuple[list[Floats], list[Share], Floats]:
     """Down projections, shares and a target that other projections would give, with a little noise."""
-    random = np.random.default_rng(0)
-    hidden, width = 6, 5
+    random, width = np.random.default_rng(0), 5
     ids = np.argsort(random.random((tokens, experts)), axis=1)[:, :used]
     shares = []
     for expert in range(experts):
@@ -54,8 +59,19 @@ def layer(experts: int = 4, tokens: int = 400, used: int = 2) -> tuple[list[Floa
         shares.append(Share(rows, random.standard_normal((len(rows), hidden)).astype(np.float32)))
     start = [random.standard_normal((width, hidden)).astype(np.float32) for _ in range(experts)]
     wanted = [matrix + 0.5 * random.standard_normal(matrix.shape).astype(np.float32) for matrix in start]
-    target = -residual(wanted, shares, np.zeros((tokens, width), np.float32))
+    target = answers(wanted, shares, tokens)
     return start, shares, target + 0.05 * random.standard_normal(target.shape).astype(np.float32)
+
+
+def answers(matrices: Sequence[Floats], shares: Sequence[Share], tokens: int) -> Floats:
+    """What the layer answers, float32 [tokens, D]."""
+    nothing = np.zeros((tokens, len(matrices[0])), np.float32)
+    with ThreadPoolExecutor(2) as pool:
+        return -residual(matrices.__getitem__, shares, nothing, pool)
+
+
+def matrices(found: Healed, experts: int = 4) -> list[Floats]:
+    return [found.matrix(expert) for expert in range(experts)]
 
 
 def held_out(tokens: int) -> npt.NDArray[np.bool_]:
@@ -78,36 +94,83 @@ def joint(start: Sequence[Floats], shares: Sequence[Share], target: Floats, ridg
 
 def test_the_fit_is_the_minimum_of_the_whole_problem() -> None:
     start, shares, target = layer()
-    found = refit(start, shares, target, held_out(len(target)))
+    found = refit(start.__getitem__, shares, target, held_out(len(target)))
     assert found.ridge in RIDGES
     exact = joint(start, shares, target, found.ridge)
-    np.testing.assert_allclose(np.concatenate(found.weights, axis=1), exact, atol=0.02 * np.abs(exact).max())
+    np.testing.assert_allclose(np.concatenate(matrices(found), axis=1), exact, atol=0.02 * np.abs(exact).max())
     assert found.after < 0.1 * found.before
+
+
+def test_experts_of_fewer_tokens_than_channels_are_fitted_too() -> None:
+    start, shares, target = layer(hidden=150, tokens=1_200)
+    shares[1] = shares[1].of(np.arange(1_200) % 8 == 0)
+    assert len(shares[1].tokens) < 150 < len(shares[2].tokens)
+    found = refit(start.__getitem__, shares, target, held_out(1_200))
+    assert found.ridge is not None
+    exact = joint(start, shares, target, found.ridge)
+    np.testing.assert_allclose(np.concatenate(matrices(found), axis=1), exact, atol=0.1 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("channels", [10, 200], ids=["fewer channels", "fewer tokens"])
+def test_each_step_is_the_ridge_regression_of_what_is_left(channels: int) -> None:
+    random, ridge = np.random.default_rng(0), 0.3
+    hidden = random.standard_normal((60, channels), np.float32)
+    wanted, other = random.standard_normal((2, 60, 3), np.float32)
+    equations = Equations(np.arange(60), hidden, held_out(60))
+    solver = equations.solver(ridge)
+    assert solver is not None
+    rest, solution = wanted.copy(), np.zeros((equations.unknowns, 3), np.float32)
+    equations.step(rest, solution, *solver)
+    rest -= other  # as other experts have moved meanwhile
+    equations.step(rest, solution, *solver)
+    fitted, pull = hidden[~held_out(60)].astype(np.float64), solver[1]
+    assert pull == pytest.approx(ridge * np.square(fitted).sum() / channels)
+    exact = np.linalg.solve(fitted.T @ fitted + pull * np.eye(channels), fitted.T @ (wanted - other)[~held_out(60)])
+    np.testing.assert_allclose(equations.change(solution).T, exact, atol=1e-4 * np.abs(exact).max())
+    np.testing.assert_allclose(rest, wanted - other - hidden @ exact, atol=1e-3)
+
+
+def test_what_a_fit_takes_follows_the_tokens_and_not_the_experts_width() -> None:
+    """Nothing as large as the down projections [D, F] of all experts is held, and no F by F matrix."""
+    experts, hidden, width, tokens = 8, 4_096, 1_024, 256
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((width, hidden), np.float32)
+    shares = [
+        Share(np.arange(e, tokens, experts), random.standard_normal((tokens // experts, hidden), np.float32))
+        for e in range(experts)
+    ]
+    target = random.standard_normal((tokens, width), np.float32)
+    tracemalloc.start()
+    found = refit(lambda _: matrix, shares, target, held_out(tokens))
+    found.matrix(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.5 * experts * matrix.nbytes
 
 
 def test_the_smallest_ridge_is_taken_where_there_is_little_noise() -> None:
     start, shares, target = layer(tokens=2_000)
-    assert refit(start, shares, target, held_out(len(target))).ridge == min(RIDGES)
+    assert refit(start.__getitem__, shares, target, held_out(len(target))).ridge == min(RIDGES)
 
 
 def test_a_fit_that_does_not_help_on_other_tokens_is_undone() -> None:
     start, shares, _ = layer(tokens=60)
-    exact = -residual(start, shares, np.zeros((60, 5), np.float32))
+    exact = answers(start, shares, 60)
     noise = 0.5 * np.random.default_rng(1).standard_normal(exact.shape).astype(np.float32)
-    found = refit(start, shares, exact + noise, held_out(60))
+    found = refit(start.__getitem__, shares, exact + noise, held_out(60))
     assert found.ridge is None
     assert found.after == found.before
-    for new, old in zip(found.weights, start, strict=True):
+    for new, old in zip(matrices(found), start, strict=True):
         np.testing.assert_array_equal(new, old)
 
 
 def test_an_expert_that_no_token_reaches_stays_as_it_is() -> None:
     start, shares, target = layer()
     shares[2] = Share(np.zeros(0, np.intp), np.zeros((0, 6), np.float32))
-    found = refit(start, shares, target, held_out(len(target)))
+    found = refit(start.__getitem__, shares, target, held_out(len(target)))
     assert found.ridge is not None
-    np.testing.assert_array_equal(found.weights[2], start[2])
-    assert np.abs(found.weights[1] - start[1]).max() > 0.1
+    np.testing.assert_array_equal(found.matrix(2), start[2])
+    assert np.abs(found.matrix(1) - start[1]).max() > 0.1
 
 
 # Stages.
@@ -344,7 +407,7 @@ def test_experts_are_encoded_with_error_feedback(toy_gguf: Toy, tmp_path: Path) 
     healed = build(str(model), plan.to_json(), str(tmp_path / "h.gguf"), str(tmp_path / "teacher"), str(store))
     assert plain["nbytes"] == healed["nbytes"]
     tokens = Statistics.load(tmp_path / "student").reservoirs[0]
-    judged = np.arange(len(tokens)) // 256 % 8 == 7
+    judged = judges(len(tokens), 256)
     source, width = GgufFile(model), tokens.x.shape[1]
     exact = ggml.decode(ggml.BY_NAME[source.tensors[names[0]].type], source.raw(names[0]), width)
     matrices = exact.reshape(toys.EXPERTS, -1, width)[2:]
@@ -396,9 +459,13 @@ def test_layers_lean_only_where_the_experts_output_joins_the_stream_as_it_is(
     assert joins_the_stream(file, read_architecture(file), 1) is expected
 
 
-@pytest.mark.parametrize(("tokens", "held_out"), [(8, 1), (100, 12), (1_700, 212), (2_048, 256), (4_100, 512)])
-def test_some_tokens_judge_however_few_there_are(tokens: int, held_out: int) -> None:
-    assert judges(tokens).sum() == held_out
+@pytest.mark.parametrize(
+    ("tokens", "held_out", "runs"), [(8, 1, 1), (100, 12, 12), (1_700, 208, 8), (4_100, 512, 8), (40_960, 5_120, 20)]
+)
+def test_tokens_from_everywhere_judge_however_few_there_are(tokens: int, held_out: int, runs: int) -> None:
+    found = judges(tokens, 256)
+    assert found.sum() == held_out
+    assert np.count_nonzero(np.diff(found.astype(int), prepend=0) == 1) == runs
 
 
 def test_tokens_of_another_text_are_refused(toy_gguf: Toy, tmp_path: Path) -> None:

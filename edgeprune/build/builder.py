@@ -18,6 +18,7 @@ from edgeprune.build.overlay import opened
 from edgeprune.build.store import Store
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
+from edgeprune.device.threads import in_order
 from edgeprune.errors import BadFile
 from edgeprune.files import atomic_writer, file_digest, require_space
 from edgeprune.measure import channels as channel_orders
@@ -124,17 +125,6 @@ def _encode_jobs(
             yield job
 
 
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], Bytes]], ahead: int) -> Iterator[Bytes]:
-    """Results of ``jobs`` in order, with at most ``ahead`` of them under way."""
-    pending: list[Any] = []
-    for job in jobs:
-        pending.append(pool.submit(job))
-        if len(pending) >= ahead:
-            yield pending.pop(0).result()
-    for future in pending:
-        yield future.result()
-
-
 def build(
     model: str,
     plan: dict[str, Any],
@@ -236,7 +226,7 @@ def encoded(
         return
     means = None if moment is None else moment.mean()
     jobs = _encode_jobs(raw, tensor, ggml.BY_NAME[target], kept, means, stock, channels)
-    yield from _in_order(pool, jobs, ahead=2 * cores())
+    yield from in_order(pool, jobs)
 
 
 def kept_channels(plan: Plan, orders: channel_orders.Channels | None, tensor: Tensor) -> Channel | None:

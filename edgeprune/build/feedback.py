@@ -13,7 +13,7 @@ show that the two are the same). A group is what ggml's encoder takes at least: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -65,6 +65,14 @@ class Encoded:
     before: float = 0.0
     after: float = 0.0
     energy: float = 0.0
+
+    def without_values(self) -> Encoded:
+        """What is written, and how good it is."""
+        return replace(self, decoded=np.zeros((0, 0), np.float32))
+
+    def figures(self) -> Encoded:
+        """How good it is, alone."""
+        return replace(self.without_values(), raw=np.zeros(0, np.uint8))
 
 
 def factor(inputs: Floats, prior: Floats | None) -> Floats:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,16 @@ class Store:
 
     def write(self, name: str, pieces: Iterable[Bytes]) -> None:
         """Tensor ``name`` from consecutive pieces; there when the last of them is."""
+        self.write_together([name], ([piece] for piece in pieces))
+
+    def write_together(self, names: Sequence[str], pieces: Iterable[Sequence[Bytes]]) -> None:
+        """Tensors ``names`` from consecutive pieces of each; there when the last of them are."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(self._path(name)) as stream:
-            for piece in pieces:
-                stream.write(np.ascontiguousarray(piece).data)
+        with ExitStack() as stack:
+            streams = [stack.enter_context(atomic_writer(self._path(name))) for name in names]
+            for own in pieces:
+                for stream, piece in zip(streams, own, strict=True):
+                    stream.write(np.ascontiguousarray(piece).data)
 
     def read(self, name: str) -> Bytes:
         """The data of ``name``, mapped."""

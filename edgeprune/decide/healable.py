@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgeprune.decide.keep import keep_set
 from edgeprune.decide.replaying import token_weights, understood
-from edgeprune.measure.refit import Share, refit
+from edgeprune.measure.refit import Share, judges, refit
 from edgeprune.measure.replay import Expert, LayerExperts, projection
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.routing import coefficients, preference
@@ -32,8 +32,8 @@ Orders = Mapping[str, Mapping[str, Sequence[int]]]
 RIVALS = ("reap", "gated-energy", "easy-ep")
 # Of the hidden values of all experts on all tokens that some set sends to them.
 _MOST_BYTES = 400 << 20
-# Runs of tokens, of which every so many judges.
-_RUN, _HELD_OUT_EVERY = 64, 8
+# Tokens that follow each other, are fitted or judge together, and of which there are at least so many in all.
+_RUN, _FEWEST = 64, 512
 
 
 def choose(
@@ -72,6 +72,15 @@ def choose(
         if progress is not None:
             progress(number + 1, len(architecture.moe_layers))
     return found
+
+
+def spread(tokens: int, most: int) -> Ids:
+    """Positions of about ``most`` of so many ``tokens``, ascending: runs from everywhere, because the kinds of text
+    follow each other."""
+    runs = -(-tokens // _RUN)
+    chosen = np.linspace(0, runs - 1, min(runs, max(1, most // _RUN))).round().astype(np.intp)
+    places = (chosen[:, None] * _RUN + np.arange(_RUN)).reshape(-1)
+    return places[places < tokens]
 
 
 class _Judge:
@@ -126,7 +135,7 @@ class _Judge:
                 wanted[ids[:, slot], np.arange(count)] = True
         width = self.architecture.expert_width
         share = min(1.0, _MOST_BYTES / max(1, 4 * width * int(wanted.sum())))
-        self.count = min(count, max(_RUN * _HELD_OUT_EVERY, int(count * share)))
+        self.looked_at = spread(count, max(_FEWEST, int(count * share)))
         onto = projection(self.tokens.y.shape[1])
         self.rows: list[Ids] = []
         self.hidden: list[Floats] = []
@@ -134,14 +143,14 @@ class _Judge:
         self.biases: list[Floats] = []
         for index in range(experts):
             expert: Expert = self.experts[index]
-            rows = np.flatnonzero(wanted[index, : self.count])
+            rows = np.flatnonzero(wanted[index, self.looked_at])
             self.rows.append(rows)
-            self.hidden.append(expert.hidden(self.tokens.x[rows], self.activation))
+            self.hidden.append(expert.hidden(self.tokens.x[self.looked_at[rows]], self.activation))
             self.outer.append(onto @ expert.down)
             bias = np.broadcast_to(np.asarray(expert.down_bias, np.float32), (len(expert.down),))
             self.biases.append(onto @ bias)
             self.experts.release(index)
-        self.target = self.tokens.y[: self.count] @ onto.T
+        self.target = self.tokens.y[self.looked_at] @ onto.T
 
     def _healed(self, kept: Sequence[int], ids: Ids, gates: Floats) -> list[float]:
         """The error of the layer with the experts ``kept``, relative to its output, before and after healing.
@@ -149,7 +158,7 @@ class _Judge:
         Rows of the matrices are fitted independently of each other, so the fit of their projection is the projection
         of their fit.
         """
-        ids, gates, scale = ids[: self.count], gates[: self.count], self.scale[: self.count]
+        ids, gates, scale = ids[self.looked_at], gates[self.looked_at], self.scale[self.looked_at]
         target = self.target.copy()
         shares = []
         for expert in kept:
@@ -158,6 +167,6 @@ class _Judge:
             target[tokens] -= own * self.biases[expert]
             places = np.searchsorted(self.rows[expert], tokens)
             shares.append(Share(tokens, own * scale[tokens] * self.hidden[expert][places]))
-        judges = np.arange(self.count) // _RUN % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-        fit = refit([self.outer[expert] for expert in kept], shares, scale * target, judges)
+        held_out = judges(len(target), _RUN)
+        fit = refit(lambda place: self.outer[kept[place]], shares, scale * target, held_out)
         return [fit.before, fit.after]

@@ -9,11 +9,14 @@ matrices W_e minimise
 where the inner sum is over the experts that the token is routed to, W_e0 are the old matrices and d_e is the mean
 diagonal of H_e' H_e, so that an expert that few tokens reach stays as it is. Solved by block Gauss-Seidel: one expert
 at a time, in turn.
+
+Old matrices are asked for one at a time, and only the changes of all are held, in as many rows as an expert has
+tokens or channels, whichever are fewer: memory is bounded by the tokens, however large the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +26,16 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.device.probe import cores
+from edgeprune.device.threads import in_order
+from edgeprune.measure.equations import Equations
 
 Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
+Matrices = Callable[[int], Floats]
 # Tried in turn; what does best on tokens that were not fitted is taken. From strong to weak, because a strong pull to
 # the old weights keeps experts that share tokens from answering for each other: one sweep there goes as far as two.
 RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03)
+# Of so many runs of tokens one judges; there are at least so many that do, if the tokens suffice.
+_HELD_OUT_EVERY, _JUDGES = 8, 8
 
 
 @dataclass(frozen=True)
@@ -48,108 +55,92 @@ class Share:
         own = wanted[self.tokens]
         return Share(self.tokens[own], self.hidden[own])
 
-    def joined(self, other: Share) -> Share:
-        """Both parts; the tokens are no longer ascending."""
-        return Share(np.concatenate([self.tokens, other.tokens]), np.concatenate([self.hidden, other.hidden]))
+
+def judges(tokens: int, most: int) -> npt.NDArray[np.bool_]:
+    """Which of so many ``tokens`` are not fitted, bool [tokens]: every eighth run of ``most`` tokens, or of fewer
+    where there are few tokens, because texts of all kinds are to judge, and a fit that nothing judges is none."""
+    run = max(1, min(most, tokens // (_HELD_OUT_EVERY * _JUDGES)))
+    return np.asarray(np.arange(tokens) // run % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1)
 
 
-def residual(weights: Sequence[Floats], shares: Sequence[Share], target: Floats) -> Floats:
-    """``target`` [N, D] minus what experts with the down projections ``weights`` [D, F] answer, float32 [N, D]."""
+def residual(matrices: Matrices, shares: Sequence[Share], target: Floats, pool: ThreadPoolExecutor) -> Floats:
+    """``target`` [N, D] minus what experts answer whose down projections ``matrices`` gives, [D, F] each, float32
+    [N, D]."""
+
+    def answer(expert: int) -> Floats:
+        return shares[expert].hidden @ matrices(expert).T
+
     rest = target.copy()
-    for matrix, share in zip(weights, shares, strict=True):
-        rest[share.tokens] -= share.hidden @ matrix.T
+    answers = in_order(pool, (partial(answer, expert) for expert in range(len(shares))))
+    for share, own in zip(shares, answers, strict=True):
+        rest[share.tokens] -= own
     return rest
 
 
-class _Problem:
-    """The normal equations of one set of tokens, and the fit as far as it has gone.
+class _Columns:
+    """Some of the output's columns: columns know nothing of each other, so every thread has some of them for itself.
 
-    A fit with another ridge, or with more tokens, goes on where the last one ended: it has little left to do. Rows
-    of the matrices know nothing of each other, so every thread has some of them for itself.
+    Attributes:
+        rest: what the output lacks there, float32 [N, columns].
+        solutions: of every expert's equations, float32 [unknowns, columns].
     """
 
-    def __init__(
-        self, start: Sequence[Floats], shares: Sequence[Share], target: Floats, pool: ThreadPoolExecutor
-    ) -> None:
-        self.start, self.shares, self._pool = start, shares, pool
-        self.weights = [matrix.copy() for matrix in start]
-        self._grams = list(pool.map(lambda share: _gram(share.hidden), shares))
-        bounds = np.linspace(0, target.shape[1], cores() + 1).astype(int).tolist()
-        self._rows = [slice(a, b) for a, b in pairwise(bounds) if b > a]
-        self._look(target)
+    def __init__(self, equations: Sequence[Equations], rest: Floats) -> None:
+        self.rest = np.ascontiguousarray(rest)
+        self.solutions = [np.zeros((own.unknowns, rest.shape[1]), np.float32) for own in equations]
 
-    def _look(self, target: Floats) -> None:
-        """Residuals [N, rows] of today's matrices, for each run of rows."""
+    def kept(self) -> tuple[Floats, list[Floats]]:
+        """How far it has come, to go back to."""
+        return self.rest.copy(), [solution.copy() for solution in self.solutions]
 
-        self._rests = list(self._pool.map(lambda rows: self._residual(rows, self.shares, target), self._rows))
+    def sweep(self, equations: Sequence[Equations], solvers: Sequence[tuple[Floats, float] | None]) -> None:
+        """Go once over all experts."""
+        for own, solution, solver in zip(equations, self.solutions, solvers, strict=True):
+            if solver is not None:
+                own.step(self.rest, solution, *solver)
 
-    def _residual(self, rows: slice, shares: Sequence[Share], target: Floats) -> Floats:
-        return residual([matrix[rows] for matrix in self.weights], shares, target[:, rows])
+    def error(self, judges: npt.NDArray[np.intp]) -> float:
+        return float(np.square(self.rest[judges], dtype=np.float64).sum())
 
-    def error(self, shares: Sequence[Share], target: Floats) -> float:
-        """Squared error of today's matrices on other tokens."""
 
-        def own(rows: slice) -> float:
-            return float(np.square(self._residual(rows, shares, target), dtype=np.float64).sum())
+class _Problem:
+    """The fit as far as it has gone. One with another ridge goes on where the last ended: little is left to do."""
 
-        return sum(self._pool.map(own, self._rows))
-
-    def more(self, shares: Sequence[Share], target: Floats) -> None:
-        """Add tokens that were not there before; ``target`` [N, D] is of all tokens."""
-        added = self._pool.map(lambda share: _gram(share.hidden), shares)
-        self._grams = [_sum(*pair) for pair in zip(self._grams, added, strict=True)]
-        self.shares = [share.joined(more) for share, more in zip(self.shares, shares, strict=True)]
-        self._look(target)
+    def __init__(self, equations: Sequence[Equations], rest: Floats, pool: ThreadPoolExecutor) -> None:
+        self.equations, self._pool = equations, pool
+        bounds = np.linspace(0, rest.shape[1], cores() + 1).astype(int).tolist()
+        self._columns = [_Columns(equations, rest[:, a:b]) for a, b in pairwise(bounds) if b > a]
 
     def sweep(self, ridge: float) -> None:
         """Go once over all experts."""
-        inverses = list(self._pool.map(lambda gram: _inverse(gram, ridge), self._grams))
-        pairs = zip(self._rows, self._rests, strict=True)
-        jobs = (partial(self._sweep, rows, rest, inverses) for rows, rest in pairs)
-        for job in [self._pool.submit(job) for job in jobs]:
-            job.result()
+        solvers = list(self._pool.map(lambda own: own.solver(ridge), self.equations))
+        list(self._pool.map(lambda columns: columns.sweep(self.equations, solvers), self._columns))
 
-    def _sweep(self, rows: slice, rest: Floats, inverses: Sequence[tuple[Floats, float] | None]) -> None:
-        for share, inverse, start, weights in zip(self.shares, inverses, self.start, self.weights, strict=True):
-            if inverse is None:
-                continue
-            inverted, pull = inverse
-            right = share.hidden.T @ rest[share.tokens]
-            right -= np.float32(pull) * (weights[rows] - start[rows]).T
-            step = (inverted @ right).T
-            weights[rows] += step
-            rest[share.tokens] -= share.hidden @ step.T
+    def error(self, judges: npt.NDArray[np.intp]) -> float:
+        """Squared error on the tokens at these positions."""
+        errors = self._pool.map(lambda columns: columns.error(judges), self._columns)
+        return float(sum(errors))
 
+    def kept(self) -> list[tuple[Floats, list[Floats]]]:
+        """How far it has come, to go back to."""
+        return [columns.kept() for columns in self._columns]
 
-def _gram(hidden: Floats) -> Doubles | None:
-    """H' H, float64 [F, F], or None where the expert saw nothing that moved it."""
-    gram = (hidden.T @ hidden).astype(np.float64)
-    return gram if len(hidden) and np.trace(gram) > 0 else None
+    def back(self, kept: Sequence[tuple[Floats, list[Floats]]]) -> None:
+        for columns, (rest, solutions) in zip(self._columns, kept, strict=True):
+            columns.rest, columns.solutions = rest, solutions
 
+    def fit_all(self) -> None:
+        """The tokens that judged are fitted, too, from now on."""
+        for own in self.equations:
+            own.fit_all()
+        for columns in self._columns:
+            pairs = zip(columns.solutions, self.equations, strict=True)
+            columns.solutions = [np.pad(old, ((0, own.unknowns - len(old)), (0, 0))) for old, own in pairs]
 
-def _sum(first: Doubles | None, second: Doubles | None) -> Doubles | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
-
-
-def _inverse(gram: Doubles | None, ridge: float) -> tuple[Floats, float] | None:
-    """(H' H + ridge * d I)^-1, and ridge * d.
-
-    Computed in double precision. Its condition is at most 1 + F / ridge, so single precision changes a step by a
-    thousandth at most, which the next one makes good; solving with the factor instead takes five times as long.
-    """
-    from scipy.linalg import cholesky
-    from scipy.linalg.lapack import dpotri
-
-    if gram is None:
-        return None
-    pull = ridge * float(np.trace(gram)) / len(gram)
-    lower = cholesky(gram + pull * np.eye(len(gram)), lower=True, check_finite=False)
-    half, _ = dpotri(lower, lower=1, overwrite_c=1)  # above the diagonal the zeros of the factor stay
-    whole = half + half.T
-    whole.flat[:: len(whole) + 1] /= 2
-    return whole.astype(np.float32), pull
+    def change(self, expert: int) -> Floats:
+        """What is added to the expert's matrix, float32 [D, F]."""
+        own = self.equations[expert]
+        return np.concatenate([own.change(columns.solutions[expert]) for columns in self._columns])
 
 
 @dataclass(frozen=True)
@@ -157,55 +148,56 @@ class Healed:
     """The outcome of a fit.
 
     Attributes:
-        weights: down projections, float32 [D, F] each; the old ones if no fit helped.
+        matrix: down projection of an expert, float32 [D, F]; the old one if no fit helped.
         ridge: of the fit, or None if none helped.
         before, after: squared error of the output on the tokens that were not fitted, relative to its energy.
     """
 
-    weights: list[Floats]
+    matrix: Matrices
     ridge: float | None
     before: float
     after: float
 
 
 def refit(
-    start: Sequence[Floats], shares: Sequence[Share], target: Floats, held_out: npt.NDArray[np.bool_]
+    start: Matrices,
+    shares: Sequence[Share],
+    target: Floats,
+    held_out: npt.NDArray[np.bool_],
+    rest: Floats | None = None,
 ) -> Healed:
     """Fit the down projections of a layer.
 
     Args:
-        start: the old ones, float32 [D, F] by expert.
+        start: the old one of each expert, float32 [D, F].
         shares: what each expert sees.
         target: routed output of the original layer, float32 [N, D].
         held_out: tokens that judge the fit, bool [N]; the fit that is returned has seen them too.
+        rest: ``target`` minus what the experts answer with the old ones, float32 [N, D], if it is known.
     """
     with ThreadPoolExecutor(cores()) as pool:
-        return _refit(start, shares, target, held_out, pool)
+        if rest is None:
+            rest = residual(start, shares, target, pool)
+        jobs = (partial(Equations, share.tokens, share.hidden, held_out) for share in shares)
+        problem = _Problem(list(in_order(pool, jobs)), rest, pool)
+        energy = float(np.square(target[held_out], dtype=np.float64).sum()) or 1.0
+        return _refit(start, problem, np.flatnonzero(held_out), energy)
 
 
-def _refit(
-    start: Sequence[Floats],
-    shares: Sequence[Share],
-    target: Floats,
-    held_out: npt.NDArray[np.bool_],
-    pool: ThreadPoolExecutor,
-) -> Healed:
-    judges, places = target[held_out], np.cumsum(held_out) - 1
-    judged = [share.of(held_out) for share in shares]
-    moved = [Share(places[share.tokens], share.hidden) for share in judged]
-    energy = float(np.square(judges, dtype=np.float64).sum()) or 1.0
-    problem = _Problem(start, [share.of(~held_out) for share in shares], target, pool)
-    before = after = problem.error(moved, judges) / energy
-    chosen, fitted = None, list(start)
+def _refit(start: Matrices, problem: _Problem, judges: npt.NDArray[np.intp], energy: float) -> Healed:
+    before = after = problem.error(judges) / energy
+    chosen, best = None, None
     for ridge in RIDGES:
         problem.sweep(ridge)
-        found = problem.error(moved, judges) / energy
+        found = problem.error(judges) / energy
         if found >= after:  # the error is a valley in the ridge
             break
-        after, chosen, fitted = found, ridge, [matrix.copy() for matrix in problem.weights]
+        after, chosen = found, ridge
+        best = problem.kept() if ridge != RIDGES[-1] else None
     if chosen is None:
-        return Healed(fitted, None, before, before)
-    problem.weights = fitted
-    problem.more(judged, target)
+        return Healed(start, None, before, before)
+    if best is not None:
+        problem.back(best)
+    problem.fit_all()
     problem.sweep(chosen)
-    return Healed(problem.weights, chosen, before, after)
+    return Healed(lambda expert: start(expert) + problem.change(expert), chosen, before, after)

@@ -78,7 +78,8 @@ class LayerExperts:
         rows: Floats = ggml.decode(ggml.BY_NAME[tensor.type], self._file.raw(tensor.name), tensor.shape[0])
         return rows
 
-    def _bias(self, kind: str, expert: int) -> Floats | float:
+    def bias(self, kind: str, expert: int) -> Floats | float:
+        """What is added to the product with the expert's gate, up or down matrix, float32 [rows], or 0."""
         rows = self._vector(f"{kind}_exps.bias")
         return 0.0 if rows is None else rows[expert]
 
@@ -90,7 +91,6 @@ class LayerExperts:
 
     def __getitem__(self, expert: int) -> Expert:
         tensors = self._tensors
-        down = expert_matrix(self._file, tensors["expert_down"], expert)
         gate: Floats | None = None
         if "expert_gate_up" in tensors:
             both = expert_matrix(self._file, tensors["expert_gate_up"], expert)
@@ -100,10 +100,13 @@ class LayerExperts:
             if "expert_gate" in tensors:
                 gate = expert_matrix(self._file, tensors["expert_gate"], expert)
         kinds = ("gate", "up", "down")
-        biases = (self._bias(kind, expert) for kind in kinds)
-        gate_scale, up_scale, down_scale = (self.scale(kind, expert) for kind in kinds)
-        gate = None if gate is None else gate * gate_scale
-        return Expert(gate, up * up_scale, down * down_scale, *biases)
+        biases = (self.bias(kind, expert) for kind in kinds)
+        gate = None if gate is None else gate * self.scale("gate", expert)
+        return Expert(gate, up * self.scale("up", expert), self.down(expert), *biases)
+
+    def down(self, expert: int) -> Floats:
+        """The expert's down projection with its scale, float32 [D, F]."""
+        return expert_matrix(self._file, self._tensors["expert_down"], expert) * self.scale("down", expert)
 
     def release(self, expert: int) -> None:
         """Give the mapped pages of an expert back: all together are gigabytes."""

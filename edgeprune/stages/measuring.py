@@ -463,6 +463,8 @@ class MeasureStages(TextStages):
         """Nats per token of keeping each of ``counts`` experts, measured by masking the router."""
         method = self.settings.method
         key = f"{method}, {self.settings.mixture}"
+        if method == HEALABLE:  # its sets are other ones where others are judged
+            key += "".join(f", judged at {count}" for count in self._judged_counts(counts))
         known = dict(self.sensitivity.drops.get(key, {}))
         known[self.architecture.experts] = 0.0
         missing = [kept for kept in counts if kept not in known]
