@@ -16,6 +16,15 @@ from edgeprune.model.convert import convert
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# Files of whole runs, which take minutes: they come first, so that no core is idle at the end.
+_LONG = ("test_wheel", "test_family", "test_verify", "test_resume", "test_fit", "test_heal_train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home folder for the session, so that no file of the user is read or written, and no network."""

@@ -29,7 +29,9 @@ def one_core() -> Iterator[None]:
         yield
         return
     allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {sorted(allowed)[os.getpid() % len(allowed)]})
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")  # gw0, gw1, ...
+    turn = int(worker.removeprefix("gw")) if worker else os.getpid()
+    os.sched_setaffinity(0, {sorted(allowed)[turn % len(allowed)]})
     yield
     os.sched_setaffinity(0, allowed)
 

@@ -157,7 +157,7 @@ def test_this_machine_is_measured_sensibly(measured: KernelRates) -> None:
     assert measured.dense["IQ3_S"] > measured.dense["Q8_0"]
     assert measured.stream(1 << 20) < measured.stream(1 << 30) < 1e-7
     assert 1e-11 < measured.cache < 1e-7
-    assert 0 <= measured.rows[1] <= measured.rows[0] < 1e-6
+    assert all(0 <= seconds < 1e-6 for seconds in measured.rows)  # which is larger is a matter of who else computes
     assert all(1e-7 < sum(seconds) < 1e-2 for seconds in (measured.besides, measured.besides_batch))
 
 

@@ -77,7 +77,7 @@ def test_the_installed_wheel_fits_the_demo_in_an_empty_folder(
     command = site / "bin" / "edgeprune"  # the script that pip makes of the entry point
     listed = run(sys.executable, command, "profiles", env=alone, cwd=work).stdout
     assert len(listed.splitlines()) == len(list((ROOT / "profiles").glob("*.toml")))
-    words = ("fit", "demo", "--file-size", "5MB", "--text", small_text)
+    words = ("fit", "demo", "--file-size", "5MB", "--keep", "6", "--text", small_text)
     run(sys.executable, command, *words, env=alone, cwd=work)
     assert [path.name for path in work.iterdir()] == ["runs"]
     (folder,) = (work / "runs").iterdir()
