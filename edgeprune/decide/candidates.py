@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from edgeprune.decide.keep import keep_set
 from edgeprune.decide.latency import speed
+from edgeprune.decide.mended import FINEST_BITS, HEALED_SHARE, NARROW_HEALED_SHARE, expert_bits, share_left
 from edgeprune.decide.placement import Placement, place
 from edgeprune.decide.plan import SOLVER, Plan, Prediction
 from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
@@ -30,35 +31,11 @@ from edgeprune.model.gguf import GgufFile, align
 from edgeprune.model.layout import Layout, layout
 from edgeprune.units import format_bytes
 
-# What healing leaves of the nats that dropping experts costs: 0.08 to 0.11 on a model of 41 M weights, whatever the
-# number that is kept (tests/benchmarks/healing.py). Other models will differ, so neighbours are built and measured.
-HEALED_SHARE = 0.15
-# What healing leaves of the errors of coarser types inside the blocks. Re-fitted down projections answer for the
-# errors that come before them in the expert, of which 0.39 to 0.45 were left at the output of a layer, whatever the
-# type; not for their own rounding; and for a part of what attention before them did to the residual stream. That
-# the three differ decides where bits go: with one share of 0.6 for all, KL divergence was higher by 7 % at 4.0 bits
-# per weight, by 16 % at 3.2 and by 8 % at 2.6.
-INNER_SHARE, DOWN_SHARE, OUTER_SHARE = 0.4, 1.0, 0.8
-# Experts of fewer bits per weight on average are healed on more text; see ``stages.healing``.
-COARSE_BITS = 4.0
-# What of all this healing mends at more bits, where it has less text: files of 4.9 to 6.7 bits per weight came to
-# 0.89 to 0.95 of what they are unhealed, and to 1.1 to 1.4 times what the shares above alone promised.
-FINE_MENDED = 0.65
-# What error feedback leaves of the error of a type whose blocks are shorter than the rows: 0.67 to 0.77.
-FEEDBACK_SHARE = 0.75
-# The same of narrowing them, on the same model: 0.26 at three quarters of the width (tests/benchmarks/narrowing.py).
-NARROW_HEALED_SHARE = 0.25
 # Plans that are proven to cost so many times the nats of the best are of no interest but as points of a curve.
 _HOPELESS = 2.0
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
 _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
-
-
-def _less_mended(share: float, type_name: str) -> float:
-    """Share of the errors of the type ``type_name`` that healing leaves, if it leaves ``share`` of a coarse one's."""
-    fine = ggml.BY_NAME[type_name].bits_per_weight >= COARSE_BITS
-    return 1 - FINE_MENDED * (1 - share) if fine else share
 
 
 def _as_it_is(plan: Plan) -> Plan:
@@ -122,23 +99,22 @@ class Problem:
 
     def quantised(self, tensor: Tensor, name: str, *, healed: bool) -> float:
         """Predicted nats per token that ``tensor`` costs as the type ``name``; healing makes good a part."""
-        return self.sensitivity.nats(tensor, name, self._left(tensor, name) if healed else 1.0)
-
-    def _left(self, tensor: Tensor, name: str) -> float:
-        """Share of the error of ``tensor`` as the type ``name`` that healing leaves."""
-        if tensor.layer < 0:
-            return 1.0
-        if not tensor.is_expert:
-            return _less_mended(OUTER_SHARE, name)
-        fed_back = ggml.BY_NAME[name].feeds_back(self.shape(tensor, 1)[0])
-        share = DOWN_SHARE if tensor.role == "expert_down" else INNER_SHARE
-        return _less_mended(share, name) * (FEEDBACK_SHARE if fed_back else 1.0)
+        left = share_left(tensor, name, self.shape(tensor, 1)[0]) if healed else 1.0
+        return self.sensitivity.nats(tensor, name, left)
 
     def dropped(self, kept: int) -> float:
         """Predicted nats per token that ``kept`` experts of the problem's width cost, healed if they are."""
         whole = kept == self.architecture.experts
         share = NARROW_HEALED_SHARE if whole else HEALED_SHARE
         return self.drop_nats[kept] * (share if self.heal and (self.width or not whole) else 1.0)
+
+    def heals(self, kept: int, types: Mapping[str, str]) -> bool:
+        """Whether a plan with ``kept`` experts and these ``types`` is healed: if experts are fewer or narrower, or
+        so coarse that there is something to win."""
+        if not self.heal or kept < self.architecture.experts or self.width:
+            return self.heal
+        retyped = any(tensor.is_expert and tensor.name in types for tensor in self.architecture.tensors)
+        return retyped and expert_bits(self.architecture, types) < FINEST_BITS
 
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
@@ -217,11 +193,7 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
         predicted=Prediction(),
         made_from=problem.made_from,
         mtp=problem.mtp,
-        heal=problem.heal
-        and any(
-            t.is_expert and (kept < problem.architecture.experts or problem.width or t.name in types)
-            for t in problem.architecture.tensors
-        ),
+        heal=problem.heals(kept, types),
         train=problem.heal and problem.train and bool(kept < problem.architecture.experts or problem.width),
         width=problem.width,
         narrowing=problem.narrowing if problem.width else "",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.build.store import Store
-from edgeprune.decide.candidates import COARSE_BITS
+from edgeprune.decide.mended import COARSE_BITS, expert_bits
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
@@ -21,7 +20,6 @@ from edgeprune.measure import child
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import shipped_texts, texts_digest
 from edgeprune.measure.weights import layer_tensors
-from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture
 from edgeprune.settings import Progress, within
 from edgeprune.stages.measuring import tools
@@ -62,14 +60,7 @@ def healing_share(plan: Plan, architecture: Architecture) -> float:
     """Part of the healing text, 0 to 1, that ``plan`` is healed on; it follows from the experts and their types."""
     if _fewer(plan):
         return 1.0
-    return SHARE_OF_COARSE if _expert_bits(plan, architecture) < COARSE_BITS else SHARE_OF_WHOLE
-
-
-def _expert_bits(plan: Plan, architecture: Architecture) -> float:
-    """Bits per weight of the experts of ``plan`` on average."""
-    experts = [tensor for tensor in architecture.tensors if tensor.is_expert]
-    nbytes = (ggml.tensor_bytes(plan.types.get(tensor.name, tensor.type), tensor.shape) for tensor in experts)
-    return 8 * sum(nbytes) / sum(math.prod(tensor.shape) for tensor in experts)
+    return SHARE_OF_COARSE if expert_bits(architecture, plan.types) < COARSE_BITS else SHARE_OF_WHOLE
 
 
 def groups(layers: Sequence[int], count: int) -> list[tuple[int, int]]:
