@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import cos, pi
@@ -262,25 +263,27 @@ class Trainer:
                     yield batch
                     batch = []
 
-    def _forwards(self, batch: Sequence[int], *, begin: bool = False) -> list[list[torch.Tensor]]:
-        """What enters every layer, and what leaves the last, of each window [1, T, D]."""
-        passed = [[self.carried.window(STUDENT, 0, index).to(self.device) for index in batch]]
+    def _forwards(self, batch: Sequence[int], *, begin: bool = False) -> Iterator[list[torch.Tensor]]:
+        """What enters each layer in turn, and what leaves the last, of each window [1, T, D]."""
+        passed = [self.carried.window(STUDENT, 0, index).to(self.device) for index in batch]
+        yield passed
         for index, place in enumerate(self.places[:-1]):
             with self.skeleton.filled_layer(index):
                 if begin:
                     place.begin()
                 with place.used(), torch.no_grad():
-                    passed.append([self.skeleton.layer(index, hidden) for hidden in passed[-1]])
-        return passed
+                    passed = [self.skeleton.layer(index, hidden) for hidden in passed]
+            yield passed
 
     def _look(self, *, begin: bool = False) -> float:
         """Nats per token on the held-out windows."""
-        last = self._forwards(self.held_out, begin=begin)[-1]
+        # Of all layers only one's inputs are held: there is more held-out text than a step has.
+        (last,) = deque(self._forwards(self.held_out, begin=begin), maxlen=1)
         nats, _, _ = self._output(self.held_out, last, learn=False, begin=begin)
         return nats
 
     def _step(self, batch: Sequence[int], rate: float, count: int) -> None:
-        passed = self._forwards(batch)
+        passed = list(self._forwards(batch))
         _, slopes, own = self._output(batch, passed.pop())
         self.places[-1].step(own, rate, count)
         for index in reversed(range(self.layers)):
