@@ -227,6 +227,9 @@ def test_errors_at_once_cost_the_share_that_was_measured(deep: Architecture) -> 
     assert restless.at_once(middle) == pytest.approx(0.9 * middle + 3e-4)
     grown = [restless.at_once(summed) for summed in np.geomspace(1e-9, 10.0, 200)]
     assert all(a < b for a, b in pairwise(grown))
+    for summed in np.geomspace(1e-6, 10.0, 20).tolist():
+        assert restless.one_by_one(restless.at_once(summed)) == pytest.approx(summed, rel=1e-5)
+    assert (restless.one_by_one(1e-4), restless.one_by_one(np.inf), restless.one_by_one(-np.inf)) == (0, np.inf, 0)
     assert (restless.at_once(0.0), replace(known, together={}).at_once(0.2)) == (pytest.approx(3e-4), 0.2)
     absurd = replace(known, together={str(RIPPLES[0]): 0.0, str(RIPPLES[1]): 9 * parts[1]})
     assert absurd.at_once(parts[1]) == pytest.approx(1.5 * parts[1])

@@ -52,7 +52,7 @@ def test_llama_cpp_answers_as_the_trained_student_does(made: Any, family: str, t
         if place.shapes:
             place._mapped()[0].copy_(torch.from_numpy(np.fromfile(tmp_path / f"best-{index}.f32", np.float32)))
     held = trainer.held_out[0]
-    last = trainer._forwards([held])[-1][0]
+    last = list(trainer._forwards([held]))[-1][0]
     with trainer.skeleton.filled_output(), trainer.places[-1].used(), torch.no_grad():
         expected = trainer.skeleton.logits(last).double().log_softmax(-1)
     nats, same = divergence(expected, log_probabilities(output, [list(windows[held])]))

@@ -70,7 +70,9 @@ _CHOICE = (
     click.option("--no-heal", is_flag=True, help="Leave the kept experts as they are."),
     click.option("--heal-stages", type=click.IntRange(1), help="Most groups of layers that are healed one by one."),
     click.option(
-        "--time-limit", type=_Time(), help="Most time to encode the file here, for example 30m; without healing."
+        "--time-limit",
+        type=_Time(),
+        help="Most time to encode a file here, for example 30m; healing and files that are tried come on top.",
     ),
     click.option(
         "--method", help="How experts are ranked; see `compare`.  [default: reap, or replay with --no-heal]"

@@ -234,7 +234,8 @@ def candidate(
     limit, _ = _limits(problem, kept)
     for attempt in range(_PACKING_TRIES):
         least = int(limit * (1 - _PACKING_STEP * attempt))
-        solution = solve(items, least, problem.limit_seconds, hopeless=hopeless - problem.dropped(kept))
+        enough = problem.sensitivity.one_by_one(hopeless - problem.dropped(kept))
+        solution = solve(items, least, problem.limit_seconds, hopeless=enough)
         if solution is None:
             return None
         types = {

@@ -26,6 +26,8 @@ MOST_LAYERS_MEASURED = 12
 _EXPONENTS = (0.6, 1.4)
 # Nor are all errors at once taken to cost less, or more, than these shares of what they cost one by one.
 _SHARES = (0.5, 1.5)
+# Of an interval that holds a number, until even a small one is known to six digits.
+_HALVINGS = 40
 _LOOKUP = " (lookup)"  # behind the weight's name in a site's key
 
 
@@ -158,6 +160,21 @@ class Sensitivity:
         measured = min(max((self.together[str(large)] - self.unrest) / whole, _SHARES[0]), _SHARES[1])
         way = math.log(large * summed / whole / small) / math.log(large / small)
         return summed * (1 + (measured - 1) * min(max(way, 0.0), 1.0)) + self.unrest
+
+    def one_by_one(self, nats: float) -> float:
+        """The inverse of ``at_once``: what errors cost one by one that cost ``nats`` per token when all are there; 0
+        where that is less than unrest alone."""
+        if nats <= self.at_once(0.0):
+            return 0.0
+        if math.isinf(nats):
+            return nats
+        low, high = 0.0, nats
+        while self.at_once(high) < nats:
+            low, high = high, 2 * high
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.at_once(middle) < nats else (low, middle)
+        return high
 
     def _summed(self, error: float) -> float:
         return sum(response.nats(error) for response in self.responses.values())

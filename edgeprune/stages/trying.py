@@ -53,6 +53,8 @@ class TryStages(DecideStages):
         places = [place(own) for own in line]
         if taken in places:  # a run that was killed had decided, but not saved the plan
             return self.saved(line[places.index(taken)])
+        if place(plan) not in places:  # it is of other numbers than are proposed today
+            return plan
         rivals = [own.predicted.nats for own in line if own.keep or own.width]
         if len(line) > 1 and rivals and min(rivals) <= _NEAR * plan.predicted.nats:
             nats = self._walk(line, places.index(place(plan)))
