@@ -192,7 +192,7 @@ class LayerHealer:
             raw, _ = gathered_rows(raw, tensor, self._channels_of(expert))
             values = ggml.decode(ggml.BY_NAME[tensor.type], np.ascontiguousarray(raw), tensor.shape[0])
             if self._target(tensor).name == tensor.type:
-                found.append(Encoded(np.ascontiguousarray(raw), values))
+                found.append(Encoded(raw.copy(), values))  # the mapped pages are let go before it is written
             else:
                 found.append(self._encoded(tensor, values, self.moments[tensor.name].mean()[place], seen))
         return found
@@ -262,7 +262,8 @@ class LayerHealer:
             yield partial(self._encoded_down, fit, means[place], shares[place], place)
 
     def _copied(self, tensor: Tensor, expert: int) -> Encoded:
-        raw = self.file.raw(tensor.name).reshape(tensor.matrices, -1)[expert]
+        raw = self.file.raw(tensor.name).reshape(tensor.matrices, -1)[expert].copy()
+        self.experts.release(expert)
         return Encoded(raw, np.zeros((0, 0), np.float32))
 
     def _encoded_down(self, fit: Healed, importance: Floats, share: Share, place: int) -> Encoded:
