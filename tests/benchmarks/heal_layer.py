@@ -32,12 +32,13 @@ from edgeprune.model.gguf import GgufFile
 from edgeprune.units import format_bytes
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from edgeprune.build.staged import heal_layers
+from edgeprune.measure.child import peak_memory_bytes
 arguments, started = json.loads(sys.argv[1]), time.perf_counter()
 found = heal_layers(**arguments) if arguments else {}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak, "found": found}))
+seconds = time.perf_counter() - started
+print(json.dumps({"seconds": seconds, "peak": peak_memory_bytes(), "found": found}))
 """
 
 
