@@ -244,7 +244,20 @@ def test_a_value_that_is_not_finite_is_found(toy_gguf: toys.Maker, tmp_path: Pat
     report, _ = smoke(Wish(bad, context=128, output=tmp_path / "own"), Ear())
     assert verdicts(report)["finite"] == "broken" and verdicts(report)["loads"] == "kept"
     (line,) = [check.measured for check in report.checks if check.key == "finite"]
-    assert line.startswith("no: speed, context, answers to capital, sum, product, week and 8 more")
+    assert line == (
+        "no: speed, context, answers to capital, sum, product, week and 8 more, tensor output_norm.weight of the file"
+    )
+
+
+def test_a_tensor_that_holds_nan_is_named_whatever_the_logits_are(tiny_fit: Fit, tmp_path: Path) -> None:
+    built = file_of(tiny_fit)
+    offset, data = GgufFile(built).tensors["blk.1.attn_norm.weight"].offset, bytearray(built.read_bytes())
+    data[offset : offset + 4] = b"\x00\x00\xc0\x7f"
+    bad = tmp_path / "nan.gguf"
+    bad.write_bytes(data)
+    report, _ = smoke(Wish(bad, context=128, output=tmp_path / "own"), Ear())
+    (line,) = [check for check in report.broken if check.key == "finite"]
+    assert line.measured.endswith("tensor blk.1.attn_norm.weight of the file")
 
 
 @posix
@@ -493,10 +506,12 @@ def test_one_logit_that_is_no_number_is_enough_but_none_is_no_proof() -> None:
     rows = [answer("one"), answer("two", finite=False)]
     assert found("finite", {"answers": rows}) == ("broken", "no: answers to two")
     assert found("finite", {"answers": rows[:1]}, failed="context") == ("not reached", "")
-    assert found("finite", {"answers": rows[:1], "context": {"finite": True, "filled_tokens": 8, "context": 8}}) == (
-        "kept",
-        "yes",
-    )
+    sound = {"answers": rows[:1], "context": {"finite": True, "filled_tokens": 8, "context": 8}}
+    assert found("finite", sound) == ("kept", "yes")
+    unseen = {**sound, "file": {"not_finite": None}}
+    assert found("finite", unseen) == ("not run", "the logits are; nobody could look at the weights")
+    named = {**sound, "file": {"not_finite": "x.weight"}}
+    assert found("finite", named) == ("broken", "no: tensor x.weight of the file")
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,11 @@ def _held(pool: Mapping[str, Any]) -> int:
     return sum(line["nbytes"] for line in pool["lines"] if line["name"] in (SYSTEM, DESKTOP))
 
 
+def _finite(name: str, wrong: str) -> Promise:
+    """The line called ``name``, with what is ``wrong``, or ""."""
+    return Promise(name, "yes", wrong or "yes", BROKEN if wrong else KEPT)
+
+
 def promises(
     plan: Mapping[str, Any],
     build_bytes: int,
@@ -179,6 +184,7 @@ def promises(
     budget: Mapping[str, Any],
     *,
     on_device: bool,
+    not_finite: str = "",
 ) -> list[Promise]:
     """The lines of the report.
 
@@ -186,6 +192,7 @@ def promises(
         plan: ``Plan`` as JSON.
         speed: result of ``tasks.benchmark``.
         on_device: whether this machine is the device; otherwise its memory and speed only inform.
+        not_finite: a tensor of the file that holds NaN or infinity, or "".
     """
     predicted = plan["predicted"]
     limit = budget["file_limit_bytes"]
@@ -214,9 +221,8 @@ def promises(
         lines.append(
             Promise("memory of the GPU", format_bytes(promised), format_bytes(speed["device_bytes"]), verdict)
         )
-    lines.append(
-        Promise("output is finite", "yes", "yes" if speed["finite"] else "no", KEPT if speed["finite"] else BROKEN)
-    )
+    lines.append(_finite("weights are finite", f"no: {not_finite}" if not_finite else ""))
+    lines.append(_finite("output is finite", "" if speed["finite"] else "no"))
     lines.append(
         Promise(
             "KL divergence from the source (nats per token)",

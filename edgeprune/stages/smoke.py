@@ -104,6 +104,7 @@ def smoke(wish: Wish, listener: Listener) -> tuple[SmokeReport, Path]:
     _require_as_built(setting.file.path, sha256)
     job = _job(setting, asked, listener)
     measured = _measured(setting, way, sha256, job, listener)
+    measured = replace(measured, steps={**measured.steps, "file": {"not_finite": _not_finite(setting, listener)}})
     try:
         report = _report(setting, when, sha256, asked, measured)
         before = history.earlier(report, setting.folder, listener.say)
@@ -187,6 +188,17 @@ def _require_as_built(model: Path, sha256: str) -> None:
             rows=[("SHA-256 when built", str(record.get("sha256"))[:16]), ("now", sha256[:16])],
             hint="it was damaged or replaced; build it again, or move it out of that folder to test it as it is",
         )
+
+
+def _not_finite(setting: _Setting, listener: Listener) -> str | None:
+    """Name of a tensor that holds NaN or infinity, or "": no logit need show it, see ``model.soundness``. None where
+    nobody can look."""
+    try:
+        with listener.progress("look for NaN in the file") as progress:
+            return str(child.call("edgeprune.model.soundness:look", {"model": str(setting.file.path)}, progress))
+    except EdgepruneError as error:  # the device has its own llama.cpp
+        listener.say(f"the weights are not looked at: {error.cause}")
+        return None
 
 
 def _is_of(plan: Plan, file: GgufFile) -> bool:
