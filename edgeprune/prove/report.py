@@ -15,12 +15,14 @@ from edgeprune.prove.provenance import UNKNOWN, Provenance
 from edgeprune.units import format_bytes, format_seconds
 
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
-DECODE, MEANWHILE = "decode (tokens per second)", "meanwhile, other programs used"  # names of lines
+# Names of lines.
+DECODE, MEANWHILE = "decode (tokens per second)", "meanwhile, other programs used"
+FINITE = "weights and output are finite"
 EVALUATION = "evaluation"  # of ``made_from``: digest of the text that the report is about, and of how much of it
 # A prediction of speed or divergence is a guide, not a promise; size and memory are promises.
 _MEMORY_TOLERANCE = 0.01
 # Of all cores, used by other programs: from here on a speed is theirs, too.
-_DISTURBED_SHARE = 0.1
+DISTURBED_SHARE = 0.1
 _LEAST_NATS = 1e-6  # below it is rounding
 
 
@@ -171,11 +173,6 @@ def _held(pool: Mapping[str, Any]) -> int:
     return sum(line["nbytes"] for line in pool["lines"] if line["name"] in (SYSTEM, DESKTOP))
 
 
-def _finite(name: str, wrong: str) -> Promise:
-    """The line called ``name``, with what is ``wrong``, or ""."""
-    return Promise(name, "yes", wrong or "yes", BROKEN if wrong else KEPT)
-
-
 def promises(
     plan: Mapping[str, Any],
     build_bytes: int,
@@ -221,8 +218,10 @@ def promises(
         lines.append(
             Promise("memory of the GPU", format_bytes(promised), format_bytes(speed["device_bytes"]), verdict)
         )
-    lines.append(_finite("weights are finite", f"no: {not_finite}" if not_finite else ""))
-    lines.append(_finite("output is finite", "" if speed["finite"] else "no"))
+    wrong = [f"tensor {not_finite}"] if not_finite else []
+    wrong += [] if speed["finite"] else ["output"]
+    verdict = BROKEN if wrong else KEPT
+    lines.append(Promise(FINITE, "yes", f"no: {', '.join(wrong)}" if wrong else "yes", verdict))
     lines.append(
         Promise(
             "KL divergence from the source (nats per token)",
@@ -244,6 +243,6 @@ def promises(
     lines.append(Promise("prefill (tokens per second)", expected, prefill, INFORMATION))
     first = f"first token after {speed['prompt_tokens']} tokens"
     lines.append(Promise(first, "", format_seconds(speed["first_token_seconds"]) + here, INFORMATION))
-    if (share := speed["others"]) is not None and share >= _DISTURBED_SHARE:
+    if (share := speed["others"]) is not None and share >= DISTURBED_SHARE:
         lines.append(Promise(MEANWHILE, "", f"{100 * share:.0f} % of the cores", INFORMATION))
     return lines

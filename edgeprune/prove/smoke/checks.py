@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.prove.report import rate
+from edgeprune.prove.report import DISTURBED_SHARE, rate
 from edgeprune.prove.smoke.conversation import Measured
 from edgeprune.prove.smoke.questions import REPEATED, Question, plausible
 from edgeprune.prove.smoke.report import BROKEN, INFORMATION, KEPT, NOT_JUDGED, NOT_REACHED, NOT_RUN, Check
@@ -148,13 +148,17 @@ def _decode(promised: Promised, _: Sequence[Question], steps: Mapping[str, Any])
         words = [f"{words[0]} for another device"]
     words += [f"at least {rate(least)}"] if least else []
     said, others = verdict(reached >= least) if least else INFORMATION, ""
-    if said == BROKEN and (others := _others(steps)) and not asked_for:
+    if said == BROKEN and (others := busy(steps)) and not asked_for:
         said = NOT_JUDGED  # nobody asked for that speed, and others may be the reason
     return ", ".join(words), rate(speed) + others, said
 
 
-def _others(steps: Mapping[str, Any]) -> str:
-    """That programs waited for cores in the minute before the run, if they did: a quiet machine may be faster."""
+def busy(steps: Mapping[str, Any]) -> str:
+    """That other programs used cores while the speed was measured, or waited for some in the minute before, if they
+    did: a quiet machine may be faster."""
+    share = (steps.get("speed") or {}).get("others")
+    if share is not None and share >= DISTURBED_SHARE:
+        return f", while other programs used {100 * share:.0f} % of the cores"
     machine = steps.get("machine") or {}
     load, cores = machine.get("load"), machine.get("cores")
     if not load or not cores or load < _BUSY_SHARE * cores:
