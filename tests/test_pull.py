@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import shutil
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from edgeprune.measure.llama import session
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
+from edgeprune.share.hub import explained
 from edgeprune.share.index import Memory, Stored
 from edgeprune.share.pulling import Candidate, Target, choose
 
@@ -88,6 +92,34 @@ def test_without_a_folder_it_goes_to_the_cache_of_the_hub(shelf: HubServer, comm
     done = value(command("pull", REPO, *ENOUGH, "--json"))
     assert Path(done["path"]).is_relative_to(tmp_path / "cache" / "models--me--tiny-GGUF")
     assert Path(done["path"]).is_file()
+
+
+@pytest.mark.parametrize("folder", [True, False], ids=["folder", "cache"])
+def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(
+    folder: bool, shelf: HubServer, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (blob,) = models(shelf).values()
+    usage = namedtuple("usage", ("total", "used", "free"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(GIB, GIB, len(blob.content) - 1))
+    done = command("pull", REPO, *ENOUGH, *(("-o", tmp_path / "new" / "models") if folder else ()))
+    assert isinstance(done.exception, EdgepruneError)
+    assert done.exception.cause.startswith("not enough disk space in ")
+    assert not [path for path in shelf.asked("GET", r".*/resolve/.*") if path.endswith(".gguf")]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache/blob"), "/cache/blob: Permission denied"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "the Hub cannot be reached: "),
+        (PermissionError(errno.EPERM, "Operation not permitted"), "the Hub cannot be reached: "),  # by a firewall
+    ],
+)
+def test_what_is_wrong_with_a_disk_is_not_said_of_the_hub(error: OSError, said: str) -> None:
+    with pytest.raises(EdgepruneError) as caught, explained(REPO):
+        raise error
+    assert caught.value.cause.startswith(said) and "run the same command again" in caught.value.hint
 
 
 def test_all_parts_of_a_split_file_arrive_and_load(

@@ -282,10 +282,14 @@ def download(
     Raises:
         BadFile: what arrived is not what the repository holds.
     """
+    sizes = {part.path: part.nbytes for part in verdict.candidate.parts}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        missing = [part for part in verdict.candidate.parts if not (folder / part.path).is_file()]
-        require_space(folder, sum(part.nbytes for part in missing))
+        missing = [path for path in sizes if not (folder / path).is_file()]
+    else:
+        missing = hub.missing(repository, list(sizes), remote.head)
+    if missing:
+        require_space(hub.cache if folder is None else folder, sum(sizes[path] for path in missing))
     paths = []
     for part in verdict.candidate.parts:
         with listener.progress(f"fetch {part.path}"):
