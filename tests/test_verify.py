@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,12 @@ def test_what_is_asked_for_is_measured_and_stays_in_the_report_of_the_same_file(
     assert 0.3 < against.quality["kl_mean"] / report.quality["kl_mean"] < 3  # the same text, in other windows
     assert json.loads(json.dumps(report.to_json()["deeper"]["loops"])) == deeper["loops"]
     assert not [stage for stage in ear.stages if stage.startswith("loops")]
+
+    (tmp_path / "other").mkdir()
+    other = Path(shutil.copy(base, tmp_path / "other"))
+    for path, names in ((other, ["base.kld", "other/base.kld"]), (base, ["other/base.kld", "base.kld"])):
+        report, _ = pipeline.verify(settings(tiny_fit, folder), Ear(), Wishes(depths=(), base=path))
+        assert [one.name for one in report.deeper.bases] == names
 
     again = Report.from_json({**read(folder / "report.json"), "made_from": {"build": "another file"}})
     (folder / "report.json").write_text(json.dumps(again.to_json()), encoding="utf-8")

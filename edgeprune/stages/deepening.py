@@ -33,6 +33,7 @@ _BLOCK, _GENERATED = 128, 16
 _OBJECT_TOKENS = 192
 # Filling the context for the speeds at depths takes this long at most, in seconds.
 _FILL_SECONDS = 60.0
+_BASE = "kld-base"  # the form of a file of log-probabilities
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,10 @@ def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
     if wishes.write_base is not None:
         _write_base(run, wishes.write_base)
     if wishes.base is not None:
-        compared = _base(run, built, wishes.base)
-        bases = [base for base in report.deeper.bases if base.name != compared.name]
-        keep(replace(report.deeper, bases=(*bases, compared)))
+        path = wishes.base.resolve()
+        bases = [base for base in report.deeper.bases if base.file != file_key(path, _BASE)]
+        name = short_name(path, (), {base.name for base in bases})
+        keep(replace(report.deeper, bases=(*bases, Named(name, _base(run, built, path), file_key(path, _BASE)))))
     return report
 
 
@@ -218,7 +220,8 @@ def _task(run: Run, built: Path, path: Path, form: str, most: int) -> Task:
 
 
 def file_key(path: Path, form: str) -> str:
-    """What a task is known by in later reports; where the file lies is nobody's business there."""
+    """What a file of a task, or of log-probabilities, is known by in later reports; where it lies is nobody's
+    business there."""
     return digest([str(path), form])[:16]
 
 
@@ -266,7 +269,9 @@ def _write_base(run: Run, path: Path) -> None:
     run.listener.say(f"{path}: {made['chunks']} chunks, {format_bytes(made['nbytes'])}")
 
 
-def _base(run: Run, built: Path, path: Path) -> Named:
+def _base(run: Run, built: Path, path: Path) -> dict[str, Any]:
+    """``Quality`` as JSON."""
     with run.listener.progress(f"quality against {path.name}") as progress, _finite(built, built):
         arguments = {"model": str(built), "base": str(path)}
-        return Named(path.name, child.call("edgeprune.measure.against_base:compare", arguments, progress))
+        found: dict[str, Any] = child.call("edgeprune.measure.against_base:compare", arguments, progress)
+        return found
