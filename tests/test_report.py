@@ -374,7 +374,14 @@ PLAN: dict[str, Any] = {
 }
 QUALITY = {"kl_mean": 0.12}
 SPEED = {"peak_bytes": 3 * GIB, "finite": True, "decode_per_s": 18.0, "prefill_per_s": 200.0}
-SPEED |= {"device_bytes": 0, "prompt_tokens": 512, "first_token_seconds": 2.56, "others": None}
+SPEED |= {
+    "filled_tokens": 4096,
+    "context": 4096,
+    "device_bytes": 0,
+    "prompt_tokens": 512,
+    "first_token_seconds": 2.56,
+    "others": None,
+}
 # 8 GiB, of which the system takes 2: 6 are there for the model, and the plan promises to need 3 of them.
 BUDGET: dict[str, Any] = {
     "pools": [
@@ -406,6 +413,8 @@ WITH_CARD = {**BUDGET, "pools": [*BUDGET["pools"], VRAM]}
         ({"speed": {**SPEED, "peak_bytes": int(3.02 * GIB)}}, "peak memory", "kept"),
         ({"speed": {**SPEED, "peak_bytes": int(3.2 * GIB)}}, "peak memory", "broken"),
         ({"speed": {**SPEED, "peak_bytes": int(3.2 * GIB)}, "on_device": False}, "peak memory", "information"),
+        ({"speed": {**SPEED, "filled_tokens": 512}}, "peak memory", "information"),
+        ({"speed": {**SPEED, "filled_tokens": 512, "peak_bytes": int(3.2 * GIB)}}, "peak memory", "broken"),
         (
             {"plan": {**PLAN, "launch": {"gpu_layers": -1}}, "speed": {**SPEED, "peak_bytes": 9 * GIB}},
             "peak memory",
@@ -436,6 +445,8 @@ WITH_CARD = {**BUDGET, "pools": [*BUDGET["pools"], VRAM]}
         "memory within a hundredth",
         "memory beyond it",
         "memory of another machine",
+        "memory of a context that was not filled in time",
+        "memory beyond it already before the context is full",
         "memory that a GPU shares",
         "memory of a graphics card as promised",
         "memory of a graphics card beyond it",

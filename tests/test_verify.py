@@ -152,9 +152,14 @@ def test_a_built_file_that_computes_no_numbers_is_a_broken_promise(
     spoil(folder, head.name, head.nbytes // head.shape[1])
     task = tmp_path / "task.jsonl"
     task.write_text('{"question": "What is the sum?", "choices": ["3", "4"], "answer": 1}\n', encoding="utf-8")
-    for words in (("--depths", "none"), ("--depths", "none", "--task", task), ("--depths", "none", "--loops", "1")):
-        done = run_edgeprune("verify", *tiny_fit.arguments, "-o", folder, *words)
-        assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    for words, said in (
+        ((), "2 promise(s) broken"),
+        (("--task", task), "computes values that are not finite"),
+        (("--loops", "1"), "computes values that are not finite"),
+        (("--slices",), "computes values that are not finite on code, "),
+    ):
+        done = run_edgeprune("verify", *tiny_fit.arguments, "-o", folder, "--depths", "none", *words)
+        assert done.returncode == 3 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_tensor_that_holds_nan_is_named(tiny_fit: Fit, folder: Path) -> None:

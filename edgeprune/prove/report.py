@@ -173,6 +173,12 @@ def _held(pool: Mapping[str, Any]) -> int:
     return sum(line["nbytes"] for line in pool["lines"] if line["name"] in (SYSTEM, DESKTOP))
 
 
+def _part_filled(speed: Mapping[str, Any]) -> str:
+    """How much of the context was filled when memory was looked at, if that is not all of it."""
+    filled, context = speed["filled_tokens"], speed["context"]
+    return f" with {filled:,} of {context:,} tokens" if filled < context else ""
+
+
 def promises(
     plan: Mapping[str, Any],
     build_bytes: int,
@@ -209,11 +215,14 @@ def promises(
     fits = speed["peak_bytes"] + reserve <= pools["ram"]["total_bytes"]
     # Resident memory is the whole of it only where everything is in one pool that the CPU computes in.
     whole = limit is None and on_device and len(budget["pools"]) == 1 and not plan["launch"]["gpu_layers"]
-    verdict = (KEPT if within and fits else BROKEN) if whole else INFORMATION
-    lines.append(Promise("peak memory", format_bytes(memory - reserve), format_bytes(speed["peak_bytes"]), verdict))
+    # What is promised is the whole context; with less of it, only too much is sure.
+    filled, part = speed["filled_tokens"] >= speed["context"], _part_filled(speed)
+    verdict = (BROKEN if not (within and fits) else KEPT if filled else INFORMATION) if whole else INFORMATION
+    peak = format_bytes(speed["peak_bytes"]) + part
+    lines.append(Promise("peak memory", format_bytes(memory - reserve), peak, verdict))
     if "vram" in predicted["pool_bytes"] and speed["device_bytes"]:
         promised = predicted["pool_bytes"]["vram"] - _held(pools["vram"])
-        kept = speed["device_bytes"] <= promised * (1 + _MEMORY_TOLERANCE)
+        kept = speed["device_bytes"] <= promised * (1 + _MEMORY_TOLERANCE)  # allocated at once, whatever is filled
         verdict = (KEPT if kept else BROKEN) if on_device else INFORMATION
         lines.append(
             Promise("memory of the GPU", format_bytes(promised), format_bytes(speed["device_bytes"]), verdict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,6 +253,12 @@ def _slices(run: Run, built: Path) -> tuple[Named, ...]:
     with run.listener.progress("quality on slices") as progress:
         asked = {"model": str(built), "reference": str(reference), "masks": [None], **arguments}
         (measured,) = child.call("edgeprune.measure.tasks:divergence", asked, progress)
+    if not math.isfinite(measured["all"]["kl_mean"]):
+        bad = [name for name, quality in measured["domains"].items() if not math.isfinite(quality["kl_mean"])]
+        raise BrokenPromise(
+            f"{built} computes values that are not finite on {', '.join(bad)}",
+            hint="the file is damaged, or overflowed when it was made; build it again",
+        )
     return tuple(Named(name, quality) for name, quality in measured["domains"].items())
 
 

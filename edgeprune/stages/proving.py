@@ -290,7 +290,8 @@ class Run(ChooseStages):
             **self._additivity(plan),
             **({"training": trained} if (trained := self.training_in_words(plan)) else {}),
             **({"healing": healed} if (healed := self._healing(plan)) else {}),
-            "memory": f"predicted for {plan.launch.context:,} tokens of context, measured with {speed['context']:,}",
+            "memory": f"predicted for {plan.launch.context:,} tokens of context, measured with "
+            f"{speed['filled_tokens']:,} in a context of {speed['context']:,}",
         }
 
     def _curve(self, plan: Plan) -> list[dict[str, Any]]:
