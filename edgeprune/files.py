@@ -133,7 +133,7 @@ def file_digest(path: Path, progress: Callable[[int, int], None] | None = None) 
 
 def existing(folder: Path) -> Path:
     """The folder, or the one above it that is there."""
-    folder = folder.absolute()
+    folder = Path(folder).absolute()
     while not folder.is_dir():
         folder = folder.parent
     return folder

@@ -194,7 +194,7 @@ def test_a_prediction_is_near_the_measurement_of_one_thread(measured: KernelRate
     predicted = speed(architecture, architecture.experts, {}, measured, prompt_tokens=128, threads=1, bandwidth=1e10)
     launch = {"context": 256, "threads": 1}
     arguments = {"model": str(demo_gguf), "launch": launch, "prompt_tokens": 128, "generated_tokens": 16}
-    found = child.call("edgeprune.measure.tasks:benchmark", {**arguments, "repeats": 5, "processor_time": True})
+    found = child.call("edgeprune.measure.benchmark:benchmark", {**arguments, "repeats": 5, "processor_time": True})
     assert predicted is not None
     assert 0.4 < predicted.decode_per_s / found["decode_per_s"] < 2.5
     assert 0.4 < predicted.prefill_per_s / found["prefill_per_s"] < 2.5

@@ -193,7 +193,7 @@ def promises(
 
     Args:
         plan: ``Plan`` as JSON.
-        speed: result of ``tasks.benchmark``.
+        speed: result of ``benchmark.benchmark``.
         on_device: whether this machine is the device; otherwise its memory and speed only inform.
         not_finite: a tensor of the file that holds NaN or infinity, or "".
     """

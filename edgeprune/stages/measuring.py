@@ -121,7 +121,7 @@ class MeasureStages(TextStages):
         del arguments["split"]
         with self.listener.progress("calibrate" if engine != TORCH else "calibrate, forwards and backwards") as bar:
             found = child.call(
-                f"edgeprune.measure.tasks:{task}",
+                f"edgeprune.measure.calibration:{task}",
                 {
                     "model": str(self.source),
                     "output": str(path),

@@ -159,7 +159,7 @@ class Run(ChooseStages):
         launch = self.launch_here(plan.launch)
         with self.listener.progress("speed and memory"):
             value: dict[str, Any] = child.call(
-                "edgeprune.measure.tasks:benchmark",
+                "edgeprune.measure.benchmark:benchmark",
                 {
                     "model": build.path,
                     "launch": launch.to_json(),
