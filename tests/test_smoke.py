@@ -509,8 +509,11 @@ def test_what_is_left_is_told_by_the_speed_once_that_is_known() -> None:
     assert left("answers", 2, 4) == pytest.approx(124, abs=0.1)
     assert left("context", 3, 4) == pytest.approx(25, abs=0.1)
     assert left("what is that", 1, 1) == math.inf
-    forecast.learn("speed", {"prefill_per_s": "fast", "decode_per_s": 0})
-    assert left("context", 3, 4) == math.inf
+    for nonsense in ({}, None, {"prefill_per_s": "fast", "decode_per_s": 1}, {"prefill_per_s": 1, "decode_per_s": 0}):
+        forecast.learn("speed", nonsense)
+        assert left("context", 3, 4) == math.inf
+    forecast.learn("speed", {"prefill_per_s": math.nan, "decode_per_s": -math.inf})
+    assert left("context", math.nan, -1) == math.inf
 
 
 def test_shares_are_fixed_where_the_speed_is_measured_last() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,11 +29,13 @@ class Forecast:
 
     def learn(self, step: Any, found: Any) -> None:
         """Take in the result ``found`` of a ``step``: those after the speed take time by it."""
-        try:
-            if step == "speed":
-                self._seconds = self._expected(found["prefill_per_s"], found["decode_per_s"])
-        except (KeyError, TypeError, ZeroDivisionError):  # whatever a device says
-            self._seconds = {}
+        if step != "speed":
+            return
+        self._seconds = {}
+        with suppress(KeyError, TypeError):  # whatever a device says
+            rates = found["prefill_per_s"], found["decode_per_s"]
+            if all(0 < rate < math.inf for rate in rates):
+                self._seconds = self._expected(*rates)
 
     def _expected(self, prefill_per_s: float, decode_per_s: float) -> dict[str, float]:
         """Seconds of the steps behind the speed; of answers at most, as they may end early."""
@@ -48,7 +51,7 @@ class Forecast:
         """How much is done of how much, when ``message`` tells how far one step is; nothing while nobody knows."""
         step, part = message["step"], 0.0
         with suppress(KeyError, TypeError, ZeroDivisionError):
-            part = min(1.0, message["done"] / message["total"])
+            part = max(0.0, min(1.0, message["done"] / message["total"]))
         if step not in self._order:
             return 0, 1
         later = self._order[self._order.index(step) + 1 :]
