@@ -131,6 +131,8 @@ class Server:
         body = {
             "prompt": tokens,
             "n_predict": most,
+            # The likeliest token and nothing else: the model's own metadata may ask for penalties.
+            "samplers": ["top_k", "temperature"],
             "temperature": 0,
             "top_k": 1,
             "seed": 0,
