@@ -283,6 +283,16 @@ def test_a_tensor_that_holds_nan_is_named_whatever_the_logits_are(tiny_fit: Fit,
     assert line.measured.endswith("tensor blk.1.attn_norm.weight of the file")
 
 
+def test_any_part_of_a_split_file_stands_for_all_of_it(synthetic: toys.Maker, tmp_path: Path) -> None:
+    whole = synthetic("qwen3moe")
+    parts = split(whole, tmp_path, "toy", whole.stat().st_size * 2 // 3)
+    assert len(parts) > 1
+    report, _ = smoke(Wish(parts[1].path, context=128, output=tmp_path / "own"), Ear())
+    assert report.file["name"] == "toy-00001-of-00002.gguf"
+    assert report.file["nbytes"] == sum(part.nbytes for part in parts)
+    assert {verdicts(report)[key] for key in ("loads", "finite", "context")} == {"kept"}
+
+
 @posix
 def test_a_crash_on_the_device_is_a_line_of_the_report(tmp_path: Path) -> None:
     small = {"experts": 4, "width": 64, "expert_width": 64}
