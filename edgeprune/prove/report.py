@@ -9,6 +9,7 @@ from typing import Any
 
 from edgeprune.device.budget import DESKTOP, SYSTEM
 from edgeprune.measure.launch import Launch
+from edgeprune.measure.meanwhile import DISTURBED_SHARE
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.deeper import NOTHING, Deeper
 from edgeprune.prove.provenance import UNKNOWN, Provenance
@@ -21,8 +22,6 @@ FINITE = "weights and output are finite"
 EVALUATION = "evaluation"  # of ``made_from``: digest of the text that the report is about, and of how much of it
 # A prediction of speed or divergence is a guide, not a promise; size and memory are promises.
 _MEMORY_TOLERANCE = 0.01
-# Of all cores, used by other programs: from here on a speed is theirs, too.
-DISTURBED_SHARE = 0.1
 _LEAST_NATS = 1e-6  # below it is rounding
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.prove.report import DISTURBED_SHARE, rate
+from edgeprune.measure.meanwhile import DISTURBED_SHARE
+from edgeprune.prove.report import rate
 from edgeprune.prove.smoke.conversation import Measured
 from edgeprune.prove.smoke.questions import REPEATED, Question, plausible
 from edgeprune.prove.smoke.report import BROKEN, INFORMATION, KEPT, NOT_JUDGED, NOT_REACHED, NOT_RUN, Check
