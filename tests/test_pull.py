@@ -172,8 +172,14 @@ def test_a_download_that_broke_off_goes_on_where_it_was(
 @pytest.mark.parametrize("words", [(), ("-o", "here")], ids=["cache", "folder"])
 def test_what_arrives_damaged_is_not_kept(words: tuple[str, ...], shelf: HubServer, command: Command) -> None:
     shelf.damaged = True
+    # Where the folder is the home folder, huggingface_hub keeps its notes, the token and all models in one place.
+    others = [Path("here/.cache/huggingface") / name for name in ("token", "hub/models--a--b/blobs/0123")]
+    for other in others:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("mine")
     assert "arrived damaged" in failed(command("pull", REPO, *ENOUGH, *words), BadFile)
     assert not list(Path("here").rglob("*.gguf"))
+    assert all(other.read_text() == "mine" for other in others)
     shelf.damaged = False
     done = value(command("pull", REPO, *ENOUGH, *words, "--json"))
     assert Path(done["path"]).read_bytes() == next(iter(models(shelf).values())).content

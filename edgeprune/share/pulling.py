@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -308,13 +307,12 @@ def download(
 
 
 def _discard(path: Path, folder: Path | None) -> None:
-    """Delete a damaged file, the cache's blob behind a link, too."""
+    """Delete a damaged file, the cache's blob behind a link, too. In a ``folder``, what huggingface_hub noted of other
+    files stays: where that is the home folder, its notes lie beside the token and all models."""
     blob = path.resolve()
     path.unlink(missing_ok=True)
     if folder is None:
         blob.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(folder / ".cache" / "huggingface", ignore_errors=True)
 
 
 def placed(path: Path, target: Target, verdict: Verdict) -> Launch:
