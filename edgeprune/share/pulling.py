@@ -307,8 +307,8 @@ def download(
 
 
 def _discard(path: Path, folder: Path | None) -> None:
-    """Delete a damaged file, the cache's blob behind a link, too. In a ``folder``, what huggingface_hub noted of other
-    files stays: where that is the home folder, its notes lie beside the token and all models."""
+    """Delete a damaged file, the cache's blob behind a link, too. What huggingface_hub notes in a ``folder`` stays:
+    where that is the home folder, it lies beside the token and all models."""
     blob = path.resolve()
     path.unlink(missing_ok=True)
     if folder is None:
