@@ -169,6 +169,15 @@ def test_a_download_that_broke_off_goes_on_where_it_was(
     assert Path(done["path"]).read_bytes() == next(iter(models(shelf).values())).content
 
 
+def test_another_file_of_that_name_is_named_before_it_is_replaced(shelf: HubServer, command: Command) -> None:
+    ((name, blob),) = models(shelf).items()
+    Path(name).write_bytes(b"GGUF of somebody else")
+    for said in (True, False):
+        done = command("pull", REPO, *ENOUGH, "-o", ".")
+        assert done.exception is None and (f"{name} is another file, and is replaced" in done.stderr) is said
+        assert Path(name).read_bytes() == blob.content
+
+
 @pytest.mark.parametrize("words", [(), ("-o", "here")], ids=["cache", "folder"])
 def test_what_arrives_damaged_is_not_kept(words: tuple[str, ...], shelf: HubServer, command: Command) -> None:
     shelf.damaged = True

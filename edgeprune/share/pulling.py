@@ -285,6 +285,9 @@ def download(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         missing = [path for path in sizes if not (folder / path).is_file()]
+        for path in sizes.keys() - set(missing):
+            if (folder / path).stat().st_size != sizes[path]:
+                listener.say(f"{folder / path} is another file, and is replaced")
     else:
         missing = hub.missing(repository, list(sizes), remote.head)
     if missing:
