@@ -284,14 +284,14 @@ def download(
     sizes = {part.path: part.nbytes for part in verdict.candidate.parts}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        missing = [path for path in sizes if not (folder / path).is_file()]
-        for path in sizes.keys() - set(missing):
-            if (folder / path).stat().st_size != sizes[path]:
-                listener.say(f"{folder / path} is another file, and is replaced")
+        missing = [name for name in sizes if not (folder / name).is_file()]
+        for name in sizes.keys() - set(missing):
+            if (folder / name).stat().st_size != sizes[name]:
+                listener.say(f"{folder / name} is another file, and is replaced")
     else:
         missing = hub.missing(repository, list(sizes), remote.head)
     if missing:
-        require_space(hub.cache if folder is None else folder, sum(sizes[path] for path in missing))
+        require_space(hub.cache if folder is None else folder, sum(sizes[name] for name in missing))
     paths = []
     for part in verdict.candidate.parts:
         with listener.progress(f"fetch {part.path}"):
