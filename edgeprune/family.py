@@ -40,7 +40,7 @@ def members_of(settings: Settings, devices: Sequence[str], file_sizes: Sequence[
     if len(names) < 2 or len(set(names)) < len(names):
         example = "--devices cpu-16gb,cpu-8gb" if devices else "--file-sizes 9MB,7MB,5MB"
         raise UsageError(
-            f"a family needs several targets, each another, not {', '.join(names)}", hint=f"for example `{example}`"
+            f"a family needs several targets, all different, not {', '.join(names)}", hint=f"for example `{example}`"
         )
     made = [replace(run, output=str(folder / run.target)) for run in runs]
     for run in made:

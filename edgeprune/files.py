@@ -20,7 +20,7 @@ from edgeprune.units import format_bytes
 _PACKAGE = Path(__file__).resolve().parent
 _BLOCK = 1 << 20  # of a file that is read through
 PARTIAL_SUFFIX = ".partial"
-_NO_ROOM = {
+NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file is too large for this file system or process",
@@ -131,15 +131,24 @@ def file_digest(path: Path, progress: Callable[[int, int], None] | None = None) 
     return state.hexdigest()
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the one above it that is there."""
+    folder = Path(folder).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse to start writing what the disk cannot hold.
+    """Refuse to start writing what the disk cannot hold; the folder need not be there yet.
 
     Raises:
         EdgepruneError: less than ``needed_bytes`` are free.
     """
-    if not os.access(folder, os.W_OK):  # a read-only file system has no space either, which is not what is wrong
+    there = existing(folder)
+    if not os.access(there, os.W_OK):  # a read-only file system has no space either, which is not what is wrong
         raise EdgepruneError(f"cannot write to {folder}", hint="choose another folder")
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise EdgepruneError(
             f"not enough disk space in {folder}",
@@ -187,10 +196,10 @@ def room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         raise EdgepruneError(
-            f"{_NO_ROOM[error.errno]}: writing {path} failed",
+            f"{NO_ROOM[error.errno]}: writing {path} failed",
             rows=[("free", format_bytes(shutil.disk_usage(path.parent).free))],
             hint="free some space and run the same command again; it goes on where it was",
         ) from error

@@ -1,7 +1,10 @@
-"""Smoke tests as tests: ``pytest --edgeprune-gguf FILE --edgeprune-profile NAME [--edgeprune-device NAME]``.
+"""Smoke tests as tests: ``pytest --edgeprune-gguf=FILE --edgeprune-profile=NAME [--edgeprune-device=NAME]``.
 
 Every check of a smoke test is an item of its own, beside whatever tests there are. Without the options nothing of
 edgeprune is loaded. The model is run once, by the first of the items that is asked.
+
+With ``--edgeprune-gguf FILE``, before it knows the options of plugins, pytest takes FILE for the place of tests, and
+looks for the project's configuration from there on; hence ``=``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def remembered(
     measure: Callable[[], Any],
     read: Callable[[Any, str], T],
     *,
-    most_seconds: float = float("inf"),
+    most_seconds: float | Callable[[Any], float] = float("inf"),
 ) -> T:
     """What ``measure`` returns, a JSON value, or returned earlier where all of ``made_from`` was the same.
 
@@ -28,14 +28,15 @@ def remembered(
         kind: folder within the cache.
         read: makes of the value what is wanted, given where it was found; raises BadFile if it cannot, and then it
             is measured anew.
-        most_seconds: age up to which it counts.
+        most_seconds: age up to which it counts, or what says so of a value.
     """
     import platformdirs  # only here: the pytest plugin loads nothing of the kind
 
     path = Path(platformdirs.user_cache_dir("edgeprune")) / kind / f"{digest(dict(made_from))[:32]}.json"
     with contextlib.suppress(BadFile, OSError):
-        if 0 <= time.time() - path.stat().st_mtime <= most_seconds:
-            return read(read_json(path), str(path))
+        age, value = time.time() - path.stat().st_mtime, read_json(path)
+        if 0 <= age <= (most_seconds(value) if callable(most_seconds) else most_seconds):
+            return read(value, str(path))
     value = measure()
     with contextlib.suppress(OSError, EdgepruneError):  # a cache that cannot be written to is none
         write_text(path, to_json(value))

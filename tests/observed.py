@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 import toys
 
-from edgeprune.measure import llama, tasks
+from edgeprune.measure import calibration, llama
 from edgeprune.measure.arena import Arena
 from edgeprune.measure.collector import Collector
 from edgeprune.measure.launch import Launch
@@ -231,7 +231,7 @@ def text_statistics(model: Path, folder: Path, tokens: int, *, lines: int) -> Pa
     architecture = read_architecture(GgufFile(model))
     text = folder / "text.txt"
     text.write_text("".join(toys.training_lines()[:lines]), encoding="utf-8")
-    tasks.collect(
+    calibration.collect(
         str(model),
         str(folder / "statistics"),
         scratch=str(folder),

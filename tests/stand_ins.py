@@ -95,7 +95,9 @@ class Handler(BaseHTTPRequestHandler):
             os.abort()
         if len(prompt) >= context:
             return self.answer({"error": {"code": 400, "message": "exceeds the available context size"}}, 400)
-        seed = asked if mood == "fickle" else 0
+        # A model whose metadata ask for penalties, which every answer changes.
+        penalised = mood == "penalising" and "penalties" in body.get("samplers", ["penalties", "top_k"])
+        seed = asked if mood == "fickle" or penalised else 0
         tokens = [(sum(prompt) + 7 * step + seed) % 320 for step in range(min(most, context - len(prompt)))]
         bad = mood == "nan"
         told = {"tokens": tokens}

@@ -89,7 +89,7 @@ def test_llama_cpp_runs_the_models_that_these_tests_are_made_of(case: str, tmp_p
     path = toys.synthetic_gguf(tmp_path / "a.gguf", **RUNNING[case])
     arguments = {"model": str(path), "launch": Launch(threads=1).to_json(), "repeats": 1}
     arguments |= {"prompt_tokens": 8, "generated_tokens": 1}
-    assert child.call("edgeprune.measure.tasks:benchmark", arguments)["finite"]
+    assert child.call("edgeprune.measure.benchmark:benchmark", arguments)["finite"]
     assert described(path).obstacle == ""
 
 

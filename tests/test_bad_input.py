@@ -195,7 +195,7 @@ MODELS: dict[str, tuple[Callable[[Workshop], Path], str, str]] = {
     ),
     "a GGUF with NaN in a norm": (
         lambda shop: shop.poisoned("blk.1.ffn_norm.weight"),
-        "{path} computes values that are not finite",
+        "{path}: tensor blk.1.ffn_norm.weight holds NaN or infinity",
         "damaged",
     ),
     "a missing path": (

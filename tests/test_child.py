@@ -90,7 +90,7 @@ def test_a_failed_system_call_is_one_line_with_the_file(tmp_path: Path) -> None:
 def test_an_allocation_beyond_all_memory_is_explained(synthetic: Callable[[str], Path]) -> None:
     arguments = {"model": str(synthetic("qwen3moe")), "launch": {"context": 64}, "generated_tokens": 1}
     with pytest.raises(NativeCrash, match="out of memory in benchmark"):
-        child.call("edgeprune.measure.tasks:benchmark", {**arguments, "prompt_tokens": 10**15})
+        child.call("edgeprune.measure.benchmark:benchmark", {**arguments, "prompt_tokens": 10**15})
 
 
 def test_a_fault_of_the_program_says_where(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_crash_of_llama_cpp_is_an_error_with_its_reason(used: tuple[str, Any],
     model = toys.synthetic_gguf(tmp_path / "bad.gguf", extra=[("expert_used_count", *used)], **SMALL)
     arguments = {"model": str(model), "launch": {"context": 64}, "prompt_tokens": 8, "generated_tokens": 1}
     with pytest.raises(NativeCrash) as error:
-        child.call("edgeprune.measure.tasks:benchmark", arguments)
+        child.call("edgeprune.measure.benchmark:benchmark", arguments)
     assert error.value.cause == f"the child process for benchmark died: {reason}"
     if "check" in reason:  # the failed check itself is in the log's end, not a debugger's frames
         assert any("GGML_ASSERT" in line or "GGML_ABORT" in line for _, line in error.value.rows), error.value.rows
@@ -253,7 +253,7 @@ def test_a_line_cut_off_by_death_is_no_result() -> None:
 def test_what_native_code_prints_does_not_disturb_the_result(synthetic: Callable[[str], Path]) -> None:
     # Pricing loads the model with llama.cpp's own loader, which writes to the log while it works.
     launch = {"context": 256, "batch": 32}
-    priced = child.call("edgeprune.measure.tasks:price", {"shadow": str(synthetic("qwen3moe")), "launch": launch})
+    priced = child.call("edgeprune.measure.benchmark:price", {"shadow": str(synthetic("qwen3moe")), "launch": launch})
     assert priced["kv_bytes"] == 2 * 2 * 256 * 128 * 2  # K and V, two layers, 256 cells of 128 values in F16
 
 

@@ -141,7 +141,7 @@ def test_llama_cpp_takes_the_real_model_in_its_real_size(name: str, tmp_path: Pa
     architecture = read_architecture(GgufFile(path))
     assert architecture.parameters / 1e9 == pytest.approx(billions, abs=0.05)
     arguments = {"shadow": str(path), "launch": Launch(context=512).to_json()}
-    assert child.call("edgeprune.measure.tasks:price", arguments)["kv_bytes"] > 0
+    assert child.call("edgeprune.measure.benchmark:price", arguments)["kv_bytes"] > 0
 
 
 # An output matrix with other numbers than the embeddings counts, whatever the configuration says of tying: its outer

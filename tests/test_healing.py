@@ -28,7 +28,7 @@ from edgeprune.build.store import Store
 from edgeprune.decide.candidates import priced
 from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.errors import BadFile
-from edgeprune.measure import llama, tasks
+from edgeprune.measure import calibration, llama
 from edgeprune.measure.channels import Channels
 from edgeprune.measure.equations import Equations
 from edgeprune.measure.refit import RIDGES, Healed, Share, judges, refit, residual
@@ -286,10 +286,12 @@ def healed_toy(
     }
     teacher, student, prefix = folder / "teacher", folder / "student", folder / "prefix.gguf"
     made: dict[str, Any] = {"model": "a"}
-    tasks.collect(str(model), str(teacher), experts=architecture.experts, made_from=made, **common)
+    calibration.collect(str(model), str(teacher), experts=architecture.experts, made_from=made, **common)
     everything = [0, architecture.layers]
     write_prefix(str(model), plan.to_json(), str(prefix), str(store), everything, str(teacher), orders)
-    tasks.collect(str(prefix), str(student), experts=kept, made_from={"model": "b"}, layers=everything, **common)
+    calibration.collect(
+        str(prefix), str(student), experts=kept, made_from={"model": "b"}, layers=everything, **common
+    )
     files = (str(teacher), str(student))
     found = heal_layers(str(model), plan.to_json(), str(store), *files, everything, orders)
     return found, store, plan

@@ -28,7 +28,7 @@ def test_predicted_peak_is_what_a_full_context_takes(demo_gguf: Path, context: i
     needs = memory.price(whole, launch, architecture)
     arguments = {"prompt_tokens": 256, "generated_tokens": 8, "repeats": 1}
     measured = child.call(
-        "edgeprune.measure.tasks:benchmark", {"model": str(demo_gguf), "launch": launch.to_json(), **arguments}
+        "edgeprune.measure.benchmark:benchmark", {"model": str(demo_gguf), "launch": launch.to_json(), **arguments}
     )
     assert measured["filled_tokens"] == context
     predicted = needs.kv_bytes + needs.compute_bytes + needs.runtime_bytes + architecture.nbytes
@@ -66,7 +66,7 @@ def test_cache_of_unusual_attention_is_llamacpps_own_figure(synthetic: Callable[
     short, long = (memory.price(whole, Launch(context=n), architecture).kv_bytes for n in (512, 2048))
     assert 0 < short <= long
     buffers = child.call(
-        "edgeprune.measure.tasks:benchmark",
+        "edgeprune.measure.benchmark:benchmark",
         {"model": str(path), "launch": Launch(context=512).to_json(), "prompt_tokens": 8, "generated_tokens": 1},
     )
     assert buffers["finite"]

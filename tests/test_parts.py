@@ -106,7 +106,7 @@ def test_fingerprint_sees_every_part(parts: list[Path], tmp_path: Path) -> None:
 def test_llama_cpp_runs_the_parts(parts: list[Path]) -> None:
     arguments = {"model": str(parts[0]), "launch": Launch(threads=1).to_json(), "repeats": 1}
     arguments |= {"prompt_tokens": 8, "generated_tokens": 1}
-    assert child.call("edgeprune.measure.tasks:benchmark", arguments)["finite"]
+    assert child.call("edgeprune.measure.benchmark:benchmark", arguments)["finite"]
 
 
 def rewritten(path: Path, **changes: int) -> None:

@@ -30,7 +30,7 @@ def statistics(demo_gguf: Path, small_text: Path, tmp_path_factory: pytest.TempP
     path = tmp_path_factory.mktemp("statistics") / "statistics.safetensors"
     architecture = read_architecture(GgufFile(demo_gguf))
     child.call(
-        "edgeprune.measure.tasks:collect",
+        "edgeprune.measure.calibration:collect",
         {
             "model": str(demo_gguf),
             "output": str(path),

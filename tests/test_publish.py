@@ -26,7 +26,7 @@ from edgeprune.files import file_digest, to_json
 from edgeprune.model.splitting import file_name, split
 from edgeprune.prove.provenance import Provenance
 from edgeprune.prove.report import Promise, Report
-from edgeprune.share.card import Sheet, model_card
+from edgeprune.share.card import Sheet, model_card, plain
 from edgeprune.share.index import read_index
 from edgeprune.share.origin import Origin
 
@@ -120,6 +120,7 @@ def test_the_card_says_what_the_hub_and_its_readers_want(far: HubServer, command
         *report.folded,
     ):
         assert wanted in text, wanted
+    assert f"| {plain(name)} | {report.build['sha256']} |" in text and report.build["path"] not in text
     sent = read(run_folder / "report.json")["provenance"]["commands"]
     assert any(str(run_folder.anchor) in word for command in sent for word in command.split())
     assert not any(b"/pytest-" in upload.content for path, upload in published(far).items() if "report." in path)
@@ -140,8 +141,9 @@ def test_a_hostile_name_is_shown_in_the_card_and_not_obeyed(tiny_fit: Fit) -> No
     )
     for sheet in (Sheet(report), Sheet(report, "folder", {}, [("a.gguf", "0" * 64)])):
         text = model_card([sheet], Origin(), "me/x" if sheet.folder else "")
-        assert yaml.safe_load(text.split("---\n")[1])["base_model_relation"] == "quantized"
-        assert "license" not in yaml.safe_load(text.split("---\n")[1])
+        assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "gguf"
+        # Nothing of which the source says nothing; a relation is one to a base model.
+        assert not {"license", "base_model", "base_model_relation"} & yaml.safe_load(text.split("---\n")[1]).keys()
         prose = re.sub(r"(?ms)^```$.*?^```$", "", text)
         assert "<script" not in prose and "\n# <" not in prose and "[a](" not in prose
         assert "&lt;script&gt;" in prose

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import shutil
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from edgeprune.measure.llama import session
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.layout import layout
+from edgeprune.share.hub import explained
 from edgeprune.share.index import Memory, Stored
 from edgeprune.share.pulling import Candidate, Target, choose
 
@@ -90,6 +94,37 @@ def test_without_a_folder_it_goes_to_the_cache_of_the_hub(shelf: HubServer, comm
     assert Path(done["path"]).is_file()
 
 
+@pytest.mark.parametrize("folder", [True, False], ids=["folder", "cache"])
+def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(
+    folder: bool, shelf: HubServer, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (blob,) = models(shelf).values()
+    usage, free = namedtuple("usage", ("total", "used", "free")), [len(blob.content) - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(GIB, GIB, free[0]))
+    words = ("pull", REPO, *ENOUGH, *(("-o", tmp_path / "new" / "models") if folder else ()))
+    assert failed(command(*words), EdgepruneError).startswith("not enough disk space in ")
+    assert not [path for path in shelf.asked("GET", r".*/resolve/.*") if path.endswith(".gguf")]
+    free[0] = GIB
+    assert command(*words).exception is None
+    free[0] = 1  # what is there needs no room
+    assert command(*words).exception is None
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache/blob"), "/cache/blob: Permission denied"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "the Hub cannot be reached: "),
+        (PermissionError(errno.EPERM, "Operation not permitted"), "the Hub cannot be reached: "),  # by a firewall
+    ],
+)
+def test_what_is_wrong_with_a_disk_is_not_said_of_the_hub(error: OSError, said: str) -> None:
+    with pytest.raises(EdgepruneError) as caught, explained(REPO):
+        raise error
+    assert caught.value.cause.startswith(said) and "run the same command again" in caught.value.hint
+
+
 def test_all_parts_of_a_split_file_arrive_and_load(
     far: HubServer, command: Command, tiny_fit: Fit, tmp_path: Path
 ) -> None:
@@ -134,11 +169,26 @@ def test_a_download_that_broke_off_goes_on_where_it_was(
     assert Path(done["path"]).read_bytes() == next(iter(models(shelf).values())).content
 
 
+def test_another_file_of_that_name_is_named_before_it_is_replaced(shelf: HubServer, command: Command) -> None:
+    ((name, blob),) = models(shelf).items()
+    Path(name).write_bytes(b"GGUF of somebody else")
+    for said in (True, False):
+        done = command("pull", REPO, *ENOUGH, "-o", ".")
+        assert done.exception is None and (f"{name} is another file, and is replaced" in done.stderr) is said
+        assert Path(name).read_bytes() == blob.content
+
+
 @pytest.mark.parametrize("words", [(), ("-o", "here")], ids=["cache", "folder"])
 def test_what_arrives_damaged_is_not_kept(words: tuple[str, ...], shelf: HubServer, command: Command) -> None:
     shelf.damaged = True
+    # Where the folder is the home folder, huggingface_hub keeps its notes, the token and all models in one place.
+    others = [Path("here/.cache/huggingface") / name for name in ("token", "hub/models--a--b/blobs/0123")]
+    for other in others:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("mine")
     assert "arrived damaged" in failed(command("pull", REPO, *ENOUGH, *words), BadFile)
     assert not list(Path("here").rglob("*.gguf"))
+    assert all(other.read_text() == "mine" for other in others)
     shelf.damaged = False
     done = value(command("pull", REPO, *ENOUGH, *words, "--json"))
     assert Path(done["path"]).read_bytes() == next(iter(models(shelf).values())).content

@@ -66,7 +66,7 @@ def test_what_the_engine_of_a_device_cannot_check_is_skipped(project: Path, synt
     code, outcomes, said = run_pytest(project, *words, "--edgeprune-context", "128", "-rs")
     assert code == 0 and {outcomes[key] for key in ("loads", "memory", "decode", "context")} == {"passed"}, said
     assert {outcomes[key] for key in ("deterministic", "finite", "plausible", "answers")} == {"skipped"}
-    assert "logits are finite: not run, llama-bench does not tell" in said
+    assert "weights and logits are finite: not run, llama-bench does not tell" in said
 
 
 def test_a_failure_that_nobody_foresaw_does_not_run_the_model_again_for_every_item(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import pytest
 import toys
 
@@ -167,6 +170,25 @@ def test_rates_are_measured_once(measured: KernelRates, monkeypatch: pytest.Monk
     assert KernelRates.from_json(json.loads(json.dumps(measured.to_json())), "here") == measured
 
 
+def test_rates_that_others_disturbed_count_for_an_hour(
+    measured: KernelRates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (note,) = (Path(platformdirs.user_cache_dir("edgeprune")) / "kernels").glob("*.json")
+    kept, times = note.read_text(), note.stat()
+    monkeypatch.delattr(child, "call")
+    try:
+        for share, age, counts in ((0.0, 10**6, True), (None, 10**6, True), (0.5, 60, True), (0.5, 4000, False)):
+            note.write_text(json.dumps({**json.loads(kept), "others": share}))
+            os.utime(note, (times.st_atime, time.time() - age))
+            if counts:
+                assert kernel_rates() == measured
+            else:
+                with pytest.raises(AttributeError):  # it is measured again
+                    kernel_rates()
+    finally:
+        note.write_text(kept)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -194,7 +216,7 @@ def test_a_prediction_is_near_the_measurement_of_one_thread(measured: KernelRate
     predicted = speed(architecture, architecture.experts, {}, measured, prompt_tokens=128, threads=1, bandwidth=1e10)
     launch = {"context": 256, "threads": 1}
     arguments = {"model": str(demo_gguf), "launch": launch, "prompt_tokens": 128, "generated_tokens": 16}
-    found = child.call("edgeprune.measure.tasks:benchmark", {**arguments, "repeats": 5, "processor_time": True})
+    found = child.call("edgeprune.measure.benchmark:benchmark", {**arguments, "repeats": 5, "processor_time": True})
     assert predicted is not None
     assert 0.4 < predicted.decode_per_s / found["decode_per_s"] < 2.5
     assert 0.4 < predicted.prefill_per_s / found["prefill_per_s"] < 2.5

@@ -302,7 +302,7 @@ def test_the_card_has_metadata_that_the_hub_reads(case: Case) -> None:
     metadata = yaml.safe_load(front)
     assert metadata["library_name"] == "gguf"
     assert metadata["pipeline_tag"] == "text-generation"
-    assert metadata["base_model_relation"] == "quantized"
+    assert "base_model" not in metadata and "base_model_relation" not in metadata  # the source names none
     assert {"gguf", "mixture-of-experts"} <= set(metadata["tags"])
     report = case.report
     for wanted in (
@@ -374,7 +374,14 @@ PLAN: dict[str, Any] = {
 }
 QUALITY = {"kl_mean": 0.12}
 SPEED = {"peak_bytes": 3 * GIB, "finite": True, "decode_per_s": 18.0, "prefill_per_s": 200.0}
-SPEED |= {"device_bytes": 0, "prompt_tokens": 512, "first_token_seconds": 2.56, "others": None}
+SPEED |= {
+    "filled_tokens": 4096,
+    "context": 4096,
+    "device_bytes": 0,
+    "prompt_tokens": 512,
+    "first_token_seconds": 2.56,
+    "others": None,
+}
 # 8 GiB, of which the system takes 2: 6 are there for the model, and the plan promises to need 3 of them.
 BUDGET: dict[str, Any] = {
     "pools": [
@@ -406,6 +413,8 @@ WITH_CARD = {**BUDGET, "pools": [*BUDGET["pools"], VRAM]}
         ({"speed": {**SPEED, "peak_bytes": int(3.02 * GIB)}}, "peak memory", "kept"),
         ({"speed": {**SPEED, "peak_bytes": int(3.2 * GIB)}}, "peak memory", "broken"),
         ({"speed": {**SPEED, "peak_bytes": int(3.2 * GIB)}, "on_device": False}, "peak memory", "information"),
+        ({"speed": {**SPEED, "filled_tokens": 512}}, "peak memory", "information"),
+        ({"speed": {**SPEED, "filled_tokens": 512, "peak_bytes": int(3.2 * GIB)}}, "peak memory", "broken"),
         (
             {"plan": {**PLAN, "launch": {"gpu_layers": -1}}, "speed": {**SPEED, "peak_bytes": 9 * GIB}},
             "peak memory",
@@ -421,8 +430,9 @@ WITH_CARD = {**BUDGET, "pools": [*BUDGET["pools"], VRAM]}
             "memory of the GPU",
             "broken",
         ),
-        ({}, "output is finite", "kept"),
-        ({"speed": {**SPEED, "finite": False}}, "output is finite", "broken"),
+        ({"speed": {**SPEED, "finite": False}}, "weights and output are finite", "broken"),
+        ({}, "weights and output are finite", "kept"),
+        ({"not_finite": "blk.0.attn_norm.weight"}, "weights and output are finite", "broken"),
         ({"quality": {"kl_mean": 9.0}}, "KL divergence from the source (nats per token)", "information"),
         ({"speed": {**SPEED, "decode_per_s": 1.0}}, "decode (tokens per second)", "information"),
     ],
@@ -435,11 +445,14 @@ WITH_CARD = {**BUDGET, "pools": [*BUDGET["pools"], VRAM]}
         "memory within a hundredth",
         "memory beyond it",
         "memory of another machine",
+        "memory of a context that was not filled in time",
+        "memory beyond it already before the context is full",
         "memory that a GPU shares",
         "memory of a graphics card as promised",
         "memory of a graphics card beyond it",
+        "output that is not finite",
         "finite",
-        "not finite",
+        "a weight that is not finite",
         "divergence is a prediction",
         "speed is a prediction",
     ],

@@ -20,7 +20,7 @@ from edgeprune import pipeline
 from edgeprune.decide.plan import Plan
 from edgeprune.errors import BadFile, Busy, UsageError
 from edgeprune.files import file_digest
-from edgeprune.measure import tasks
+from edgeprune.measure import calibration
 from edgeprune.measure.statistics import Statistics
 from edgeprune.measure.text import TextFile, Window
 from edgeprune.model.gguf import GgufFile
@@ -46,14 +46,14 @@ def result(folder: Path) -> tuple[dict[str, Any], str]:
 
 STAGES = [
     "convert:convert_task",
-    "tasks:collect",
+    "calibration:collect",
     "tasks:reference",
     "tasks:disturb",
     "distortion:measure",
     "staged:write_prefix",
     "staged:heal_layers",
     "builder:build",
-    "tasks:benchmark",
+    "benchmark:benchmark",
 ]
 
 
@@ -97,7 +97,7 @@ def test_killed_in_every_stage_the_same_command_ends_with_the_same_file(tiny_fit
 def test_an_interrupt_exits_130_with_one_line(tiny_fit: Fit, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = Running("fit", *tiny_fit.arguments, "-o", folder)
-    worker = run.wait_for("tasks:collect")
+    worker = run.wait_for("calibration:collect")
     assert worker is not None
     time.sleep(0.2)
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: to the command and its child
@@ -376,13 +376,13 @@ def test_a_killed_calibration_of_the_usual_length_goes_on_within_a_domain(tmp_pa
             raise _Killed
 
     with pytest.raises(_Killed):
-        tasks.collect(output=str(tmp_path / "a"), progress=progress, **arguments)
+        calibration.collect(output=str(tmp_path / "a"), progress=progress, **arguments)
     assert seen == list(range(1, 21))
     seen.clear()
-    tasks.collect(output=str(tmp_path / "a"), progress=lambda done, total: seen.append(done), **arguments)
+    calibration.collect(output=str(tmp_path / "a"), progress=lambda done, total: seen.append(done), **arguments)
     assert seen[0] == 17 and seen[-1] == 48  # 16 windows, 8,192 tokens, were kept
     assert list((tmp_path / "scratch").glob("*.safetensors")) == []
-    tasks.collect(output=str(tmp_path / "b"), **arguments)
+    calibration.collect(output=str(tmp_path / "b"), **arguments)
     again, whole = Statistics.load(tmp_path / "a"), Statistics.load(tmp_path / "b")
     assert again.tokens == whole.tokens == usual.calibration_tokens
     for layer, sums in whole.layers.items():
@@ -393,7 +393,7 @@ def test_a_killed_calibration_of_the_usual_length_goes_on_within_a_domain(tmp_pa
 
 def test_long_texts_have_no_more_shards() -> None:
     parts = [Window(domain, (0,) * 512) for domain in "ab" for _ in range(1_000)]
-    shards = tasks._shards(parts)
+    shards = calibration._shards(parts)
     assert len(shards) <= 18
     assert [part for shard in shards for part in shard] == parts
     assert all(len({part.domain for part in shard}) == 1 for shard in shards)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -34,12 +35,14 @@ from edgeprune.model.splitting import split
 from edgeprune.prove.report import rate
 from edgeprune.prove.smoke.checks import KEYS, Promised, checks
 from edgeprune.prove.smoke.conversation import Measured
+from edgeprune.prove.smoke.forecast import Forecast
 from edgeprune.prove.smoke.history import against_baseline, against_earlier, earlier, save
 from edgeprune.prove.smoke.packing import packed_runner
 from edgeprune.prove.smoke.questions import Question, plausible, questions
 from edgeprune.prove.smoke.report import SmokeReport
 from edgeprune.prove.smoke.runner import cards
 from edgeprune.prove.smoke.runner.cards import free_on_gpus, taken
+from edgeprune.prove.smoke.runner.system import Meanwhile
 from edgeprune.stages.deciding import profile_digest
 from edgeprune.stages.smoke import Wish, promises_of, smoke
 
@@ -140,9 +143,10 @@ def test_memory_above_the_profiles_is_a_broken_promise(tiny_fit: Fit, tmp_path: 
 
 
 def changed(report: SmokeReport, **fields: Any) -> SmokeReport:
-    """``report`` as an earlier one, with other figures: dotted names reach into what was measured."""
+    """``report`` as one of a quiet machine, with other figures: ``step__key`` reaches into what was measured."""
     value = json.loads(to_json(report.to_json()))
     value.pop("format")
+    value["measured"]["steps"]["speed"]["others"] = value["measured"]["steps"]["machine"]["load"] = 0.0
     for name, figure in fields.items():
         step, _, key = name.partition("__")
         if key:
@@ -210,6 +214,25 @@ def test_a_fall_in_speed_does_not_become_the_measure_of_the_next_run(
         save(dataclasses.replace(slow, checks=[*slow.checks, line]), tmp_path)
 
 
+def test_on_a_busy_machine_a_fall_in_speed_is_not_judged_and_no_measure(
+    good: tuple[SmokeReport, Path], tmp_path: Path
+) -> None:
+    report, _ = good
+    save(changed(report, speed__decode_per_s=200, speed__others=0.0), tmp_path)
+    slow = changed(report, speed__decode_per_s=50, speed__others=0.66)
+    before = earlier(slow, tmp_path, print)
+    line = against_earlier(slow, before)
+    assert line.verdict == "not judged"
+    assert line.measured == "decode 50 tokens per second, was 200, while other programs used 66 % of the cores"
+    save(dataclasses.replace(slow, checks=[*slow.checks, line]), tmp_path)
+    assert len(earlier(slow, tmp_path, print)) == len(before) == 1
+    # What has nothing to do with speed is judged all the same.
+    large = changed(slow, memory__peak_bytes=10 * report.step("memory")["peak_bytes"])
+    assert against_earlier(large, before).verdict == "broken"
+    quiet = changed(report, speed__decode_per_s=50, speed__others=0.05)
+    assert against_earlier(quiet, before).verdict == "broken"
+
+
 def test_a_file_that_was_damaged_since_it_was_built_is_refused(tiny_fit: Fit, tmp_path: Path) -> None:
     folder = tiny_fit.copy(tmp_path / "run")
     model = folder / file_of(tiny_fit).name
@@ -244,7 +267,30 @@ def test_a_value_that_is_not_finite_is_found(toy_gguf: toys.Maker, tmp_path: Pat
     report, _ = smoke(Wish(bad, context=128, output=tmp_path / "own"), Ear())
     assert verdicts(report)["finite"] == "broken" and verdicts(report)["loads"] == "kept"
     (line,) = [check.measured for check in report.checks if check.key == "finite"]
-    assert line.startswith("no: speed, context, answers to capital, sum, product, week and 8 more")
+    assert line == (
+        "no: speed, context, answers to capital, sum, product, week and 8 more, tensor output_norm.weight of the file"
+    )
+
+
+def test_a_tensor_that_holds_nan_is_named_whatever_the_logits_are(tiny_fit: Fit, tmp_path: Path) -> None:
+    built = file_of(tiny_fit)
+    offset, data = GgufFile(built).tensors["blk.1.attn_norm.weight"].offset, bytearray(built.read_bytes())
+    data[offset : offset + 4] = b"\x00\x00\xc0\x7f"
+    bad = tmp_path / "nan.gguf"
+    bad.write_bytes(data)
+    report, _ = smoke(Wish(bad, context=128, output=tmp_path / "own"), Ear())
+    (line,) = [check for check in report.broken if check.key == "finite"]
+    assert line.measured.endswith("tensor blk.1.attn_norm.weight of the file")
+
+
+def test_any_part_of_a_split_file_stands_for_all_of_it(synthetic: toys.Maker, tmp_path: Path) -> None:
+    whole = synthetic("qwen3moe")
+    parts = split(whole, tmp_path, "toy", whole.stat().st_size * 2 // 3)
+    assert len(parts) > 1
+    report, _ = smoke(Wish(parts[1].path, context=128, output=tmp_path / "own"), Ear())
+    assert report.file["name"] == "toy-00001-of-00002.gguf"
+    assert report.file["nbytes"] == sum(part.nbytes for part in parts)
+    assert {verdicts(report)[key] for key in ("loads", "finite", "context")} == {"kept"}
 
 
 @posix
@@ -453,6 +499,39 @@ def test_a_loop_of_one_or_two_tokens_is_no_answer() -> None:
 ASKED = [Question(name, "", "", (name,)) for name in ("one", "two", "three", "four")]
 
 
+def test_what_is_left_is_told_by_the_speed_once_that_is_known() -> None:
+    """A slow start says nothing of what follows, and a long context takes longer than a dozen answers."""
+    now = [0.0]
+    asked = {"prompts": [{"text": "x" * 400}] * 4, "most_tokens": 50, "repeated": 2, "engine": "library"}
+    forecast = Forecast({**asked, "launch": {"context": 10_000}}, clock=lambda: now[0])
+
+    def left(step: str, done: int, total: int) -> float:
+        """Seconds, as a console would tell them."""
+        share = (lambda pair: pair[0] / pair[1])(forecast.share({"step": step, "done": done, "total": total}))
+        return now[0] * (1 - share) / share if share else math.inf
+
+    now[0] = 30.0
+    assert left("load", 0, 1) == left("speed", 1, 3) == math.inf
+    forecast.learn("speed", {"prefill_per_s": 100.0, "decode_per_s": 10.0})
+    # An answer takes 1 s to read 100 tokens and 5 to write 50: 24 for all, 12 again, and 100 for the context.
+    assert left("answers", 0, 4) == pytest.approx(136, abs=0.1)
+    now[0] = 42.0
+    assert left("answers", 2, 4) == pytest.approx(124, abs=0.1)
+    assert left("context", 3, 4) == pytest.approx(25, abs=0.1)
+    assert left("what is that", 1, 1) == math.inf
+    for nonsense in ({}, None, {"prefill_per_s": "fast", "decode_per_s": 1}, {"prefill_per_s": 1, "decode_per_s": 0}):
+        forecast.learn("speed", nonsense)
+        assert left("context", 3, 4) == math.inf
+    forecast.learn("speed", {"prefill_per_s": math.nan, "decode_per_s": -math.inf})
+    assert left("context", math.nan, -1) == math.inf
+
+
+def test_shares_are_fixed_where_the_speed_is_measured_last() -> None:
+    forecast = Forecast({"engine": "library", "bench": {"prefill": []}})
+    assert forecast.share({"step": "answers", "done": 1, "total": 2}) == (3000, 12000)
+    assert forecast.share({"step": "speed", "done": 1, "total": 2}) == (11000, 12000)
+
+
 def answer(text: str, *tokens: int, finite: bool = True) -> dict[str, Any]:
     return {"tokens": list(tokens) or [1, 2, 3], "text": text, "finite": finite}
 
@@ -493,10 +572,12 @@ def test_one_logit_that_is_no_number_is_enough_but_none_is_no_proof() -> None:
     rows = [answer("one"), answer("two", finite=False)]
     assert found("finite", {"answers": rows}) == ("broken", "no: answers to two")
     assert found("finite", {"answers": rows[:1]}, failed="context") == ("not reached", "")
-    assert found("finite", {"answers": rows[:1], "context": {"finite": True, "filled_tokens": 8, "context": 8}}) == (
-        "kept",
-        "yes",
-    )
+    sound = {"answers": rows[:1], "context": {"finite": True, "filled_tokens": 8, "context": 8}}
+    assert found("finite", sound) == ("kept", "yes")
+    unseen = {**sound, "file": {"not_finite": None}}
+    assert found("finite", unseen) == ("not run", "the logits are; nobody could look at the weights")
+    named = {**sound, "file": {"not_finite": "x.weight"}}
+    assert found("finite", named) == ("broken", "no: tensor x.weight of the file")
 
 
 @pytest.mark.parametrize(
@@ -592,6 +673,34 @@ def test_a_speed_that_is_missed_on_a_busy_machine_says_so(machine: dict[str, Any
     # What nobody asked for is judged where the machine was quiet.
     own = found("decode", steps, promised={"decode_per_s": 18.0, "for_device": True})
     assert own == ("not judged" if machine.get("load") == 3.96 else "broken", rate(1.0) + said[1:])
+
+
+def test_programs_that_ran_while_the_speed_was_measured_count_too() -> None:
+    speed = {"decode_per_s": 1.0, "prefill_per_s": 1.0, "finite": True}
+    promised = {"decode_per_s": 18.0, "for_device": True}
+    for share, verdict, said in (
+        (0.5, "not judged", "1, while other programs used 50 % of the cores"),
+        (0.05, "broken", "1"),
+        (None, "broken", "1"),
+    ):
+        steps = {"machine": {"load": 0.1, "cores": 2}, "speed": {**speed, "others": share}}
+        assert found("decode", steps, promised=promised) == (verdict, said)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not tell")
+def test_what_others_use_is_told_and_what_the_model_uses_is_not() -> None:
+    deadline = time.monotonic() + 0.4
+    own, none = Meanwhile("self"), Meanwhile("")
+    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        other = Meanwhile(str(child.pid))
+        while time.monotonic() < deadline:
+            pass
+        shares = [meanwhile.others() for meanwhile in (own, other, none)]
+    finally:
+        child.kill()
+        child.wait()
+    assert shares[2] is None and all(share is not None and 0 < share <= 1 for share in shares[:2])
 
 
 def test_a_context_that_ends_early_is_a_broken_promise() -> None:

@@ -169,7 +169,7 @@ def test_the_command_says_what_was_not_run(synthetic: toys.Maker, bench: Path, t
     arguments = ("--context", "128", "-o", tmp_path / "own")
     done = run_edgeprune("smoke", synthetic("qwen3moe"), "--device", described, *arguments, env=environment())
     assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("logits are finite"))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("weights and logits are finite"))
     assert line.endswith("llama-bench does not tell  not run")
     shown = run_edgeprune("devices", described)
     assert f"{bench} alone: load, memory, speed and context" in shown.stdout

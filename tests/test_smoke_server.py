@@ -114,6 +114,13 @@ def test_what_goes_wrong_in_a_server_is_found(
         assert any("out of luck" in line for line in report.measured["log"])
 
 
+def test_what_the_model_asks_of_samplers_does_not_make_it_fickle(
+    synthetic: toys.Maker, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_MOOD", "penalising")
+    assert verdicts(tried(synthetic, device(tmp_path, "local", server)))["deterministic"] == "kept"
+
+
 def test_a_server_that_tells_no_probabilities_proves_nothing_about_them(
     synthetic: toys.Maker, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ def test_what_is_asked_for_is_measured_and_stays_in_the_report_of_the_same_file(
     assert json.loads(json.dumps(report.to_json()["deeper"]["loops"])) == deeper["loops"]
     assert not [stage for stage in ear.stages if stage.startswith("loops")]
 
+    (tmp_path / "other").mkdir()
+    other = Path(shutil.copy(base, tmp_path / "other"))
+    for path, names in ((other, ["base.kld", "other/base.kld"]), (base, ["other/base.kld", "base.kld"])):
+        report, _ = pipeline.verify(settings(tiny_fit, folder), Ear(), Wishes(depths=(), base=path))
+        assert [one.name for one in report.deeper.bases] == names
+
     again = Report.from_json({**read(folder / "report.json"), "made_from": {"build": "another file"}})
     (folder / "report.json").write_text(json.dumps(again.to_json()), encoding="utf-8")
     report, _ = pipeline.verify(settings(tiny_fit, folder), Ear(), Wishes(depths=()))
@@ -127,23 +134,40 @@ def test_what_is_there_is_verified_though_it_was_built_with_other_settings(tiny_
     assert any("built with other settings" in line and "method" in line for line in ear.said)
 
 
+def spoil(folder: Path, tensor: str, nbytes: int) -> None:
+    """Make the first ``nbytes`` of a tensor of the built file NaN, and have its record say that it was built so."""
+    record = read(folder / "build.json")
+    built = folder / record["path"]
+    offset, content = GgufFile(built).tensors[tensor].offset, bytearray(built.read_bytes())
+    content[offset : offset + nbytes] = b"\xff" * nbytes  # in F32 and F16, scales of blocks, too
+    built.write_bytes(content)
+    (folder / "build.json").write_text(to_json({**record, "sha256": digest_of([built])}), encoding="utf-8")
+
+
 def test_a_built_file_that_computes_no_numbers_is_a_broken_promise(
     tiny_fit: Fit, folder: Path, tmp_path: Path
 ) -> None:
-    record = read(folder / "build.json")
-    built = folder / record["path"]
-    tensors = GgufFile(built).tensors
+    tensors = GgufFile(folder / read(folder / "build.json")["path"]).tensors
     head = tensors.get("output.weight", tensors["token_embd.weight"])
-    row = head.nbytes // head.shape[1]
-    content = bytearray(built.read_bytes())
-    content[head.offset : head.offset + row] = np.full(row // 2, np.nan, "<f2").tobytes()  # scales of blocks, too
-    built.write_bytes(content)
-    (folder / "build.json").write_text(to_json({**record, "sha256": digest_of([built])}), encoding="utf-8")
+    spoil(folder, head.name, head.nbytes // head.shape[1])
     task = tmp_path / "task.jsonl"
     task.write_text('{"question": "What is the sum?", "choices": ["3", "4"], "answer": 1}\n', encoding="utf-8")
-    for words in (("--depths", "none"), ("--depths", "none", "--task", task), ("--depths", "none", "--loops", "1")):
-        done = run_edgeprune("verify", *tiny_fit.arguments, "-o", folder, *words)
-        assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    for words, said in (
+        ((), "2 promise(s) broken"),
+        (("--task", task), "computes values that are not finite"),
+        (("--loops", "1"), "computes values that are not finite"),
+        (("--slices",), "computes values that are not finite on code, "),
+    ):
+        done = run_edgeprune("verify", *tiny_fit.arguments, "-o", folder, "--depths", "none", *words)
+        assert done.returncode == 3 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_tensor_that_holds_nan_is_named(tiny_fit: Fit, folder: Path) -> None:
+    """Products with quantised weights round a row that holds NaN to eight bits, so that logits need not show it."""
+    spoil(folder, "blk.1.attn_norm.weight", 4)
+    done = run_edgeprune("verify", *tiny_fit.arguments, "-o", folder, "--depths", "none")
+    assert done.returncode == 3, done.stdout
+    assert "measured no: tensor blk.1.attn_norm.weight" in done.stderr
 
 
 def test_files_of_questions_of_one_name_are_told_apart(tiny_fit: Fit, folder: Path, tmp_path: Path) -> None:

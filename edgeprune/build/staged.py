@@ -1,8 +1,8 @@
 """Building a few layers at a time: each stage is observed through the prefix of the model that is already built.
 
 The tasks of a stage: ``write_prefix`` makes a file whose first layers are finished and whose next ones are only
-pruned; llama.cpp runs it over the text as far as those (``measure.tasks.collect``); ``heal_layers`` fits and encodes
-them.
+pruned; llama.cpp runs it over the text as far as those (``measure.calibration.collect``); ``heal_layers`` fits and
+encodes them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from edgeprune.units import format_seconds
 
 _PATIENCE_SECONDS = 0.3
 _REFRESH_SECONDS = 0.1
+# What is left is not told from less than this: the first steps also wait for what is done once.
+_TELLING_SHARE, _TELLING_SECONDS = 0.03, 10.0
 # Where nobody sees a line change: what takes no longer than this needs no word, and what takes long has one a minute.
 PLAIN_SECONDS, PLAIN_AGAIN_SECONDS = 2.0, 60.0
 
@@ -89,9 +91,10 @@ class _Stage:
     @property
     def line(self) -> str:
         """How far it is and how long it will take, or how long it has taken where nobody knows."""
-        if self._share <= 0:
-            return f"{self.title}: {format_seconds(self.seconds)} so far"
-        left = self.seconds * (1 - self._share) / self._share
+        seconds = self.seconds
+        if self._share <= 0 or (self._share < _TELLING_SHARE and seconds < _TELLING_SECONDS):
+            return f"{self.title}: {format_seconds(seconds)} so far"
+        left = seconds * (1 - self._share) / self._share
         return f"{self.title} {100 * self._share:3.0f} %, {format_seconds(left)} left"
 
     def note(self, done: int, total: int) -> None:

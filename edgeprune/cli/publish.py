@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeprune.cli.commands import Size
+from edgeprune.cli.options import Size, show_result
 from edgeprune.errors import EdgepruneError, UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def publish(directories: tuple[Path, ...], repository: str, **options: Any) -> N
         planned = publisher.planned()
         lines = _summary(planned, publisher)
         if options["dry_run"]:
-            _print(planned.to_json(), [*lines, "", planned.card], options["as_json"])
+            show_result(planned.to_json(), [*lines, "", planned.card], options["as_json"])
             return
         for path in sorted(planned.replaced) if options["yes"] else ():
             if path.endswith(".gguf"):
@@ -68,7 +68,7 @@ def publish(directories: tuple[Path, ...], repository: str, **options: Any) -> N
         _ask(lines, yes=options["yes"])
         address = publisher.send(folders[0].scratch / "parts")
     value = {**planned.to_json(), "address": address}
-    _print(value, [address or f"{repository} holds all of it already"], options["as_json"])
+    show_result(value, [address or f"{repository} holds all of it already"], options["as_json"])
 
 
 def _runs_in(directory: Path) -> list[Path]:
@@ -172,9 +172,3 @@ def _ask(lines: Sequence[str], *, yes: bool) -> None:
         raise UsageError("nothing was sent: nobody can be asked here", hint="`--yes` sends what is listed above")
     if not click.confirm("send it?", err=True):
         raise EdgepruneError("nothing was sent, as you said")
-
-
-def _print(value: Any, lines: list[str], as_json: bool) -> None:
-    from edgeprune.files import to_json
-
-    click.echo(to_json(value), nl=False) if as_json else click.echo("\n".join(lines))

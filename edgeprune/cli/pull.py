@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeprune.cli.commands import Size
+from edgeprune.cli.options import Size, show_result
 from edgeprune.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def pull(repository: str, **options: Any) -> None:
     value: dict[str, Any] = {"files": [verdict.to_json() for verdict in verdicts], "chosen": chosen.candidate.name}
     lines = [*_table(verdicts, chosen), ""]
     if options["dry_run"]:
-        _print(value, lines[:-1], options["as_json"])
+        show_result(value, lines[:-1], options["as_json"])
         return
 
     def fetch(verdict: Verdict) -> Path:
@@ -69,7 +69,7 @@ def pull(repository: str, **options: Any) -> None:
     value |= {"chosen": pulled.verdict.candidate.name, "failed": [each.candidate.name for each in failed]}
     value |= {"path": str(pulled.path), "launch_line": pulled.launch_line}
     lines = [*_table(verdicts, pulled.verdict, failed), "", f"file    {pulled.path}", ""]
-    _print(value, [*lines, f"run it:  {pulled.launch_line}"], options["as_json"])
+    show_result(value, [*lines, f"run it:  {pulled.launch_line}"], options["as_json"])
 
 
 def _fetched(
@@ -133,9 +133,3 @@ def _table(verdicts: Sequence[Verdict], chosen: Verdict, failed: Sequence[Verdic
         size = f"{verdict.candidate.nbytes:,} bytes"
         rows.append((verdict.candidate.name, size, "-" if nats is None else f"{nats:.5f}", mark))
     return table(rows, ("", "size", "KL mean", ""))
-
-
-def _print(value: Any, lines: list[str], as_json: bool) -> None:
-    from edgeprune.files import to_json
-
-    click.echo(to_json(value), nl=False) if as_json else click.echo("\n".join(lines))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeprune.cli.commands import Size
+from edgeprune.cli.options import Size
 
 if TYPE_CHECKING:
     from edgeprune.prove.smoke.report import SmokeReport

@@ -20,6 +20,7 @@ import numpy as np
 
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.llama import session
+from edgeprune.measure.meanwhile import Meanwhile
 from edgeprune.measure.rates import BATCH, FORMAT
 from edgeprune.measure.tiny import USED, layer_shapes, write_tiny
 from edgeprune.model import ggml
@@ -229,13 +230,15 @@ def _besides(tables: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def measure_kernels(types: list[str], progress: Progress | None = None) -> dict[str, Any]:
-    """``KernelRates`` of this machine as JSON. A task for ``edgeprune.measure.child``.
+    """``KernelRates`` of this machine as JSON, and the share of the cores that others used meanwhile.
+
+    A task for ``edgeprune.measure.child``.
 
     Args:
         types: GGML types to be measured, beside F32 and F16.
     """
     tables: dict[str, dict[str, float]] = {"dense": {}, "dense_batch": {}, "experts": {}, "experts_batch": {}}
-    names = sorted({*types, "F32", "F16"})
+    names, meanwhile = sorted({*types, "F32", "F16"}), Meanwhile()
     with contextlib.closing(_Bench()) as bench:
         for number, name in enumerate(names):
             kind = ggml.type_named(name)
@@ -252,4 +255,5 @@ def measure_kernels(types: list[str], progress: Progress | None = None) -> dict[
             (size, bench.dense(ggml.BY_NAME[_STREAM_TYPE], pattern, 1, size // row) / size) for size in _STREAMS
         ]
         rows = [_row_seconds(bench, pattern, tokens) for tokens in (1, BATCH)]
-    return {"format": FORMAT, **tables, "streams": streams, "rows": rows, **_besides(tables)}
+    found = {"format": FORMAT, **tables, "streams": streams, "rows": rows, **_besides(tables)}
+    return {**found, "others": meanwhile.others()}

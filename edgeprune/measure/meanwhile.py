@@ -9,6 +9,8 @@ import psutil
 
 # Shorter than this, the system's clocks, which tick a hundred times a second, tell nothing.
 _LEAST_SECONDS = 0.25
+# Of all cores, used by other programs: from here on a speed is theirs, too.
+DISTURBED_SHARE = 0.1
 _IDLE = ("idle", "iowait")
 _TWICE = ("guest", "guest_nice")  # counted in user and nice, too
 

@@ -123,7 +123,7 @@ def takes_shadows(nbytes: int) -> bool:
 
 
 def _asked(file: Holed, launches: Sequence[Launch], name: str) -> list[dict[str, Any]]:
-    """What llama.cpp says of a shadow for each launch; see ``tasks.price``."""
+    """What llama.cpp says of a shadow for each launch; see ``benchmark.price``."""
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         shadow = Path(folder) / "shadow.gguf"
         with room_for(shadow), shadow.open("wb") as stream:
@@ -131,7 +131,7 @@ def _asked(file: Holed, launches: Sequence[Launch], name: str) -> list[dict[str,
             stream.truncate(file.nbytes)
         try:
             arguments = {"shadow": str(shadow), "launches": [launch.to_json() for launch in launches]}
-            priced: list[dict[str, Any]] = child.call("edgeprune.measure.tasks:price_each", arguments)
+            priced: list[dict[str, Any]] = child.call("edgeprune.measure.benchmark:price_each", arguments)
         except EdgepruneError as error:
             cause = error.cause.replace(str(shadow), name)
             raise type(error)(cause, rows=error.rows, hint=error.hint) from error

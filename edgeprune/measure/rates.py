@@ -13,12 +13,14 @@ from edgeprune.device.probe import processor
 from edgeprune.errors import BadFile
 from edgeprune.files import check_keys, checked_number
 from edgeprune.measure import child
+from edgeprune.measure.meanwhile import DISTURBED_SHARE
 from edgeprune.model import ggml
 from edgeprune.remembered import remembered
 
 Progress = Callable[[int, int], None]
 # Raised when rates measured before would be misread, or were measured in another way.
 FORMAT = 3
+_DISTURBED_SECONDS = 3600.0
 BATCH = 64  # tokens that are multiplied at once, as in a prompt
 # What a plan can choose from, and what sources come in.
 TYPES = (*ggml.CHOICES, "F32", "F16", "BF16", "MXFP4", "Q4_1", "Q5_1")
@@ -63,7 +65,7 @@ class KernelRates:
         Raises:
             BadFile: it is not what ``to_json`` writes.
         """
-        check_keys(where, value, {"format", *cls.__dataclass_fields__}, set())
+        check_keys(where, value, {"format", *cls.__dataclass_fields__}, {"others"})
         if value["format"] != FORMAT:
             raise BadFile(f"{where} is of form {str(value['format'])[:20]}, not {FORMAT}")
         tables = {}
@@ -90,7 +92,8 @@ class KernelRates:
 
 
 def kernel_rates(progress: Progress | None = None) -> KernelRates:
-    """Rates of this machine: measured now, or on an earlier day, with this llama.cpp.
+    """Rates of this machine: measured now, or on an earlier day, with this llama.cpp; within an hour where other
+    programs used the machine meanwhile.
 
     Raises:
         NativeCrash: the measurement died.
@@ -106,4 +109,13 @@ def kernel_rates(progress: Progress | None = None) -> KernelRates:
         made_from,
         lambda: child.call("edgeprune.measure.kernels:measure_kernels", {"types": list(TYPES)}, progress),
         KernelRates.from_json,
+        most_seconds=_lasts,
     )
+
+
+def _lasts(value: Any) -> float:
+    """Seconds for which a measurement counts: for good where nobody disturbed it; the processor's own time does not
+    show who takes its caches, or the other half of its core."""
+    share = value.get("others") if isinstance(value, Mapping) else None
+    disturbed = isinstance(share, int | float) and share >= DISTURBED_SHARE
+    return _DISTURBED_SECONDS if disturbed else float("inf")

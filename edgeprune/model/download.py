@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgeprune.errors import BadFile, Busy, EdgepruneError
-from edgeprune.files import require_space, room_for, write_text
+from edgeprune.files import existing, require_space, room_for, write_text
 from edgeprune.model import hub, selection
 from edgeprune.model.cached import COMMIT, NotHere, cached, holds
 from edgeprune.model.checkpoint import INDEX, Checkpoint, blaming_the_download, counts_experts
@@ -173,10 +173,10 @@ def _require_room(name: HubName, needed: int, made: int = 0, output: Path | None
     Raises:
         EdgepruneError: says how much there is.
     """
-    cache = _existing(hub.cache_folder())
+    cache = existing(hub.cache_folder())
     rows = [("to download", format_bytes(needed))]
     if output is not None:
-        target = _existing(output.parent)
+        target = existing(output.parent)
         if target.stat().st_dev == cache.stat().st_dev:
             needed += made
             rows.append(("GGUF of it", format_bytes(made)))
@@ -189,14 +189,6 @@ def _require_room(name: HubName, needed: int, made: int = 0, output: Path | None
             rows=[*rows, ("free", format_bytes(free))],
             hint="free some space, or set HF_HOME to a folder on a larger disk",
         )
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the one above it that is there."""
-    folder = folder.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
 
 
 def _place(listing: Listing, path: str) -> Path:

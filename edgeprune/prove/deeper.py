@@ -123,15 +123,17 @@ class Named:
     Attributes:
         name: of the slice or file.
         quality: ``Quality`` as JSON.
+        file: what the file is known by, or "".
     """
 
     name: str
     quality: dict[str, Any]
+    file: str = ""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Named:
-        check_keys("a quality with a name", value, set(cls.__dataclass_fields__), set())
-        return cls(str(value["name"]), _quality(value["quality"]))
+        check_keys("a quality with a name", value, set(cls.__dataclass_fields__) - {"file"}, {"file"})
+        return cls(str(value["name"]), _quality(value["quality"]), str(value.get("file", "")))
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,19 @@ from typing import Any
 
 from edgeprune.device.budget import DESKTOP, SYSTEM
 from edgeprune.measure.launch import Launch
+from edgeprune.measure.meanwhile import DISTURBED_SHARE
 from edgeprune.prove.comparison import Comparison
 from edgeprune.prove.deeper import NOTHING, Deeper
 from edgeprune.prove.provenance import UNKNOWN, Provenance
 from edgeprune.units import format_bytes, format_seconds
 
 KEPT, BROKEN, INFORMATION = "kept", "broken", "information"
-DECODE, MEANWHILE = "decode (tokens per second)", "meanwhile, other programs used"  # names of lines
+# Names of lines.
+DECODE, MEANWHILE = "decode (tokens per second)", "meanwhile, other programs used"
+FINITE = "weights and output are finite"
 EVALUATION = "evaluation"  # of ``made_from``: digest of the text that the report is about, and of how much of it
 # A prediction of speed or divergence is a guide, not a promise; size and memory are promises.
 _MEMORY_TOLERANCE = 0.01
-# Of all cores, used by other programs: from here on a speed is theirs, too.
-_DISTURBED_SHARE = 0.1
 _LEAST_NATS = 1e-6  # below it is rounding
 
 
@@ -171,6 +172,12 @@ def _held(pool: Mapping[str, Any]) -> int:
     return sum(line["nbytes"] for line in pool["lines"] if line["name"] in (SYSTEM, DESKTOP))
 
 
+def _part_filled(speed: Mapping[str, Any]) -> str:
+    """How much of the context was filled when memory was looked at, if that is not all of it."""
+    filled, context = speed["filled_tokens"], speed["context"]
+    return f" with {filled:,} of {context:,} tokens" if filled < context else ""
+
+
 def promises(
     plan: Mapping[str, Any],
     build_bytes: int,
@@ -179,13 +186,15 @@ def promises(
     budget: Mapping[str, Any],
     *,
     on_device: bool,
+    not_finite: str = "",
 ) -> list[Promise]:
     """The lines of the report.
 
     Args:
         plan: ``Plan`` as JSON.
-        speed: result of ``tasks.benchmark``.
+        speed: result of ``benchmark.benchmark``.
         on_device: whether this machine is the device; otherwise its memory and speed only inform.
+        not_finite: a tensor of the file that holds NaN or infinity, or "".
     """
     predicted = plan["predicted"]
     limit = budget["file_limit_bytes"]
@@ -205,18 +214,22 @@ def promises(
     fits = speed["peak_bytes"] + reserve <= pools["ram"]["total_bytes"]
     # Resident memory is the whole of it only where everything is in one pool that the CPU computes in.
     whole = limit is None and on_device and len(budget["pools"]) == 1 and not plan["launch"]["gpu_layers"]
-    verdict = (KEPT if within and fits else BROKEN) if whole else INFORMATION
-    lines.append(Promise("peak memory", format_bytes(memory - reserve), format_bytes(speed["peak_bytes"]), verdict))
+    # What is promised is the whole context; with less of it, only too much is sure.
+    filled, part = speed["filled_tokens"] >= speed["context"], _part_filled(speed)
+    verdict = (BROKEN if not (within and fits) else KEPT if filled else INFORMATION) if whole else INFORMATION
+    peak = format_bytes(speed["peak_bytes"]) + part
+    lines.append(Promise("peak memory", format_bytes(memory - reserve), peak, verdict))
     if "vram" in predicted["pool_bytes"] and speed["device_bytes"]:
         promised = predicted["pool_bytes"]["vram"] - _held(pools["vram"])
-        kept = speed["device_bytes"] <= promised * (1 + _MEMORY_TOLERANCE)
+        kept = speed["device_bytes"] <= promised * (1 + _MEMORY_TOLERANCE)  # allocated at once, whatever is filled
         verdict = (KEPT if kept else BROKEN) if on_device else INFORMATION
         lines.append(
             Promise("memory of the GPU", format_bytes(promised), format_bytes(speed["device_bytes"]), verdict)
         )
-    lines.append(
-        Promise("output is finite", "yes", "yes" if speed["finite"] else "no", KEPT if speed["finite"] else BROKEN)
-    )
+    wrong = [f"tensor {not_finite}"] if not_finite else []
+    wrong += [] if speed["finite"] else ["output"]
+    verdict = BROKEN if wrong else KEPT
+    lines.append(Promise(FINITE, "yes", f"no: {', '.join(wrong)}" if wrong else "yes", verdict))
     lines.append(
         Promise(
             "KL divergence from the source (nats per token)",
@@ -238,6 +251,6 @@ def promises(
     lines.append(Promise("prefill (tokens per second)", expected, prefill, INFORMATION))
     first = f"first token after {speed['prompt_tokens']} tokens"
     lines.append(Promise(first, "", format_seconds(speed["first_token_seconds"]) + here, INFORMATION))
-    if (share := speed["others"]) is not None and share >= _DISTURBED_SHARE:
+    if (share := speed["others"]) is not None and share >= DISTURBED_SHARE:
         lines.append(Promise(MEANWHILE, "", f"{100 * share:.0f} % of the cores", INFORMATION))
     return lines

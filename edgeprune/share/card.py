@@ -57,7 +57,7 @@ def _front_matter(sheets: Sequence[Sheet], origin: Origin, publisher: str) -> li
         "library_name": "gguf",
         "pipeline_tag": origin.pipeline,
         "base_model": list(origin.base_models),
-        "base_model_relation": "quantized",
+        "base_model_relation": "quantized" if origin.base_models else "",  # to it
         "quantized_by": publisher,
         "license": licence.identifier if licence else "",
         "license_name": licence.name if licence else "",

@@ -5,6 +5,7 @@ Everything goes through huggingface_hub: tokens from its usual places, ``HF_ENDP
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.errors import EdgepruneError
+from edgeprune.errors import EdgepruneError, system_cause
+from edgeprune.files import NO_ROOM
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _LONGEST_MESSAGE = 200
+# What the system says of a file here, and not of a connection; those in the second line only where it names the file.
+_FULL, _FORBIDDEN = NO_ROOM, (errno.EACCES, errno.EPERM, errno.EROFS)
 _AGAIN = "run the same command again; what has arrived is not transferred again"
 
 
@@ -73,6 +77,13 @@ def _from_network(error: BaseException) -> bool:
     return isinstance(error, OSError) or any(kind.__module__.startswith("httpx") for kind in type(error).__mro__)
 
 
+def _of_this_disk(error: BaseException) -> bool:
+    """Whether it is of a file here, which huggingface_hub reads or writes, and not of the network."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in _FULL or (error.errno in _FORBIDDEN and error.filename is not None)
+
+
 def _said(error: BaseException) -> str:
     """What the server said, on one line."""
     message = getattr(error, "server_message", None) or str(error)
@@ -87,6 +98,10 @@ def _explained(error: BaseException, repository: str) -> EdgepruneError | None:
         return _explained(error.__cause__, repository)
     if isinstance(error, EdgepruneError):
         return error
+    if isinstance(error, OSError) and _of_this_disk(error):
+        return EdgepruneError(
+            system_cause(error), hint="free some space, or set HF_HOME to another folder, and " + _AGAIN
+        )
     if isinstance(error, LocalTokenNotFoundError):
         return EdgepruneError("there is no token for the Hugging Face Hub", hint="`hf auth login`, or set HF_TOKEN")
     if isinstance(error, OfflineModeIsEnabled):
@@ -202,6 +217,20 @@ class Hub:
         again, and a download that broke off goes on."""
         with explained(repository):
             return Path(self.api.hf_hub_download(repository, path, revision=revision, local_dir=folder))
+
+    def missing(self, repository: str, paths: Sequence[str], revision: str) -> list[str]:
+        """Those of ``paths`` that huggingface_hub's cache does not hold."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = {path: try_to_load_from_cache(repository, path, revision=revision) for path in paths}
+        return [path for path, cached in found.items() if not isinstance(cached, str)]
+
+    @property
+    def cache(self) -> Path:
+        """The folder of huggingface_hub's cache."""
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE)
 
     def prepare(self, repository: str, revision: str | None, *, private: bool, remote: Remote) -> None:
         """Make the repository and the branch, if they are not there."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -282,10 +281,17 @@ def download(
     Raises:
         BadFile: what arrived is not what the repository holds.
     """
+    sizes = {part.path: part.nbytes for part in verdict.candidate.parts}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        missing = [part for part in verdict.candidate.parts if not (folder / part.path).is_file()]
-        require_space(folder, sum(part.nbytes for part in missing))
+        missing = [name for name in sizes if not (folder / name).is_file()]
+        for name in sizes.keys() - set(missing):
+            if (folder / name).stat().st_size != sizes[name]:
+                listener.say(f"{folder / name} is another file, and is replaced")
+    else:
+        missing = hub.missing(repository, list(sizes), remote.head)
+    if missing:
+        require_space(hub.cache if folder is None else folder, sum(sizes[name] for name in missing))
     paths = []
     for part in verdict.candidate.parts:
         with listener.progress(f"fetch {part.path}"):
@@ -304,13 +310,12 @@ def download(
 
 
 def _discard(path: Path, folder: Path | None) -> None:
-    """Delete a damaged file, the cache's blob behind a link, too."""
+    """Delete a damaged file, the cache's blob behind a link, too. What huggingface_hub notes in a ``folder`` stays:
+    where that is the home folder, it lies beside the token and all models."""
     blob = path.resolve()
     path.unlink(missing_ok=True)
     if folder is None:
         blob.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(folder / ".cache" / "huggingface", ignore_errors=True)
 
 
 def placed(path: Path, target: Target, verdict: Verdict) -> Launch:

@@ -188,14 +188,20 @@ def open_release(run: Run, *, force: bool) -> Release:
             hint="delete it and run the same `edgeprune fit` again",
         )
     name = release_name(file, plan, str(report.source["name"]))
-    published = file_name(name, 0, 1)
-    report = replace(
+    report = replace(report, provenance=report.provenance.shared())
+    return Release(run, _renamed(report, file_name(name, 0, 1)), file, found, digests, name)
+
+
+def _renamed(report: Report, name: str) -> Report:
+    """``report`` of the same file, which is called ``name``."""
+    old, made = str(report.build["path"]), report.provenance
+    outputs = {name if output == old else output: sha256 for output, sha256 in made.outputs.items()}
+    return replace(
         report,
-        build={**report.build, "path": published},
-        launch_line=report.launch.command(published),
-        provenance=report.provenance.shared(),
+        build={**report.build, "path": name},
+        launch_line=report.launch.command(name),
+        provenance=replace(made, outputs=outputs),
     )
-    return Release(run, report, file, found, digests, name)
 
 
 def _record(path: Path, make: Callable[[Any], Any]) -> Any:
@@ -228,9 +234,7 @@ def distinct(releases: Sequence[Release]) -> list[Release]:
         if release.name in taken:
             head, _, kind = release.name.rpartition("-")
             name = f"{head}-{release.sha256[:8]}-{kind}"
-            report = replace(release.report, build={**release.report.build, "path": f"{name}.gguf"})
-            report = replace(report, launch_line=report.launch.command(f"{name}.gguf"))
-            release = replace(release, name=name, report=report)
+            release = replace(release, name=name, report=_renamed(release.report, f"{name}.gguf"))
         taken.add(release.name)
         result.append(release)
     return result

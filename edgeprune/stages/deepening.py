@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ _BLOCK, _GENERATED = 128, 16
 _OBJECT_TOKENS = 192
 # Filling the context for the speeds at depths takes this long at most, in seconds.
 _FILL_SECONDS = 60.0
+_BASE = "kld-base"  # the form of a file of log-probabilities
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,10 @@ def deepen(run: Run, report: Report, wishes: Wishes) -> Report:
     if wishes.write_base is not None:
         _write_base(run, wishes.write_base)
     if wishes.base is not None:
-        compared = _base(run, built, wishes.base)
-        bases = [base for base in report.deeper.bases if base.name != compared.name]
-        keep(replace(report.deeper, bases=(*bases, compared)))
+        path = wishes.base.resolve()
+        bases = [base for base in report.deeper.bases if base.file != file_key(path, _BASE)]
+        name = short_name(path, (), {base.name for base in bases})
+        keep(replace(report.deeper, bases=(*bases, Named(name, _base(run, built, path), file_key(path, _BASE)))))
     return report
 
 
@@ -218,7 +221,8 @@ def _task(run: Run, built: Path, path: Path, form: str, most: int) -> Task:
 
 
 def file_key(path: Path, form: str) -> str:
-    """What a task is known by in later reports; where the file lies is nobody's business there."""
+    """What a file of a task, or of log-probabilities, is known by in later reports; where it lies is nobody's
+    business there."""
     return digest([str(path), form])[:16]
 
 
@@ -249,6 +253,12 @@ def _slices(run: Run, built: Path) -> tuple[Named, ...]:
     with run.listener.progress("quality on slices") as progress:
         asked = {"model": str(built), "reference": str(reference), "masks": [None], **arguments}
         (measured,) = child.call("edgeprune.measure.tasks:divergence", asked, progress)
+    if not math.isfinite(measured["all"]["kl_mean"]):
+        bad = [name for name, quality in measured["domains"].items() if not math.isfinite(quality["kl_mean"])]
+        raise BrokenPromise(
+            f"{built} computes values that are not finite on {', '.join(bad)}",
+            hint="the file is damaged, or overflowed when it was made; build it again",
+        )
     return tuple(Named(name, quality) for name, quality in measured["domains"].items())
 
 
@@ -266,7 +276,9 @@ def _write_base(run: Run, path: Path) -> None:
     run.listener.say(f"{path}: {made['chunks']} chunks, {format_bytes(made['nbytes'])}")
 
 
-def _base(run: Run, built: Path, path: Path) -> Named:
+def _base(run: Run, built: Path, path: Path) -> dict[str, Any]:
+    """``Quality`` as JSON."""
     with run.listener.progress(f"quality against {path.name}") as progress, _finite(built, built):
         arguments = {"model": str(built), "base": str(path)}
-        return Named(path.name, child.call("edgeprune.measure.against_base:compare", arguments, progress))
+        found: dict[str, Any] = child.call("edgeprune.measure.against_base:compare", arguments, progress)
+        return found

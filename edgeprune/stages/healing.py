@@ -156,7 +156,7 @@ class HealStages(NarrowStages):
         roles = ("expert_gate", "expert_up", "expert_gate_up")
         wanted = [t.name for t in self.architecture.tensors if t.role in roles and t.layer in looked_at]
         child.call(
-            "edgeprune.measure.tasks:collect",
+            "edgeprune.measure.calibration:collect",
             {
                 **self._healing_texts(most),
                 "model": str(model),

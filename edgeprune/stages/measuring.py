@@ -17,7 +17,7 @@ from edgeprune.decide.healable import RIVALS
 from edgeprune.decide.keep import KeepSet, Order, check_method, check_room, keep_set, protecting, rankings
 from edgeprune.decide.protection import super_experts
 from edgeprune.decide.scores import HEALABLE, METHODS, NAEE, SCORES
-from edgeprune.errors import BadFile, EdgepruneError, Unsupported, UsageError
+from edgeprune.errors import BadFile, EdgepruneError, NotFinite, Unsupported, UsageError
 from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.merging import merge
@@ -116,11 +116,12 @@ class MeasureStages(TextStages):
                     hint="give the checkpoint's folder, or choose a method without gradients",
                 )
             task, own = "collect_layerwise", {"checkpoint": str(self.checkpoint.resolve())}
+        self.require_finite_source()
         arguments = self._text_arguments("calibration")
         del arguments["split"]
         with self.listener.progress("calibrate" if engine != TORCH else "calibrate, forwards and backwards") as bar:
             found = child.call(
-                f"edgeprune.measure.tasks:{task}",
+                f"edgeprune.measure.calibration:{task}",
                 {
                     "model": str(self.source),
                     "output": str(path),
@@ -217,12 +218,30 @@ class MeasureStages(TextStages):
                 )
         return path
 
+    def not_finite(self, model: Path, title: str) -> str:
+        """Name of a tensor of ``model`` that holds NaN or infinity, or "". Every byte of it is read."""
+        with self.listener.progress(title) as progress:
+            return str(child.call("edgeprune.model.soundness:look", {"model": str(model)}, progress))
+
+    def require_finite_source(self) -> None:
+        """Look at the source's values before they are measured with: what it computes may hide those that are none.
+
+        Raises:
+            NotFinite: names the tensor.
+        """
+        if bad := self.not_finite(self.source, "look for NaN in the model"):
+            raise NotFinite(
+                f"{self.source}: tensor {bad} holds NaN or infinity",
+                hint="the file is damaged, or overflowed when it was made; get it again",
+            )
+
     def check_source(self) -> None:
         """Run the source over the held-out text, which the proof needs anyway, before anything is built of it.
 
         Raises:
-            BadFile: it computes values that are not finite.
+            BadFile: it holds, or computes, values that are not finite.
         """
+        self.require_finite_source()
         self._reference(REPORTING)
 
     @cached_property

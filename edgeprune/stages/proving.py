@@ -118,8 +118,9 @@ class Run(ChooseStages):
         if measured["undivided"]:
             self.listener.say(f"held-out text {_apart(measured)}; a longer text, or --eval-text, has two halves")
         shipped = plan.origin.removeprefix(PRESET) if plan.origin.startswith(PRESET) else "plan"
+        bad = self.not_finite(Path(build.path), "look for NaN in what is shipped")
         speed = self.speed(plan, build)
-        report = self._report(plan, build, measured, [rival for rival, _ in rivals], shipped, speed)
+        report = self._report(plan, build, measured, [rival for rival, _ in rivals], shipped, speed, bad)
         self.save_report(report)
         return report
 
@@ -158,7 +159,7 @@ class Run(ChooseStages):
         launch = self.launch_here(plan.launch)
         with self.listener.progress("speed and memory"):
             value: dict[str, Any] = child.call(
-                "edgeprune.measure.tasks:benchmark",
+                "edgeprune.measure.benchmark:benchmark",
                 {
                     "model": build.path,
                     "launch": launch.to_json(),
@@ -177,10 +178,17 @@ class Run(ChooseStages):
         rivals: list[Baseline],
         shipped: str,
         speed: Mapping[str, Any],
+        not_finite: str,
     ) -> Report:
         on_device = self.settings.device in (None, AUTO)
         lines = promises(
-            plan.to_json(), build.nbytes, measured["all"], speed, self.budget.to_json(), on_device=on_device
+            plan.to_json(),
+            build.nbytes,
+            measured["all"],
+            speed,
+            self.budget.to_json(),
+            on_device=on_device,
+            not_finite=not_finite,
         )
 
         importance = {
@@ -282,7 +290,8 @@ class Run(ChooseStages):
             **self._additivity(plan),
             **({"training": trained} if (trained := self.training_in_words(plan)) else {}),
             **({"healing": healed} if (healed := self._healing(plan)) else {}),
-            "memory": f"predicted for {plan.launch.context:,} tokens of context, measured with {speed['context']:,}",
+            "memory": f"predicted for {plan.launch.context:,} tokens of context, measured with "
+            f"{speed['filled_tokens']:,} in a context of {speed['context']:,}",
         }
 
     def _curve(self, plan: Plan) -> list[dict[str, Any]]:

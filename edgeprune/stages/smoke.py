@@ -104,6 +104,7 @@ def smoke(wish: Wish, listener: Listener) -> tuple[SmokeReport, Path]:
     _require_as_built(setting.file.path, sha256)
     job = _job(setting, asked, listener)
     measured = _measured(setting, way, sha256, job, listener)
+    measured = replace(measured, steps={**measured.steps, "file": {"not_finite": _not_finite(setting, listener)}})
     try:
         report = _report(setting, when, sha256, asked, measured)
         before = history.earlier(report, setting.folder, listener.say)
@@ -189,10 +190,21 @@ def _require_as_built(model: Path, sha256: str) -> None:
         )
 
 
+def _not_finite(setting: _Setting, listener: Listener) -> str | None:
+    """Name of a tensor that holds NaN or infinity, or "": no logit need show it, see ``model.soundness``. None where
+    nobody can look."""
+    try:
+        with listener.progress("look for NaN in the file") as progress:
+            return str(child.call("edgeprune.model.soundness:look", {"model": str(setting.file.path)}, progress))
+    except EdgepruneError as error:  # the device has its own llama.cpp
+        listener.say(f"the weights are not looked at: {error.cause}")
+        return None
+
+
 def _is_of(plan: Plan, file: GgufFile) -> bool:
     """Whether ``file`` was built after ``plan``: it says so itself, unless it is a stock preset."""
     recorded = file.get("edgeprune.plan_digest")
-    return recorded == plan.digest if recorded else plan.predicted.file_bytes == file.path.stat().st_size
+    return recorded == plan.digest if recorded else plan.predicted.file_bytes == file.size
 
 
 def _launch(wish: Wish, file: GgufFile, profile: Profile, plan: Plan | None) -> Launch:
@@ -276,7 +288,7 @@ def _held(name: str, line_name: str, plan: Plan, profile: Profile, beside: Path)
 def _job(setting: _Setting, asked: list[Question], listener: Listener) -> dict[str, Any]:
     """What the runner is told, but for where the file is."""
     launch = setting.launch
-    template = Template.of(setting.file, setting.wish.model.name)
+    template = Template.of(setting.file, setting.file.path.name)
     prompts = _prompts(template, asked, listener)
     room = launch.context // 2
     speed = {**_SPEED_TOKENS, "prompt_tokens": min(256, room), "generated_tokens": min(48, room // 2)}
@@ -308,7 +320,7 @@ def _prompts(template: Template | None, asked: list[Question], listener: Listene
 
 def _measured(setting: _Setting, way: Transport, sha256: str, job: Mapping[str, Any], listener: Listener) -> Measured:
     with listener.progress(f"send to {setting.machine.name}") as progress:
-        path = way.deliver(setting.wish.model, sha256, progress)
+        path = way.deliver(setting.file.path, sha256, progress)
     try:
         whole = {**job, "model": path, "server": server_words(setting.launch, path)}
         if (runner := setting.machine.runner).bench:
@@ -334,7 +346,7 @@ def _report(setting: _Setting, when: str, sha256: str, asked: list[Question], me
         device=setting.machine.name,
         profile=setting.profile.name,
         when=when,
-        file={"name": setting.wish.model.name, "nbytes": setting.wish.model.stat().st_size, "sha256": sha256},
+        file={"name": setting.file.path.name, "nbytes": setting.file.size, "sha256": sha256},
         launch=setting.launch.to_json(),
         engine=engine,
         machine=dict(measured.steps.get("machine") or {}),

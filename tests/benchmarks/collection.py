@@ -47,7 +47,7 @@ def ours(model: str, text: str, tokens: int, folder: str) -> tuple[float, int]:
         "reservoir_tokens": 8192,
     }
     started = time.perf_counter()
-    done = child.call("edgeprune.measure.tasks:collect", arguments)
+    done = child.call("edgeprune.measure.calibration:collect", arguments)
     return time.perf_counter() - started, int(done["peak_bytes"])
 
 

@@ -44,7 +44,7 @@ def plans(base: Settings, shares: list[float]) -> Iterator[tuple[Run, Plan, Buil
 def measured(build: Build, plan: Plan, threads: int) -> dict[str, Any]:
     launch = replace(plan.launch, threads=threads, context=CONTEXT)
     value: dict[str, Any] = child.call(
-        "edgeprune.measure.tasks:benchmark",
+        "edgeprune.measure.benchmark:benchmark",
         {
             "model": build.path,
             "launch": launch.to_json(),

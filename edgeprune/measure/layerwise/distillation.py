@@ -63,7 +63,7 @@ def train(
     Args:
         model: the GGUF that it was converted to.
         folder: for what is carried and learnt; a killed task goes on from what is there.
-        texts, beside, most_tokens: as for ``measure.tasks.collect``.
+        texts, beside, most_tokens: as for ``measure.calibration.collect``.
         keep: ids of the experts that stay by layer, empty for all.
         width, channels, channels_digest: as in the plan; how wide the experts are, 0 for all channels.
         recipe: fields of ``Recipe``.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgeprune.measure.meanwhile import DISTURBED_SHARE
 from edgeprune.prove.report import rate
 from edgeprune.prove.smoke.conversation import Measured
 from edgeprune.prove.smoke.questions import REPEATED, Question, plausible
@@ -20,7 +21,7 @@ KEYS = {
     "decode": "decode (tokens per second)",
     "prefill": "prefill (tokens per second)",
     "deterministic": "the same answer twice at temperature 0",
-    "finite": "logits are finite",
+    "finite": "weights and logits are finite",
     "plausible": "answers are plausible text",
     "answers": "right answers",
     "context": "context filled",
@@ -148,13 +149,17 @@ def _decode(promised: Promised, _: Sequence[Question], steps: Mapping[str, Any])
         words = [f"{words[0]} for another device"]
     words += [f"at least {rate(least)}"] if least else []
     said, others = verdict(reached >= least) if least else INFORMATION, ""
-    if said == BROKEN and (others := _others(steps)) and not asked_for:
+    if said == BROKEN and (others := busy(steps)) and not asked_for:
         said = NOT_JUDGED  # nobody asked for that speed, and others may be the reason
     return ", ".join(words), rate(speed) + others, said
 
 
-def _others(steps: Mapping[str, Any]) -> str:
-    """That programs waited for cores in the minute before the run, if they did: a quiet machine may be faster."""
+def busy(steps: Mapping[str, Any]) -> str:
+    """That other programs used cores while the speed was measured, or waited for some in the minute before, if they
+    did: a quiet machine may be faster."""
+    share = (steps.get("speed") or {}).get("others")
+    if share is not None and share >= DISTURBED_SHARE:
+        return f", while other programs used {100 * share:.0f} % of the cores"
     machine = steps.get("machine") or {}
     load, cores = machine.get("load"), machine.get("cores")
     if not load or not cores or load < _BUSY_SHARE * cores:
@@ -194,6 +199,9 @@ def _finite(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) ->
     rows = list(zip(asked, steps.get("answers") or [], strict=False))
     if unfit := [question.name for question, row in rows if row["finite"] is False]:
         wrong.append(f"answers to {_some(unfit)}")
+    bad = steps["file"]["not_finite"] if "file" in steps else ""  # which quantised products may hide
+    if bad:
+        wrong.append(f"tensor {bad} of the file")
     if wrong:
         return "yes", f"no: {', '.join(wrong)}", BROKEN
     if "answers" not in steps or "context" not in found:
@@ -201,6 +209,8 @@ def _finite(_: Promised, asked: Sequence[Question], steps: Mapping[str, Any]) ->
     said = [row["finite"] for _, row in rows if row["tokens"] or row["text"]]
     if not said or None in (*said, *found.values()):
         return "yes", "the engine does not tell", NOT_RUN
+    if bad is None:
+        return "yes", "the logits are; nobody could look at the weights", NOT_RUN
     return "yes", "yes", KEPT
 
 

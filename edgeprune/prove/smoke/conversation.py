@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
 from edgeprune.errors import EdgepruneError
+from edgeprune.prove.smoke.forecast import STEPS, Forecast
 
 Progress = Callable[[int, int], None]
-# What a runner does, in order, with the share of the time that each step takes, for a bar that moves.
-STEPS = {"load": 1, "speed": 2, "answers": 4, "repeated": 1, "context": 4, "memory": 0}
 _FACTS = {*STEPS, "machine"}
 _LOG_LINES = 6
 
@@ -51,9 +50,7 @@ def converse(
     """
     assert process.stdin is not None and process.stdout is not None
     steps: dict[str, Any] = {}
-    # A llama-bench beside another engine has its turn when that has ended.
-    last = job.get("bench") and job.get("engine") != "bench"
-    order = sorted(STEPS, key=lambda name: name == "speed") if last else list(STEPS)
+    forecast = Forecast(job)
     failure: Mapping[str, Any] = {}
     ended = False
     with contextlib.suppress(OSError):  # it has died already; its log says why
@@ -65,10 +62,11 @@ def converse(
             raise EdgepruneError(str(message["error"])[:400], hint=str(message.get("hint", ""))[:400])
         if "result" in message and message["result"].get("step") in _FACTS:
             steps[message["result"]["step"]] = message["result"].get("value")
+            forecast.learn(message["result"]["step"], message["result"].get("value"))
         elif "failed" in message:
             failure = message["failed"]
         elif "step" in message:
-            progress(*_share(message, order))
+            progress(*forecast.share(message))
         ended = ended or bool(message.get("end"))
     process.wait()
     if not ended:
@@ -93,16 +91,3 @@ def _message(line: bytes) -> dict[str, Any]:
                     return {}
             return found
     return {}
-
-
-def _share(message: Mapping[str, Any], order: Sequence[str]) -> tuple[int, int]:
-    """How far the whole is when ``message`` tells how far one step is of those in ``order``, in thousandths."""
-    before = 0
-    for name in order:
-        weight = STEPS[name]
-        if name == message["step"]:
-            with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):
-                before += int(1000 * weight * min(1.0, message["done"] / message["total"]))
-            break
-        before += 1000 * weight
-    return before, 1000 * sum(STEPS.values())

@@ -10,13 +10,14 @@ from pathlib import Path
 from edgeprune.errors import BadFile
 from edgeprune.files import to_json, write_text
 from edgeprune.prove.report import rate
-from edgeprune.prove.smoke.checks import KEYS, verdict
-from edgeprune.prove.smoke.report import INFORMATION, Check, SmokeReport
+from edgeprune.prove.smoke.checks import KEYS, busy, verdict
+from edgeprune.prove.smoke.report import BROKEN, INFORMATION, NOT_JUDGED, Check, SmokeReport
 from edgeprune.units import format_bytes
 
 # Speed is held against the median of the last few runs: other programs disturb runs, by half at times, and the worst
 # of them would allow a little less with every run. Where there are few, more has to be allowed.
 _LATEST, _FEW = 5, 3
+_WORSE = (BROKEN, NOT_JUDGED)
 _SLOWER, _SLOWER_THAN_FEW, _LARGER = 0.7, 0.5, 1.05
 
 
@@ -44,7 +45,7 @@ def earlier(report: SmokeReport, folder: Path, say: Callable[[str], None]) -> li
             say(f"an earlier report is left out: {error.cause}")
             continue
         # What was worse than before is no measure for what comes after, or a second run would turn every fall green.
-        if _like(old, report) and not any(check.key == "earlier" for check in old.broken):
+        if _like(old, report) and not any(c.key == "earlier" and c.verdict in _WORSE for c in old.checks):
             found.append(old)
     return found[-_LATEST:]
 
@@ -60,14 +61,15 @@ def _kind(engine: str) -> tuple[list[str], bool]:
 
 
 def against_earlier(report: SmokeReport, before: Sequence[SmokeReport]) -> Check:
-    """Everything in which ``report`` is worse than ``before``, in one line."""
+    """Everything in which ``report`` is worse than ``before``, in one line; speed is not judged on a busy machine."""
     if not before:
         return Check("earlier", KEYS["earlier"], "", "this is the first run", INFORMATION)
-    worse = [*_slower(report, before), *_larger(report, before), *_forgotten(report, before[-1])]
+    slower, worse = _slower(report, before), [*_larger(report, before), *_forgotten(report, before[-1])]
+    others = busy(report.measured["steps"]) if slower else ""
+    said = NOT_JUDGED if slower and others and not worse else verdict(not slower and not worse)
+    measured = "; ".join(["; ".join(slower) + others, *worse] if slower else worse) or "no worse"
     count = "the run before" if len(before) == 1 else f"the last {len(before)} runs"
-    return Check(
-        "earlier", KEYS["earlier"], f"no worse than {count}", "; ".join(worse) or "no worse", verdict(not worse)
-    )
+    return Check("earlier", KEYS["earlier"], f"no worse than {count}", measured, said)
 
 
 def _figures(reports: Sequence[SmokeReport], step: str, key: str) -> list[float]:

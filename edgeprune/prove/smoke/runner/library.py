@@ -17,7 +17,13 @@ _DEBUG = 1  # enum ggml_log_level
 
 
 class Library:
-    """llama.cpp through llama-cpp-python's ctypes layer, in this process."""
+    """llama.cpp through llama-cpp-python's ctypes layer, in this process.
+
+    Attributes:
+        pid: of the process that computes, as /proc has it.
+    """
+
+    pid = "self"
 
     def __init__(self, job: dict[str, Any]) -> None:
         try:

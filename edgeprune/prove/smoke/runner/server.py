@@ -28,6 +28,9 @@ class Server:
     reached through a shell on another machine, ``job["port"]`` is the port here that leads to it, its first line of
     output is its process id, ``job["status"]`` is a command that prints its ``/proc/PID/status``, and ``job["kill"]``
     one that ends it; both have ``{pid}`` in them.
+
+    Attributes:
+        pid: of the server, "" where it is on another machine.
     """
 
     def __init__(self, job: dict[str, Any], tick: Tick) -> None:
@@ -48,7 +51,7 @@ class Server:
                 f"{words[0]} cannot be started: {error.strerror or error}",
                 "name the path of llama-server under [runner] in the device's file",
             ) from error
-        self._pid = "" if self._remote else str(self._process.pid)
+        self._pid = self.pid = "" if self._remote else str(self._process.pid)
         try:
             if self._remote:
                 self._pid = self._announced()
@@ -128,6 +131,8 @@ class Server:
         body = {
             "prompt": tokens,
             "n_predict": most,
+            # The likeliest token and nothing else: the model's own metadata may ask for penalties.
+            "samplers": ["top_k", "temperature"],
             "temperature": 0,
             "top_k": 1,
             "seed": 0,

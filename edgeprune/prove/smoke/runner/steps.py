@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .answer import Failure, Tick, both
+from .system import Meanwhile
 
 
 def _tokens(size: int) -> Callable[[int], list[int]]:
@@ -25,6 +26,7 @@ def _speed(engine: Any, job: dict[str, Any], tick: Tick) -> dict[str, Any]:
     prompt, most = _tokens(engine.vocabulary_size)(wanted["prompt_tokens"]), wanted["generated_tokens"]
     prefill, decode = [], []
     finite: bool | None = True
+    meanwhile = Meanwhile(engine.pid)
     for number in range(wanted["repeats"]):
         answer = engine.complete(
             prompt,
@@ -44,6 +46,7 @@ def _speed(engine: Any, job: dict[str, Any], tick: Tick) -> dict[str, Any]:
         "generated_tokens": most,
         "first_token_s": len(prompt) / statistics.median(prefill),
         "finite": finite,
+        "others": meanwhile.others(),
     }
 
 

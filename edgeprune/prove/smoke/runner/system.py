@@ -7,8 +7,11 @@ import os
 import platform
 import signal
 import sys
+import time
 from typing import Any
 
+# Shorter than this, clocks that tick a hundred times a second tell nothing.
+_LEAST_SECONDS = 0.25
 _SIGNALS = {
     "SIGABRT": "llama.cpp aborted on a failed check",
     "SIGSEGV": "llama.cpp crashed with a memory fault",
@@ -40,6 +43,37 @@ def status(pid: str) -> str:
             return stream.read()
     except OSError:
         return ""
+
+
+class Meanwhile:
+    """From its making on: the share of all cores that others than process ``pid`` keep busy, where /proc tells.
+
+    ``pid`` may be "self"; "" for one that is on another machine.
+    """
+
+    def __init__(self, pid: str) -> None:
+        self._pid, self._began, self._before = pid, time.monotonic(), _ticks(pid)
+
+    def others(self) -> float | None:
+        """The share, 0 to 1; None where nobody knows, or after too short a time."""
+        passed, now = time.monotonic() - self._began, _ticks(self._pid)
+        if self._before is None or now is None or passed < _LEAST_SECONDS:
+            return None
+        busy, own = now[0] - self._before[0], now[1] - self._before[1]
+        ticks = passed * os.sysconf("SC_CLK_TCK") * (os.cpu_count() or 1)
+        return min(1.0, max(0.0, (busy - own) / ticks))
+
+
+def _ticks(pid: str) -> tuple[int, int] | None:
+    """Ticks that all cores were busy since the start of the machine, and those of process ``pid``."""
+    try:
+        with open("/proc/stat", encoding="ascii") as stream:
+            user, nice, system, _, _, *rest = map(int, stream.readline().split()[1:9])  # idle and waiting are not
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
+            fields = stream.read().rpartition(")")[2].split()
+        return user + nice + system + sum(rest), int(fields[11]) + int(fields[12])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def greatest(who: str) -> int | None:
