@@ -15,7 +15,7 @@ from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture
 from edgeprune.model.cached import NotHere, cached
 from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint, shown
 from edgeprune.model.convert import bare_header
-from edgeprune.model.converter import Converter, converter_for
+from edgeprune.model.converter import Converter, converter_for, own_converter
 from edgeprune.model.download import beside_weights, fetch_beside
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.headers import Header, read_header
@@ -197,6 +197,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, total: int, folder: Path | None)
     facts = [
         ("checkpoint", f"{shown(checkpoint.folder)}, {format_bytes(total)}"),
         ("model type", f"{model_type}, becomes {converter.arch}"),
+        *((("converter", str(own)),) if (own := own_converter(model_type)) is not None else ()),
     ]
     stored = dict(checkpoint.stored)
     try:

@@ -478,7 +478,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": Family(
         "deepseek2",
-        ("DeepSeek-V3", "DeepSeek-R1", "DeepSeek-V3.1"),
+        ("DeepSeek-V3", "DeepSeek-R1", "DeepSeek-V3.1", "Moonlight-16B-A3B"),
         {
             **_LATENT,
             "n_shared_experts": 1,
@@ -506,7 +506,7 @@ FAMILIES: dict[str, Family] = {
             "all groups": {"n_group": 4, "topk_group": 4},
         },
         experts="n_routed_experts",
-        note=KEPT_ON_REQUEST,
+        note=f"{KEPT_ON_REQUEST}; Kimi-K2 (`beta_fast` 1) is refused: llama.cpp's graph has YaRN's bounds of DeepSeek",
         real=({}, 671.0),
     ),
     "glm4_moe": Family(

@@ -1,14 +1,17 @@
-"""Reading ``converters/<model_type>.toml``: what one architecture is called in each world."""
+"""Reading ``converters/<model_type>.toml``: what one architecture is called in each world.
+
+The user's own files in the configuration folder win over the shipped ones.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edgeprune.device.lookup import known_files, user_folder
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.files import check_keys, data_folder, read_toml
 from edgeprune.model.gguf import TYPE_IDS
@@ -19,6 +22,7 @@ COMPUTED_OTHERWISE = {
     "phimoe": "it renormalises the weights of the chosen experts, of which Phi-3.5-MoE gives nearly 1 to each, "
     "and its norms do not subtract the mean; together 0.46 nats per token on a toy model",
 }
+_KIND = "converters"
 PREFIX = "{model}"  # in names of checkpoint tensors: whatever stands before "embed_tokens" in this checkpoint
 OPERATIONS = ("sum", "product", "quotient", "length")
 FURTHER = "further"  # the kind of blocks behind the last layer that predict further tokens, where they are kept
@@ -117,7 +121,6 @@ class Rope:
         base: base frequency of a configuration that names none, or None where it has to.
         scaling: kinds of scaling that are right in this graph.
         known: further settings in the table that are read elsewhere.
-        fixed: settings with the one value that this graph computes.
         log_multiplier: YaRN scales the attention by ``mscale_all_dim`` (DeepSeek).
         sections: pairs of dimensions that turn with time, height and width, where the configuration names none;
             empty for a rotation by one position.
@@ -128,7 +131,6 @@ class Rope:
     base: float | None = None
     scaling: tuple[str, ...] = ("linear", "yarn")
     known: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] | None = None
     log_multiplier: bool = False
     sections: tuple[int, ...] = ()
 
@@ -353,40 +355,58 @@ def load_converter(path: Path) -> Converter:
 
 def shipped_converters() -> Iterator[Path]:
     """The files of all shipped converters, by name."""
-    yield from sorted(data_folder("converters").glob("*.toml"))
+    yield from sorted(data_folder(_KIND).glob("*.toml"))
 
 
-@cache
-def _model_types() -> dict[str, Path]:
-    """Every ``model_type`` that a shipped converter is for."""
-    found: dict[str, Path] = {}
-    for path in shipped_converters():
-        for name in (path.stem, *read_toml(path).get("aliases", ())):
-            found[name] = path
-    return found
+def _aliases(path: Path) -> tuple[str, ...]:
+    return tuple(map(str, read_toml(path).get("aliases", ())))
+
+
+def _file_for(model_type: str) -> Path | None:
+    """The user's own converter for a ``model_type``, else the shipped one, else None."""
+    own = sorted(user_folder(_KIND).glob("*.toml"))
+    for paths in (own, list(shipped_converters())):
+        named = (path for path in paths if path.stem == model_type)
+        also = (path for path in paths if model_type in _aliases(path))
+        if (found := next(named, None) or next(also, None)) is not None:
+            return found
+    return None
+
+
+def own_converter(model_type: str) -> Path | None:
+    """The file of the user's own converter for a ``model_type``, which is taken instead of a shipped one; or None."""
+    found = _file_for(model_type)
+    return found if found is not None and found.parent == user_folder(_KIND) else None
+
+
+def way_to_describe(model_type: str) -> str:
+    """How a user describes what no converter does, for hints."""
+    name = model_type if re.fullmatch(r"\w{1,60}", model_type) else "MODEL_TYPE"
+    return f"describe it in {user_folder(_KIND) / f'{name}.toml'} (README: Add a family)"
 
 
 def converter_for(model_type: str) -> Converter:
-    """The shipped converter for a configuration's ``model_type``.
+    """The converter for a configuration's ``model_type``, the user's own or a shipped one.
 
     Raises:
-        BadFile: it is empty.
+        BadFile: it is empty; or a converter of the user's cannot be read.
         Unsupported: there is none, and which there are; or llama.cpp computes the family otherwise.
     """
-    if model_type in COMPUTED_OTHERWISE:
-        raise Unsupported(
-            f"llama.cpp computes {model_type} models wrongly: {COMPUTED_OTHERWISE[model_type]}",
-            hint="a GGUF of it is pruned against what llama.cpp computes, not against the original",
-        )
-    known = _model_types()
     if model_type in ("", "None"):
         raise BadFile(
             "the configuration does not say which model it is of: it has no model_type",
             hint="config.json of a Hugging Face checkpoint names it; get that file again",
         )
-    if model_type not in known:
+    found = _file_for(model_type)
+    if found is None and model_type in COMPUTED_OTHERWISE:
+        raise Unsupported(
+            f"llama.cpp computes {model_type} models wrongly: {COMPUTED_OTHERWISE[model_type]}",
+            hint="a GGUF of it is pruned against what llama.cpp computes, not against the original",
+        )
+    if found is None:
         raise Unsupported(
             f"no converter for checkpoints of type '{model_type}'"[:200],
-            hint=f"known: {', '.join(sorted(known))}; a GGUF of any MoE architecture works without a converter",
+            hint=f"known: {', '.join(known_files(_KIND))}; {way_to_describe(model_type)}; a GGUF of any MoE "
+            "architecture works without a converter",
         )
-    return load_converter(known[model_type])
+    return load_converter(found)

@@ -60,9 +60,10 @@ def tokenizer_entries(folder: Path, config: dict[str, Any], vocabulary: int) -> 
     try:
         if path.suffix == ".json":
             return _from_definition(found, read_json(path), path)
-        if path.suffix == ".tiktoken":
-            rules = KNOWN[settings["tokenizer_class"]]
-            return _from_definition(found, tiktoken_definition(path, rules, vocabulary), path)
+        rules = KNOWN.get(str(settings.get("tokenizer_class")))
+        if rules is not None and path.name == rules.file:
+            named = added_tokens(folder, settings)
+            return _from_definition(found, tiktoken_definition(path, rules, vocabulary, named), path)
         return _from_pieces(found, path)
     except KeyError as error:
         raise BadFile(f"{path} is not a tokenizer definition: it lacks {error}"[:300]) from error
