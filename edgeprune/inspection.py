@@ -209,17 +209,18 @@ def _inspect_checkpoint(checkpoint: Checkpoint, total: int, folder: Path | None)
         checkpoint.stored = stored
         return _inspect_sketch(checkpoint, converter, facts, error)
     facts += [*_numbers(architecture), *(("conversion", remark) for remark in planned.remarks)]
-    facts += [("tokenizer", text) for text in (_told(folder, planned) if folder is not None else [])]
-    return _inspected(facts, architecture, header)
+    told, refusal = _told(folder, planned) if folder is not None else ([], None)
+    found = _inspected([*facts, *(("tokenizer", text) for text in told)], architecture, header)
+    return replace(found, refusal=found.refusal or refusal)
 
 
-def _told(folder: Path, planned: Conversion) -> list[str]:
+def _told(folder: Path, planned: Conversion) -> tuple[list[str], EdgepruneError | None]:
     """What llama.cpp's tokenizer does otherwise, or why the checkpoint's cannot be converted."""
     try:
         entries = tokenizer_entries(folder, planned.settings.config, planned.vocabulary)
     except EdgepruneError as error:
-        return [f"cannot be converted: {error.cause}"]
-    return _texts(next((entry.value() for entry in entries if entry.key == DIFFERENCES_KEY), []))
+        return [f"cannot be converted: {error.cause}"], error
+    return _texts(next((entry.value() for entry in entries if entry.key == DIFFERENCES_KEY), [])), None
 
 
 def _inspect_sketch(

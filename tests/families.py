@@ -506,7 +506,7 @@ FAMILIES: dict[str, Family] = {
             "all groups": {"n_group": 4, "topk_group": 4},
         },
         experts="n_routed_experts",
-        note=f"{KEPT_ON_REQUEST}; Kimi-K2 (`beta_fast` 1) is refused: llama.cpp's graph has YaRN's bounds of DeepSeek",
+        note=f"{KEPT_ON_REQUEST}; Kimi-K2 (`beta_fast` 1) is refused: llama.cpp has the bounds of DeepSeek's YaRN",
         real=({}, 671.0),
     ),
     "glm4_moe": Family(

@@ -12,7 +12,7 @@ import pytest
 import torch
 import toys
 from runs import run_edgeprune
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from edgeprune.device.lookup import user_folder
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported
@@ -280,7 +280,7 @@ def test_family_is_added_by_one_file(own: Path, toy_checkpoint: toys.Maker, tmp_
     folder = Path(shutil.copytree(toy_checkpoint("olmoe"), tmp_path / "model"))
     toys.change_json(folder / "config.json", model_type="my_moe")
     refused = run_edgeprune("convert", "model", "my.gguf", cwd=tmp_path)
-    assert refused.returncode == 1 and f"describe it in {own / 'my_moe.toml'}" in refused.stderr
+    assert refused.returncode == 1 and f"describe another in {own / 'my_moe.toml'}" in refused.stderr
     path = copied(own, "olmoe", "my_moe")
     done = run_edgeprune("convert", "model", "my.gguf", cwd=tmp_path)
     assert done.returncode == 0 and f"converter: {path}" in done.stderr
@@ -297,6 +297,26 @@ def test_family_is_added_by_one_file(own: Path, toy_checkpoint: toys.Maker, tmp_
     assert open_checkpoint(folder).origin() != before
     told = json.loads(run_edgeprune("inspect", "model", "--json", cwd=tmp_path).stdout)
     assert ["converter", str(path)] in told["facts"]
+
+
+def test_tensors_that_no_converter_knows_are_left_out_as_the_hint_says(
+    own: Path, toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("olmoe"), tmp_path / "model"))
+    further = {f"model.new.{n}.weight": torch.ones(4) for n in range(4)}
+    save_file({**load_file(folder / SINGLE), **further}, folder / SINGLE)
+    cause = r"4 tensors that olmoe does not: model\.new\.0.*, model\.new\.2\.weight, \.\.\."
+    with pytest.raises(Unsupported, match=cause) as no:
+        convert(folder, tmp_path / "out.gguf")
+    shipped = data_folder("converters") / "olmoe.toml"
+    assert f"under [left_out] in {own / 'olmoe.toml'}, a copy of {shipped}" in no.value.hint
+    copy = copied(own, "olmoe", "olmoe")
+    with pytest.raises(Unsupported, match="4 tensors") as no:
+        convert(folder, tmp_path / "out.gguf")
+    assert f"under [left_out] in {copy} (README" in no.value.hint
+    with copy.open("a") as stream:
+        stream.write('\n[left_out]\n"what is new" = ["model.new.*"]\n')
+    assert convert(folder, tmp_path / "out.gguf") == ["left out: what is new, 4 tensors of 64 B"]
 
 
 def test_family_that_llama_cpp_computes_wrongly_is_refused_with_the_reason() -> None:

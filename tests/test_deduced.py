@@ -247,5 +247,7 @@ def test_the_tokenizer_is_looked_at_when_asked_for(
     definition["pre_tokenizer"] = {"type": "Whitespace"}
     (folder / "tokenizer.json").write_text(json.dumps(definition))
     hub.add_folder(REPO, folder).revisions["main"] = "b" * 40
-    told = dict(inspect_model(REPO, tokenizer=True).facts)["tokenizer"]
+    found = inspect_model(REPO, tokenizer=True)
+    told = dict(found.facts)["tokenizer"]
     assert told.startswith("cannot be converted: ") and "Whitespace" in told
+    assert found.refusal is not None and "Whitespace" in found.refusal.cause

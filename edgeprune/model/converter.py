@@ -379,10 +379,13 @@ def own_converter(model_type: str) -> Path | None:
     return found if found is not None and found.parent == user_folder(_KIND) else None
 
 
-def way_to_describe(model_type: str) -> str:
-    """How a user describes what no converter does, for hints."""
+def place_for(model_type: str) -> str:
+    """Where a converter of the user's own for a ``model_type`` belongs, and what to begin with, for hints."""
+    found = _file_for(model_type)
     name = model_type if re.fullmatch(r"\w{1,60}", model_type) else "MODEL_TYPE"
-    return f"describe it in {user_folder(_KIND) / f'{name}.toml'} (README: Add a family)"
+    place = user_folder(_KIND) / (found.name if found is not None else f"{name}.toml")
+    copy = f", a copy of {found}" if found not in (None, place) else ""
+    return f"{place}{copy} (README: Add a family)"
 
 
 def converter_for(model_type: str) -> Converter:
@@ -406,7 +409,7 @@ def converter_for(model_type: str) -> Converter:
     if found is None:
         raise Unsupported(
             f"no converter for checkpoints of type '{model_type}'"[:200],
-            hint=f"known: {', '.join(known_files(_KIND))}; {way_to_describe(model_type)}; a GGUF of any MoE "
-            "architecture works without a converter",
+            hint=f"known: {', '.join(known_files(_KIND))}; describe another in {place_for(model_type)}; a GGUF "
+            "of any MoE architecture works without a converter",
         )
     return load_converter(found)

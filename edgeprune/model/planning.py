@@ -12,7 +12,7 @@ from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.model import ggml
 from edgeprune.model.architecture import takes_any_type
 from edgeprune.model.checkpoint import Checkpoint
-from edgeprune.model.converter import Converter, Source, converter_for, way_to_describe
+from edgeprune.model.converter import Converter, Source, converter_for, place_for
 from edgeprune.model.gguf import TensorShape
 from edgeprune.model.quantised import ACTIVATION_SCALES, FP8, MXFP4
 from edgeprune.model.rope import rope_tensors
@@ -293,8 +293,7 @@ def plan_conversion(checkpoint: Checkpoint, base: str = "auto", *, mtp: bool = F
         raise Unsupported(
             f"{checkpoint.folder} has {len(unknown)} tensors that {converter.name} does not: {_few(unknown)}",
             hint="a variant that llama.cpp may not compute: a GGUF of it that someone else has made works without a "
-            f"converter; where they may stay behind, name them under [left_out] in a copy of {converter.name}.toml; "
-            f"{way_to_describe(converter.name)}",
+            f"converter; where they may stay behind, name them under [left_out] in {place_for(converter.name)}",
         )
     conversion = Conversion(settings, base, tensors, tuple(remarks))
     vocabulary = settings.config.get("vocab_size")
