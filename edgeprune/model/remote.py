@@ -35,7 +35,7 @@ from edgeprune.model.selection import CONFIG, Gguf, weights_of
 from edgeprune.model.table import find_table
 from edgeprune.units import format_bytes
 
-# Files as save_pretrained numbers them, DeepSeek (00001-of-000163), Moonshot (1-of-61) or Qwen3.5 (model.safetensors-).
+# Files as save_pretrained numbers them, or DeepSeek (00001-of-000163), Moonshot (1-of-61), Qwen3.5 (after a suffix).
 _SHARD = re.compile(r"model(?:\.safetensors)?-(\d{1,6})-of-(\d{1,6})\.safetensors")
 # Of one request; a header that goes on is fetched in ever larger steps.
 _FIRST_STEP, _LARGEST_STEP = 1 << 14, 4 << 20
