@@ -245,7 +245,11 @@ def test_word_that_llama_cpp_takes_for_an_end_is_told(folder: Path) -> None:
     file = write_vocabulary(folder)
     word = file.get("tokenizer.ggml.tokens").index("</s>")
     assert native_ids(file.path, ["<s>a</s>"], special=True)[0][-1] == word
-    assert "llama.cpp ends an answer at '</s>', which is a word like others here" in file.get(DIFFERENCES_KEY)
+    told = "llama.cpp ends an answer at '</s>', which is a word like others here"
+    assert told in file.get(DIFFERENCES_KEY)
+    added = {**NO_FLAGS, "id": word, "content": "</s>", "special": False}  # as in Gemma's
+    change_definition(folder, lambda definition: definition["added_tokens"].append(added))
+    assert told in write_vocabulary(folder).get(DIFFERENCES_KEY)
     toys.change_json(folder / "tokenizer_config.json", eos_token="</s>")
     assert not any("ends an answer" in told for told in write_vocabulary(folder).get(DIFFERENCES_KEY) or [])
 

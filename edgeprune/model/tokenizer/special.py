@@ -12,7 +12,7 @@ from typing import Any
 from edgeprune.errors import BadFile
 from edgeprune.files import read_json
 from edgeprune.model.gguf import Entry, make_entry
-from edgeprune.model.tokenizer.tokens import NORMAL, TokenTable, some
+from edgeprune.model.tokenizer.tokens import NORMAL, USER_DEFINED, TokenTable, some
 
 # llama.cpp's names of the tokens (its spelling of "separator" too) and those of the configurations.
 _NAMES = (
@@ -161,8 +161,8 @@ def special_entries(
 
 
 def _words_that_end(table: TokenTable, ends: list[int]) -> list[str]:
-    """One sentence on words that llama.cpp takes for the end of an answer, as "</s>" in Qwen's vocabulary, which HTML
-    has too; ``ends``: tokens that do end one."""
+    """One sentence on words that llama.cpp takes for the end of an answer, as "</s>" in the vocabularies of Qwen and
+    Gemma, which HTML has too; ``ends``: tokens that do end one."""
     named = (index for index, text in enumerate(table.texts) if text in _ENDS_BY_TEXT and index not in ends)
-    words = [table.texts[index] for index in named if table.types[index] == NORMAL]
+    words = [table.texts[index] for index in named if table.types[index] in (NORMAL, USER_DEFINED)]
     return [f"llama.cpp ends an answer at {some(words)}, which is a word like others here"] if words else []
