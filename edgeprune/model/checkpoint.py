@@ -34,7 +34,7 @@ SINGLE = "model.safetensors"
 SMALL = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _WEIGHTS_TOGETHER = 1 << 23  # that are compared in one go
 # Raised when conversion changes its result, so that converted files are made again.
-CONVERSION_FORMAT = 3
+CONVERSION_FORMAT = 4
 LARGEST_HEADER = 100_000_000
 # Read of a shard before it is mapped anew. What was read stays in memory as long as its map does, and a shard may be
 # as large as the model.
