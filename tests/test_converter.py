@@ -82,6 +82,31 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     ),
     "a requirement of nothing": ("[require]\na = { default = 1 }", "", "", "needs one of: is, one_of"),
     "an unknown setting of the rope": ("[rope]\nspeed = 1", "", "", "unknown keys: speed"),
+    "an architecture that is a number": ("nested = 3", "", "", r"nested = '3' is not a text"),
+    "kinds that are a number": ("kinds = 3", "", "", "another kind than it should"),
+    "left out, a number": ("left_out = 3", "", "", "another kind than it should"),
+    "sources that are a number": ("", "", "x = 3", "'3' is not a list"),
+    "a source without a text": (
+        "",
+        "",
+        "x = [{ name = 3 }]",
+        r"'3' is no name with places for \{layer\}, \{expert\}",
+    ),
+    "a place of another name": ("", "", "x = [{ name = 'a.{block}' }]", r"'a\.\{block\}' is no name with places"),
+    "a brace left open": ("", "", "x = [{ name = 'a.{layer' }]", r"'a\.\{layer' is no name with places"),
+    "a name in GGUF for experts": (
+        "",
+        "",
+        "'x.{expert}' = [{ name = 'y' }]",
+        r"is no name with places for \{layer\}",
+    ),
+    "a tensor of another place": ("[kinds]\na = { has = 'x.{block}' }", "", "", "no name with places"),
+    "a map that is a number": ("", "a = { type = 'u32', config = 'x', map = 3 }", "", "map is not a table"),
+    "operands that are a text": ("", "a = { type = 'u32', sum = 'xy' }", "", "'xy' is not a list"),
+    "kinds of a number": ("[kinds]\na = { list = 'x', equals = 3 }", "", "", "'3' is not a list"),
+    "allowed, a text": ("[require]\na = { one_of = 'xy' }", "", "", "'xy' is not a list"),
+    "a cycle that is a number": ("[require]\na = { cycle = 3 }", "", "", "'3' is not a list"),
+    "a base that is a text": ("[rope]\nbase = 'x'", "", "", "base = 'x' is not a number"),
     "an unknown transform": ("", "", "x = [{ name = 'y', transform = 'melt' }]", "unknown transform melt"),
 }
 
@@ -91,7 +116,7 @@ def test_broken_converter_is_refused(case: str, tmp_path: Path) -> None:
     top, metadata, tensors, cause = BROKEN[case]
     with pytest.raises(BadFile, match=cause) as refusal:
         converter(tmp_path, top, metadata, tensors)
-    assert "\n" not in refusal.value.cause
+    assert "\n" not in refusal.value.cause and refusal.value.hint
 
 
 KINDS = """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,41 @@ class Converter:
         return found
 
 
+_MEND = "mend this file; README, Add a family, says what belongs into one"
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """A block that reads the converter in ``path``, which may be a user's: what is wrong with it becomes one line."""
+    try:
+        yield
+    except BadFile as error:
+        error.hint = error.hint or _MEND
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        cause = f"{path} holds a value of another kind than it should: {str(error)[:100]}"
+        raise BadFile(cause, hint=_MEND) from error
+
+
+def _list(where: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadFile(f"{where} = {str(value)[:40]!r} is not a list")
+    return value
+
+
+def _template(where: str, name: Any, **places: int) -> str:
+    """A name with places for numbers, and no other ones."""
+    try:
+        str(name).replace(PREFIX, "").format(**places)
+        sound = isinstance(name, str)
+    except (LookupError, ValueError):
+        sound = False
+    if not sound:
+        known = ", ".join(f"{{{place}}}" for place in places)
+        raise BadFile(f"{where}: {str(name)[:80]!r} is no name with places for {known}")
+    return str(name)
+
+
 def _texts(where: str, value: Any) -> tuple[str, ...]:
     """One text or a list of them."""
     values = [value] if isinstance(value, str) else value
@@ -216,12 +252,13 @@ def _texts(where: str, value: Any) -> tuple[str, ...]:
 
 def _sources(where: str, alternatives: Any, kind: str) -> tuple[Source, ...]:
     sources = []
-    for alternative in alternatives:
+    for alternative in _list(where, alternatives):
         check_keys(where, alternative, {"name"}, {"transform"})
         transform = alternative.get("transform", "keep")
         if transform not in TRANSFORMS:
             raise BadFile(f"{where}: unknown transform {transform}", hint=f"known: {', '.join(TRANSFORMS)}")
-        sources.append(Source(alternative["name"], transform, kind))
+        name = _template(where, alternative["name"], layer=0, expert=0)
+        sources.append(Source(name, transform, kind))
     if not sources:
         raise BadFile(f"{where}: no source")
     return tuple(sources)
@@ -235,6 +272,7 @@ def _tensors(path: Path, table: dict[str, Any], kinds: Mapping[str, Rule]) -> di
         if kind and kind not in (*kinds, FURTHER):
             raise BadFile(f"{path}: tensors of the unknown kind {kind}", hint=f"known: {', '.join(kinds)}")
         for name, entry in group.items():
+            _template(str(path), name, layer=0)
             found[name] = (*found.get(name, ()), *_sources(f"{path}: {name}", entry, kind))
     return found
 
@@ -252,11 +290,13 @@ def _field(where: str, entry: Any, kinds: Mapping[str, Rule], kind: str | None =
     by_kind = entry.get("by_kind")
     if by_kind is not None and (not kind.startswith("[") or set(by_kind) - {*kinds, FURTHER}):
         raise BadFile(f"{where}: by_kind is for arrays, by the kinds {', '.join(kinds)}")
+    if not isinstance(entry.get("map", {}), dict):
+        raise BadFile(f"{where}: map is not a table")
     field = Field(
         type=kind,
         config=_texts(where, entry["config"]) if "config" in entry else (),
         operation=operations[0] if operations else "",
-        operands=tuple(entry[operations[0]]) if operations else (),
+        operands=tuple(_list(where, entry[operations[0]])) if operations else (),
         layers_of=entry.get("layers_of", ""),
         default=entry.get("value", entry.get("default")),
         map=entry.get("map"),
@@ -278,11 +318,11 @@ def _requirement(where: str, key: str, entry: Any) -> Requirement:
     check_keys(where, entry, set(), {*ways, "default", "unless"})
     if not set(ways) & entry.keys() or {"is", "one_of"} <= entry.keys():
         raise BadFile(f"{where} needs one of: {', '.join(ways)}")
-    allowed = entry.get("one_of", [entry["is"]] if "is" in entry else [])
+    allowed = _list(where, entry.get("one_of", [entry["is"]] if "is" in entry else []))
     return Requirement(
         key=key,
         allowed=tuple(None if value == "null" else value for value in allowed),
-        cycle=tuple(entry.get("cycle", ())),
+        cycle=tuple(_list(where, entry.get("cycle", []))),
         same_as=entry.get("same_as", ""),
         default=entry.get("default"),
         unless=entry.get("unless", ""),
@@ -297,11 +337,16 @@ def _rule(where: str, entry: Any, earlier: Mapping[str, Rule]) -> Rule:
     rule, keys = named[0], _texts(where, entry[named[0]])
     if rule == "unless" and (unknown := set(keys) - set(earlier)):
         raise BadFile(f"{where}: the kind {sorted(unknown)[0]} is not described before")
-    return Rule(rule, keys, tuple(entry.get("equals", ())), entry.get("default"))
+    if rule == "has":
+        keys = tuple(_template(where, key, layer=0, expert=0) for key in keys)
+    return Rule(rule, keys, tuple(_list(where, entry.get("equals", []))), entry.get("default"))
 
 
 def _rope(path: Path, entry: Any) -> Rope:
     check_keys(f"{path}: rope", entry, set(), set(Rope.__dataclass_fields__))
+    base = entry.get("base", 1.0)
+    if not isinstance(base, int | float) or isinstance(base, bool):
+        raise BadFile(f"{path}: rope: base = {str(base)[:40]!r} is not a number")
     lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
     return Rope(**{**entry, **lists})
 
@@ -319,10 +364,19 @@ def load_converter(path: Path) -> Converter:
     Raises:
         BadFile: unknown or missing keys, unknown types or transforms, a name other than the file's.
     """
-    table = read_toml(path)
+    with _explained(path):
+        return _converter(path, read_toml(path))
+
+
+def _converter(path: Path, table: dict[str, Any]) -> Converter:
     check_keys(str(path), table, _REQUIRED, _OPTIONAL)
     if table["name"] != path.stem:
         raise BadFile(f"{path}: the name {table['name']!r} differs from the file's")
+    for key in ("arch", "nested"):
+        if not isinstance(table.get(key, ""), str):
+            raise BadFile(f"{path}: {key} = {str(table[key])[:40]!r} is not a text")
+    if "token_embd.weight" not in table["tensors"]:
+        raise BadFile(f"{path} has no source for token_embd.weight")
     kinds: dict[str, Rule] = {}
     for kind, entry in table.get("kinds", {}).items():
         kinds[kind] = _rule(f"{path}: kind {kind}", entry, kinds)
@@ -359,7 +413,8 @@ def shipped_converters() -> Iterator[Path]:
 
 
 def _aliases(path: Path) -> tuple[str, ...]:
-    return tuple(map(str, read_toml(path).get("aliases", ())))
+    with _explained(path):
+        return _texts(f"{path}: aliases", read_toml(path).get("aliases", [path.stem]))
 
 
 def _file_for(model_type: str) -> Path | None:
