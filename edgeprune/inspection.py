@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,11 +11,11 @@ from edgeprune.errors import EdgepruneError, Unsupported
 from edgeprune.fitting import Fit, Shape, fits
 from edgeprune.model import ggml, hub
 from edgeprune.model.architecture import MOST_EXPERTS, MOST_LAYERS, Architecture, Tensor, read_architecture
-from edgeprune.model.cached import NotHere, cached
+from edgeprune.model.cached import cached
 from edgeprune.model.checkpoint import EXPERT_TENSOR, Checkpoint, open_checkpoint, shown
 from edgeprune.model.convert import bare_header
-from edgeprune.model.converter import Converter, converter_for
-from edgeprune.model.download import beside_weights, fetch_beside
+from edgeprune.model.converter import Converter, converter_for, own_converter
+from edgeprune.model.download import beside_weights, downloaded_earlier, fetch_beside
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.headers import Header, read_header
 from edgeprune.model.hub import Listing, Unreachable
@@ -89,12 +88,11 @@ def inspect_model(model: str, listener: Listener | None = None, *, tokenizer: bo
         if hub.is_offline():
             place = cached(place)
         else:
+            listener = listener or Silent()
             try:
-                return _inspect_remote(place, listener or Silent(), tokenizer)
-            except Unreachable:
-                with contextlib.suppress(NotHere):
-                    return _inspect_local(cached(place))
-                raise
+                return _inspect_remote(place, listener, tokenizer)
+            except Unreachable as error:
+                place = downloaded_earlier(place, error, listener.say)
     return _inspect_local(place)
 
 
@@ -197,6 +195,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, total: int, folder: Path | None)
     facts = [
         ("checkpoint", f"{shown(checkpoint.folder)}, {format_bytes(total)}"),
         ("model type", f"{model_type}, becomes {converter.arch}"),
+        *((("converter", str(own)),) if (own := own_converter(model_type)) is not None else ()),
     ]
     stored = dict(checkpoint.stored)
     try:
@@ -208,17 +207,18 @@ def _inspect_checkpoint(checkpoint: Checkpoint, total: int, folder: Path | None)
         checkpoint.stored = stored
         return _inspect_sketch(checkpoint, converter, facts, error)
     facts += [*_numbers(architecture), *(("conversion", remark) for remark in planned.remarks)]
-    facts += [("tokenizer", text) for text in (_told(folder, planned) if folder is not None else [])]
-    return _inspected(facts, architecture, header)
+    told, refusal = _told(folder, planned) if folder is not None else ([], None)
+    found = _inspected([*facts, *(("tokenizer", text) for text in told)], architecture, header)
+    return replace(found, refusal=found.refusal or refusal)
 
 
-def _told(folder: Path, planned: Conversion) -> list[str]:
+def _told(folder: Path, planned: Conversion) -> tuple[list[str], EdgepruneError | None]:
     """What llama.cpp's tokenizer does otherwise, or why the checkpoint's cannot be converted."""
     try:
         entries = tokenizer_entries(folder, planned.settings.config, planned.vocabulary)
     except EdgepruneError as error:
-        return [f"cannot be converted: {error.cause}"]
-    return _texts(next((entry.value() for entry in entries if entry.key == DIFFERENCES_KEY), []))
+        return [f"cannot be converted: {error.cause}"], error
+    return _texts(next((entry.value() for entry in entries if entry.key == DIFFERENCES_KEY), [])), None
 
 
 def _inspect_sketch(

@@ -32,7 +32,6 @@ class Family:
         examples: published models.
         literal: configuration values; those that all families share are in ``SHARED``.
         published: what stands in ``config.json`` on the Hub besides, or instead of, what ``save_pretrained`` writes.
-        real: a published model: what differs from the defaults of transformers' class, and billions of parameters.
         variants: further configurations, each as what differs from ``literal``.
         experts: configuration key with the number of experts.
         tokenizer: ``byte_level`` or ``sentencepiece``.
@@ -50,7 +49,6 @@ class Family:
     examples: tuple[str, ...]
     literal: Mapping[str, Any]
     published: Mapping[str, Any] = field(default_factory=dict)
-    real: tuple[Mapping[str, Any], float] | None = None
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     experts: str = "num_experts"
     tokenizer: str = "byte_level"
@@ -164,7 +162,6 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
             "rope_parameters": ROPE,
         },
-        real=({"num_hidden_layers": 48, "num_key_value_heads": 4, "head_dim": 128, "norm_topk_prob": True}, 30.5),
     ),
     "mixtral": Family(
         "llama",
@@ -172,7 +169,6 @@ FAMILIES: dict[str, Family] = {
         {"intermediate_size": 256, "num_local_experts": EXPERTS, "sliding_window": None, "rope_parameters": ROPE},
         experts="num_local_experts",
         tokenizer="sentencepiece",
-        real=({}, 46.7),
     ),
     "olmoe": Family(
         "olmoe",
@@ -184,7 +180,6 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": False,
             "rope_parameters": ROPE,
         },
-        real=({"intermediate_size": 1024}, 6.9),
     ),
     "gemma4": Family(
         "gemma4",
@@ -230,50 +225,12 @@ FAMILIES: dict[str, Family] = {
         # The model multiplies embeddings with the root of the width, and divides what routers see by it.
         prepare=_rescaled({"embed_tokens.weight": 1 / 16, "router.proj.weight": 16}),
         note="text only; vision and audio are left out; compared with GELU in F16, as llama.cpp's CPU code has it",
-        real=(
-            {
-                "text_config": {
-                    "hidden_size": 2816,
-                    "num_hidden_layers": 30,
-                    "num_attention_heads": 16,
-                    "num_key_value_heads": 8,
-                    "num_global_key_value_heads": 2,
-                    "attention_k_eq_v": True,
-                    "intermediate_size": 2112,
-                    "hidden_size_per_layer_input": 0,
-                    "enable_moe_block": True,
-                    "num_experts": 128,
-                    "top_k_experts": 8,
-                    "moe_intermediate_size": 704,
-                    "sliding_window": 1024,
-                    "final_logit_softcapping": 30.0,
-                    "use_bidirectional_attention": "vision",
-                    "max_position_embeddings": 262144,
-                },
-                "audio_config": None,
-            },
-            25.2,
-        ),
     ),
     "granitemoe": Family(
         "granitemoe",
         ("Granite-3.1-3B-A800M", "Granite-3.1-1B-A400M", "PowerMoE-3B"),
         _GRANITE,
         experts="num_local_experts",
-        real=(
-            {
-                "vocab_size": 49155,
-                "hidden_size": 1536,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 24,
-                "num_key_value_heads": 8,
-                "intermediate_size": 512,
-                "num_local_experts": 40,
-                "num_experts_per_tok": 8,
-                "tie_word_embeddings": True,
-            },
-            3.3,
-        ),
     ),
     "granitemoehybrid": Family(
         "granitehybrid",
@@ -291,25 +248,6 @@ FAMILIES: dict[str, Family] = {
         },
         variants={"rotated positions": {"position_embedding_type": "rope"}},
         experts="num_local_experts",
-        real=(
-            {
-                "vocab_size": 100352,
-                "hidden_size": 4096,
-                "num_hidden_layers": 40,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "intermediate_size": 768,
-                "shared_intermediate_size": 1536,
-                "num_local_experts": 72,
-                "num_experts_per_tok": 10,
-                "mamba_n_heads": 128,
-                "mamba_d_state": 128,
-                "mamba_d_head": 64,
-                "tie_word_embeddings": True,
-                "layer_types": [*["linear_attention"] * 5, "full_attention", *["linear_attention"] * 4] * 4,
-            },
-            32.2,
-        ),
     ),
     "lfm2_moe": Family(
         "lfm2moe",
@@ -323,13 +261,6 @@ FAMILIES: dict[str, Family] = {
             "num_experts": EXPERTS,
             "rope_parameters": ROPE,
         },
-        real=(
-            {
-                "num_hidden_layers": 24,
-                "layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
-            },
-            8.3,
-        ),
     ),
     "nemotron_h": Family(
         "nemotron_h_moe",
@@ -352,21 +283,6 @@ FAMILIES: dict[str, Family] = {
         },
         experts="n_routed_experts",
         note=f"{KEPT_ON_REQUEST}; llama.cpp centres the last norm of theirs, the original does not",
-        real=(
-            {
-                "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-                "hidden_size": 2688,
-                "num_key_value_heads": 2,
-                "mamba_num_heads": 64,
-                "n_routed_experts": 128,
-                "num_experts_per_tok": 6,
-                "moe_intermediate_size": 1856,
-                "moe_shared_expert_intermediate_size": 3712,
-                "routed_scaling_factor": 2.5,
-                "max_position_embeddings": 262144,
-            },
-            31.6,
-        ),
     ),
     "qwen3_next": Family(
         "qwen3next",
@@ -379,7 +295,6 @@ FAMILIES: dict[str, Family] = {
         },
         center=0.0,
         note=KEPT_ON_REQUEST,
-        real=({}, 79.7),
     ),
     "qwen3_5_moe": Family(
         "qwen35moe",
@@ -407,7 +322,6 @@ FAMILIES: dict[str, Family] = {
         },
         center=0.0,
         note=f"text only; vision is left out; {KEPT_ON_REQUEST}",
-        real=({}, 34.7),
     ),
     "qwen2_moe": Family(
         "qwen2moe",
@@ -430,7 +344,6 @@ FAMILIES: dict[str, Family] = {
             "decoder_sparse_step": 1,
         },
         variants={"without biases": {"qkv_bias": False}, **_TIED},
-        real=({}, 14.3),
     ),
     "deepseek_v2": Family(
         "deepseek2",
@@ -462,23 +375,10 @@ FAMILIES: dict[str, Family] = {
         variants={"a query in two steps": {"q_lora_rank": 96, "rope_parameters": ROPE}},
         experts="n_routed_experts",
         note="the large DeepSeek-V2 (`group_limited_greedy`) is refused: llama.cpp scores groups otherwise",
-        real=(
-            {
-                "num_hidden_layers": 27,
-                "hidden_size": 2048,
-                "intermediate_size": 10944,
-                "num_attention_heads": 16,
-                "q_lora_rank": None,
-                "moe_intermediate_size": 1408,
-                "num_experts_per_tok": 6,
-                "first_k_dense_replace": 1,
-            },
-            15.7,
-        ),
     ),
     "deepseek_v3": Family(
         "deepseek2",
-        ("DeepSeek-V3", "DeepSeek-R1", "DeepSeek-V3.1"),
+        ("DeepSeek-V3", "DeepSeek-R1", "DeepSeek-V3.1", "Moonlight-16B-A3B"),
         {
             **_LATENT,
             "n_shared_experts": 1,
@@ -506,8 +406,7 @@ FAMILIES: dict[str, Family] = {
             "all groups": {"n_group": 4, "topk_group": 4},
         },
         experts="n_routed_experts",
-        note=KEPT_ON_REQUEST,
-        real=({}, 671.0),
+        note=f"{KEPT_ON_REQUEST}; Kimi-K2 (`beta_fast` 1) is refused: llama.cpp has the bounds of DeepSeek's YaRN",
     ),
     "glm4_moe": Family(
         "glm4moe",
@@ -531,7 +430,6 @@ FAMILIES: dict[str, Family] = {
         variants={"without norms of query and key": {"use_qk_norm": False}},
         experts="n_routed_experts",
         note=KEPT_ON_REQUEST,
-        real=({"head_dim": 128, "attention_bias": True}, 106.9),
     ),
     "glm4_moe_lite": Family(
         "deepseek2",
@@ -562,7 +460,6 @@ FAMILIES: dict[str, Family] = {
         },
         experts="n_routed_experts",
         note=KEPT_ON_REQUEST,
-        real=({}, 29.9),
     ),
     "dots1": Family(
         "dots1",
@@ -588,17 +485,6 @@ FAMILIES: dict[str, Family] = {
         },
         variants=_TIED,
         experts="n_routed_experts",
-        real=(
-            {
-                "hidden_size": 4096,
-                "n_routed_experts": 128,
-                "n_shared_experts": 2,
-                "num_experts_per_tok": 6,
-                "first_k_dense_replace": 1,
-                "sliding_window": None,
-            },
-            142.8,
-        ),
     ),
     "minimax_m2": Family(
         "minimax-m2",
@@ -626,7 +512,6 @@ FAMILIES: dict[str, Family] = {
         },
         variants=_TIED,
         experts="num_local_experts",
-        real=({"rotary_dim": 64}, 228.7),
     ),
     "ernie4_5_moe": Family(
         "ernie4_5-moe",
@@ -661,7 +546,6 @@ FAMILIES: dict[str, Family] = {
         experts="moe_num_experts",
         tokenizer="sentencepiece",
         note="blocks that predict further tokens are left out: llama.cpp has no graph for them",
-        real=({}, 21.8),
     ),
     "hunyuan_v1_moe": Family(
         "hunyuan-moe",
@@ -701,18 +585,6 @@ FAMILIES: dict[str, Family] = {
         },
         variants={"without alpha": {"rope_parameters": ROPE}},
         note="the tokenizer may be `hy.tiktoken`",
-        real=(
-            {
-                "num_experts": 64,
-                "moe_topk": 8,
-                "intermediate_size": 3072,
-                "num_key_value_heads": 8,
-                "head_dim": 128,
-                "vocab_size": 128167,
-                "tie_word_embeddings": True,
-            },
-            80.4,
-        ),
     ),
     "gpt_oss": Family(
         "gpt-oss",
@@ -739,7 +611,6 @@ FAMILIES: dict[str, Family] = {
         single=False,
         experts="num_local_experts",
         note="MXFP4 experts are kept; llama.cpp rounds the bounds of YaRN's ramp, the original does not",
-        real=({}, 116.8),
     ),
     "llama4": Family(
         "llama4",
@@ -773,7 +644,6 @@ FAMILIES: dict[str, Family] = {
         single=False,
         experts="num_local_experts",
         note="the part that sees is left out; experts of Maverick cannot be dropped, see `inspect`",
-        real=({}, 107.8),
     ),
 }
 

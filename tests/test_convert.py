@@ -24,9 +24,10 @@ from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.files import data_folder
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import INDEX, SINGLE, open_checkpoint
-from edgeprune.model.convert import SOURCE_KEY, _piece_bytes, convert
+from edgeprune.model.convert import SOURCE_KEY, _piece_bytes, convert, whole_header
 from edgeprune.model.converter import load_converter
 from edgeprune.model.gguf import GgufFile
+from edgeprune.model.planning import plan_conversion
 from edgeprune.stages.converting import convert_checked, require_convertible
 
 
@@ -648,3 +649,31 @@ def test_fewer_layers_than_the_weights_hold_are_told_with_both(toy_checkpoint: t
     folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
     toys.change_json(folder / "config.json", num_hidden_layers=1)
     assert_refused(folder, BadFile, "config.json says 1 layers, the weights hold 2")
+
+
+# Values of generation_config.json, and what becomes of them.
+SAMPLERS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+    "as Qwen3's": (
+        {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05},
+        {"temp": 0.6, "top_k": 20, "top_p": 0.95, "penalty_repeat": 1.05},
+    ),
+    "without a word on whether anything is drawn": ({"temperature": 1, "min_p": 0.0}, {"temp": 1.0, "min_p": 0.0}),
+    "greedy": ({"do_sample": False, "temperature": 0.6}, {}),
+    "no numbers": ({"temperature": None, "top_k": True, "top_p": "0.9", "min_p": float("nan")}, {}),
+    "numbers of nothing": ({"temperature": -1, "top_k": 2.5, "top_p": 1e300}, {}),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLERS)
+def test_sampler_of_the_authors_is_kept(case: str, toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
+    """Under the names that llama-server looks for."""
+    told, expected = SAMPLERS[case]
+    folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps(told))
+    convert(folder, tmp_path / "out.gguf")
+    file = GgufFile(tmp_path / "out.gguf")
+    front = "general.sampling."
+    found = {key.removeprefix(front): file.get(key) for key in file.entries if key.startswith(front)}
+    assert found == pytest.approx(expected)
+    planned = plan_conversion(open_checkpoint(folder))
+    assert len(whole_header(planned, folder.name, folder)[0].top) == file.data_offset

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 import toys
-from safetensors.torch import save_file
+from runs import run_edgeprune
+from safetensors.torch import load_file, save_file
 
+from edgeprune.device.lookup import user_folder
 from edgeprune.errors import BadFile, EdgepruneError, Unsupported
+from edgeprune.files import data_folder
 from edgeprune.model.checkpoint import SINGLE, open_checkpoint
-from edgeprune.model.converter import Converter, converter_for, load_converter, shipped_converters
+from edgeprune.model.convert import SOURCE_KEY, convert
+from edgeprune.model.converter import Converter, converter_for, load_converter, own_converter, shipped_converters
+from edgeprune.model.gguf import GgufFile
 from edgeprune.model.transforms import TRANSFORMS, Sizes
 from edgeprune.model.values import Settings, metadata_entries, prefix_of, read_settings
 
@@ -75,6 +82,31 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     ),
     "a requirement of nothing": ("[require]\na = { default = 1 }", "", "", "needs one of: is, one_of"),
     "an unknown setting of the rope": ("[rope]\nspeed = 1", "", "", "unknown keys: speed"),
+    "an architecture that is a number": ("nested = 3", "", "", r"nested = '3' is not a text"),
+    "kinds that are a number": ("kinds = 3", "", "", "another kind than it should"),
+    "left out, a number": ("left_out = 3", "", "", "another kind than it should"),
+    "sources that are a number": ("", "", "x = 3", "'3' is not a list"),
+    "a source without a text": (
+        "",
+        "",
+        "x = [{ name = 3 }]",
+        r"'3' is no name with places for \{layer\}, \{expert\}",
+    ),
+    "a place of another name": ("", "", "x = [{ name = 'a.{block}' }]", r"'a\.\{block\}' is no name with places"),
+    "a brace left open": ("", "", "x = [{ name = 'a.{layer' }]", r"'a\.\{layer' is no name with places"),
+    "a name in GGUF for experts": (
+        "",
+        "",
+        "'x.{expert}' = [{ name = 'y' }]",
+        r"is no name with places for \{layer\}",
+    ),
+    "a tensor of another place": ("[kinds]\na = { has = 'x.{block}' }", "", "", "no name with places"),
+    "a map that is a number": ("", "a = { type = 'u32', config = 'x', map = 3 }", "", "map is not a table"),
+    "operands that are a text": ("", "a = { type = 'u32', sum = 'xy' }", "", "'xy' is not a list"),
+    "kinds of a number": ("[kinds]\na = { list = 'x', equals = 3 }", "", "", "'3' is not a list"),
+    "allowed, a text": ("[require]\na = { one_of = 'xy' }", "", "", "'xy' is not a list"),
+    "a cycle that is a number": ("[require]\na = { cycle = 3 }", "", "", "'3' is not a list"),
+    "a base that is a text": ("[rope]\nbase = 'x'", "", "", "base = 'x' is not a number"),
     "an unknown transform": ("", "", "x = [{ name = 'y', transform = 'melt' }]", "unknown transform melt"),
 }
 
@@ -84,7 +116,7 @@ def test_broken_converter_is_refused(case: str, tmp_path: Path) -> None:
     top, metadata, tensors, cause = BROKEN[case]
     with pytest.raises(BadFile, match=cause) as refusal:
         converter(tmp_path, top, metadata, tensors)
-    assert "\n" not in refusal.value.cause
+    assert "\n" not in refusal.value.cause and refusal.value.hint
 
 
 KINDS = """
@@ -234,6 +266,82 @@ def test_prefix_is_the_first_that_tensors_have(tmp_path: Path) -> None:
 
 def test_aliases_lead_to_the_same_converter() -> None:
     assert converter_for("llama4_text") == converter_for("llama4")
+
+
+# The user's own files in the configuration folder win over the shipped ones.
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder of converters, empty."""
+    for name in ("XDG_CONFIG_HOME", "APPDATA"):
+        monkeypatch.setenv(name, str(tmp_path / "config"))
+    folder = user_folder("converters")
+    folder.mkdir(parents=True)
+    return folder
+
+
+def copied(own: Path, shipped: str, name: str, *further: str) -> Path:
+    """A copy of the converter ``shipped`` as the user's own of that ``name``, with lines in front."""
+    text = (data_folder("converters") / f"{shipped}.toml").read_text(encoding="utf-8")
+    path = own / f"{name}.toml"
+    path.write_text("\n".join((*further, text.replace(f'name = "{shipped}"', f'name = "{name}"', 1))))
+    return path
+
+
+def test_own_converters_win_over_shipped_ones(own: Path) -> None:
+    assert own_converter("olmoe") is None
+    path = copied(own, "olmoe", "olmoe", 'aliases = ["llama4_text", "mine"]')
+    assert own_converter("olmoe") == path and converter_for("olmoe").aliases == ("llama4_text", "mine")
+    assert converter_for("mine").name == converter_for("llama4_text").name == "olmoe"
+    assert converter_for("llama4").name == "llama4" and own_converter("llama4") is None
+    path.write_text("name = ")
+    with pytest.raises(BadFile, match=r"cannot read .*olmoe\.toml"):
+        converter_for("mixtral_of_mine")
+
+
+def test_family_is_added_by_one_file(own: Path, toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
+    """As the README says: the file's path is in the refusal, and what is converted is made again when it changes."""
+    folder = Path(shutil.copytree(toy_checkpoint("olmoe"), tmp_path / "model"))
+    toys.change_json(folder / "config.json", model_type="my_moe")
+    refused = run_edgeprune("convert", "model", "my.gguf", cwd=tmp_path)
+    assert refused.returncode == 1 and f"describe another in {own / 'my_moe.toml'}" in refused.stderr
+    path = copied(own, "olmoe", "my_moe")
+    done = run_edgeprune("convert", "model", "my.gguf", cwd=tmp_path)
+    assert done.returncode == 0 and f"converter: {path}" in done.stderr
+    convert(toy_checkpoint("olmoe"), tmp_path / "olmoe.gguf")
+    names = ("general.name", SOURCE_KEY)
+    first, second = (GgufFile(tmp_path / f"{name}.gguf") for name in ("my", "olmoe"))
+    assert [entry.raw for key, entry in first.entries.items() if key not in names] == [
+        entry.raw for key, entry in second.entries.items() if key not in names
+    ]
+    assert (tmp_path / "my.gguf").read_bytes()[first.data_offset :] == second.path.read_bytes()[second.data_offset :]
+    before = open_checkpoint(folder).origin()
+    assert before == first.get(SOURCE_KEY)
+    path.write_text(path.read_text() + "# changed")
+    assert open_checkpoint(folder).origin() != before
+    told = json.loads(run_edgeprune("inspect", "model", "--json", cwd=tmp_path).stdout)
+    assert ["converter", str(path)] in told["facts"]
+
+
+def test_tensors_that_no_converter_knows_are_left_out_as_the_hint_says(
+    own: Path, toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(toy_checkpoint("olmoe"), tmp_path / "model"))
+    further = {f"model.new.{n}.weight": torch.ones(4) for n in range(4)}
+    save_file({**load_file(folder / SINGLE), **further}, folder / SINGLE)
+    cause = r"4 tensors that olmoe does not: model\.new\.0.*, model\.new\.2\.weight, \.\.\."
+    with pytest.raises(Unsupported, match=cause) as no:
+        convert(folder, tmp_path / "out.gguf")
+    shipped = data_folder("converters") / "olmoe.toml"
+    assert f"under [left_out] in {own / 'olmoe.toml'}, a copy of {shipped}" in no.value.hint
+    copy = copied(own, "olmoe", "olmoe")
+    with pytest.raises(Unsupported, match="4 tensors") as no:
+        convert(folder, tmp_path / "out.gguf")
+    assert f"under [left_out] in {copy} (README" in no.value.hint
+    with copy.open("a") as stream:
+        stream.write('\n[left_out]\n"what is new" = ["model.new.*"]\n')
+    assert convert(folder, tmp_path / "out.gguf") == ["left out: what is new, 4 tensors of 64 B"]
 
 
 def test_family_that_llama_cpp_computes_wrongly_is_refused_with_the_reason() -> None:

@@ -100,13 +100,18 @@ def in_files(tensors: Mapping[str, Stored], count: int) -> list[dict[str, Stored
     return files
 
 
-def published(folder: Path, config: Mapping[str, Any], files: list[dict[str, Stored]]) -> Path:
-    """A checkpoint with holes in place of its weights."""
+def published(
+    folder: Path,
+    config: Mapping[str, Any],
+    files: list[dict[str, Stored]],
+    spelt: str = "model-{number:05d}-of-{count:05d}.safetensors",
+) -> Path:
+    """A checkpoint with holes in place of its weights. ``spelt``: names of its files."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     weight_map = {}
     for number, tensors in enumerate(files):
-        name, end, described = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors", 0, {}
+        name, end, described = spelt.format(number=number + 1, count=len(files)), 0, {}
         for key in sorted(tensors):
             begin, end = end, end + nbytes({key: tensors[key]})
             dtype, shape = tensors[key].type, list(tensors[key].shape)
@@ -151,6 +156,22 @@ def test_an_expert_by_expert_checkpoint_of_57_gib_costs_a_few_hundred_kilobytes(
 def toy_tokenizer(folder: Path) -> Path:
     toys.byte_level_tokenizer(folder / "tokenizer", ["<|endoftext|>"], toys.QWEN2_PATTERN)
     return folder / "tokenizer"
+
+
+# DeepSeek's, Moonshot's and Qwen3.5's ways of numbering files.
+@pytest.mark.parametrize(
+    "spelt",
+    [
+        "model-{number:05d}-of-{count:06d}.safetensors",
+        "model-{number}-of-{count}.safetensors",
+        "model.safetensors-{number:05d}-of-{count:05d}.safetensors",
+    ],
+)
+def test_the_index_is_not_fetched_whose_files_are_numbered(spelt: str, hub: hub_files.Hub, tmp_path: Path) -> None:
+    serve(hub, published(tmp_path / "model", QWEN3, in_files(qwen3(), 16), spelt))
+    told = dict(inspect_model(REPO).facts)
+    assert told["headers"].startswith("2 of 16 read")
+    assert not any(request.path.endswith("index.json") for request in hub.requests)
 
 
 def test_a_layer_that_differs_in_the_middle_is_read(hub: hub_files.Hub, tmp_path: Path) -> None:
@@ -247,5 +268,7 @@ def test_the_tokenizer_is_looked_at_when_asked_for(
     definition["pre_tokenizer"] = {"type": "Whitespace"}
     (folder / "tokenizer.json").write_text(json.dumps(definition))
     hub.add_folder(REPO, folder).revisions["main"] = "b" * 40
-    told = dict(inspect_model(REPO, tokenizer=True).facts)["tokenizer"]
+    found = inspect_model(REPO, tokenizer=True)
+    told = dict(found.facts)["tokenizer"]
     assert told.startswith("cannot be converted: ") and "Whitespace" in told
+    assert found.refusal is not None and "Whitespace" in found.refusal.cause

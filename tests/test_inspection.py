@@ -206,6 +206,15 @@ def test_experts_that_cannot_be_dropped_are_told_of_a_checkpoint(tmp_path: Path)
     assert "128" in dict(inspect_model(str(path)).facts)["experts that may be kept"]
 
 
+def test_checkpoint_whose_tokenizer_is_missing_cannot_be_converted(
+    toy_checkpoint: toys.Maker, tmp_path: Path
+) -> None:
+    shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    done = run_edgeprune("inspect", "model", cwd=tmp_path)
+    assert done.returncode == 1 and "model holds no tokenizer.json" in done.stderr
+    assert "routed experts" in done.stdout  # which is to be known all the same
+
+
 def test_differences_of_the_tokenizer_are_told(toy_checkpoint: toys.Maker, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(toy_checkpoint("qwen3_moe"), tmp_path / "model"))
     definition = json.loads((folder / "tokenizer.json").read_text())

@@ -309,5 +309,9 @@ def test_without_network_what_was_downloaded_is_looked_at(
     fetch(HubName(REPO), lambda done, total: None, lambda text: None)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert inspect_model(REPO).facts == inspect_model(str(synthetic("qwen3moe"))).facts
-    with pytest.raises(EdgepruneError, match="cannot reach the Hub"):
+    with pytest.raises(EdgepruneError, match="cannot reach the Hub") as refusal:
         inspect_model("maker/other")
+    assert "never downloaded" in dict(refusal.value.rows)["in the cache"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    done = run_edgeprune("inspect", REPO)
+    assert done.returncode == 0 and "what was downloaded earlier is used" in done.stderr

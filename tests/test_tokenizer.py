@@ -232,6 +232,28 @@ def test_tokens_that_end_an_answer_and_have_no_place_are_told(folder: Path) -> N
     assert file.get(DIFFERENCES_KEY) == [f"llama.cpp does not end an answer at {texts[8]!r}"]
 
 
+def test_word_that_llama_cpp_takes_for_an_end_is_told(folder: Path) -> None:
+    """Qwen's vocabulary has "</s>" among its words, which is the end of what is struck out in HTML."""
+
+    def with_word(definition: dict[str, Any]) -> None:
+        vocabulary = definition["model"]["vocab"]
+        last = max(vocabulary, key=vocabulary.__getitem__)
+        vocabulary["</s>"] = vocabulary.pop(last)
+        definition["model"]["merges"] = [m for m in definition["model"]["merges"] if "".join(m) != last]
+
+    change_definition(folder, with_word)
+    file = write_vocabulary(folder)
+    word = file.get("tokenizer.ggml.tokens").index("</s>")
+    assert native_ids(file.path, ["<s>a</s>"], special=True)[0][-1] == word
+    told = "llama.cpp ends an answer at '</s>', which is a word like others here"
+    assert told in file.get(DIFFERENCES_KEY)
+    added = {**NO_FLAGS, "id": word, "content": "</s>", "special": False}  # as in Gemma's
+    change_definition(folder, lambda definition: definition["added_tokens"].append(added))
+    assert told in write_vocabulary(folder).get(DIFFERENCES_KEY)
+    toys.change_json(folder / "tokenizer_config.json", eos_token="</s>")
+    assert not any("ends an answer" in told for told in write_vocabulary(folder).get(DIFFERENCES_KEY) or [])
+
+
 def test_no_end_of_text_is_told(folder: Path) -> None:
     toys.change_json(folder / "tokenizer_config.json", eos_token=...)
     assert "no token is known to end a text" in write_vocabulary(folder).get(DIFFERENCES_KEY)[0]

@@ -24,7 +24,7 @@ from edgeprune.errors import BadFile, Unsupported
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.tokenizer import DIFFERENCES_KEY
 from edgeprune.model.tokenizer.pretokenizer import COMPOSES
-from edgeprune.model.tokenizer.tokens import CONTROL
+from edgeprune.model.tokenizer.tokens import CONTROL, USER_DEFINED
 
 pytest_plugins = ("hub_fixtures",)
 
@@ -38,10 +38,10 @@ SETTINGS = {"tokenizer_class": "HYTokenizer", "bos_token": "<|startoftext|>", "e
 UNMADE = b"qzqzq"
 
 
-def tokens_of(folder: Path) -> list[bytes]:
+def tokens_of(folder: Path, family: str = "qwen2_moe") -> list[bytes]:
     """Tokens that were trained under the same rules, and one that no merges make."""
     folder.mkdir()
-    toy_tokenizers.write_byte_level(folder, "qwen2_moe")
+    toy_tokenizers.write_byte_level(folder, family)
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     byte_of = {pre_tokenizers.ByteLevel(False, False).pre_tokenize_str(chr(n))[0][0]: n for n in range(128)}
     letters = {letter for letter in pre_tokenizers.ByteLevel.alphabet()} - byte_of.keys()
@@ -60,15 +60,17 @@ def write_hunyuan(folder: Path, tokens: list[bytes], **settings: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(whole))
 
 
-def tiktoken_ids(text: str, rank_of: dict[bytes, int]) -> list[int]:
+def tiktoken_ids(
+    text: str, rank_of: dict[bytes, int], words: str = WORDS, special: tuple[str, ...] = SPECIAL
+) -> list[int]:
     """What tiktoken makes of a text: words that are tokens as they are, and neighbours joined by the lowest rank."""
-    marks = "|".join(map(regex.escape, SPECIAL))
+    marks = "|".join(map(regex.escape, special))
     ids = []
-    for part in regex.split(f"({marks})", unicodedata.normalize("NFC", text)):
-        if part in SPECIAL:
-            ids.append(len(rank_of) + SPECIAL.index(part))
+    for part in regex.split(f"({marks})", text):
+        if part in special:
+            ids.append(len(rank_of) + special.index(part))
             continue
-        for word in regex.findall(WORDS, part):
+        for word in regex.findall(words, part, regex.V1):
             pieces = [bytes([byte]) for byte in word.encode()]
             if word.encode() in rank_of:
                 pieces = [word.encode()]
@@ -100,8 +102,38 @@ def test_ids_are_those_of_tiktoken(hunyuan: tuple[GgufFile, list[bytes]]) -> Non
     del texts["combining marks"]  # NFC, which is told
     found = native_ids(file, list(texts.values()), special=True)
     for (what, text), own in zip(texts.items(), found, strict=True):
-        assert own == tiktoken_ids(text, rank_of), what
+        assert own == tiktoken_ids(unicodedata.normalize("NFC", text), rank_of), what
     assert COMPOSES in file.get(DIFFERENCES_KEY)
+
+
+# As in tokenization_moonshot.py of Moonlight and tokenization_kimi.py of Kimi-K2: special tokens are what the
+# settings name, and numbers elsewhere.
+MOONSHOT = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 5: "<|tool_calls_section_begin|>"}
+
+
+def test_ids_are_those_of_tiktoken_under_the_rules_of_kimi(tmp_path: Path) -> None:
+    tokens = tokens_of(tmp_path / "trained", "kimi_k2")[:-1]
+    first = len(tokens)
+    named = {str(first + place): {"content": text, "special": "tool" not in text} for place, text in MOONSHOT.items()}
+    settings = {"tokenizer_class": "TikTokenTokenizer", "bos_token": "[BOS]", "eos_token": "[EOS]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "added_tokens_decoder": named}))
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    (tmp_path / "tiktoken.model").write_bytes(b"".join(lines))
+    file = write_vocabulary(tmp_path)
+    special = tuple(MOONSHOT.get(place, f"<|reserved_token_{first + place}|>") for place in range(SIZE - first))
+    assert tuple(file.get("tokenizer.ggml.tokens")[first:]) == special
+    assert list(file.get("tokenizer.ggml.token_type")[first : first + 6]) == [*[CONTROL] * 5, USER_DEFINED]
+    assert file.get("tokenizer.ggml.pre") == "kimi-k2" and not file.get("tokenizer.ggml.add_bos_token")
+    assert (file.get("tokenizer.ggml.bos_token_id"), file.get("tokenizer.ggml.eos_token_id")) == (first, first + 1)
+    assert file.get(DIFFERENCES_KEY) == [
+        "llama.cpp's pre-tokenizer kimi-k2 cuts some words otherwise: combining marks are cut off their letters"
+    ]
+    texts = {**HARD_TEXTS, "special": "x".join(special[:7])}
+    texts |= {f"line {n}": line for n, line in enumerate(toys.training_lines()[::60])}
+    rank_of = {token: rank for rank, token in enumerate(tokens)}
+    found = native_ids(file, list(texts.values()), special=True)
+    for (what, text), own in zip(texts.items(), found, strict=True):
+        assert own == tiktoken_ids(text, rank_of, toy_tokenizers.KIMI, special), what
 
 
 def test_a_word_that_no_merges_make_is_told(hunyuan: tuple[GgufFile, list[bytes]]) -> None:

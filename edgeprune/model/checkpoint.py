@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import BadFile, Unsupported
-from edgeprune.files import read_json
+from edgeprune.files import file_digest, read_json
 from edgeprune.model.content import content_digest
+from edgeprune.model.converter import own_converter
 from edgeprune.model.headers import Readable
 from edgeprune.model.quantised import MXFP4, MXFP4_NAN, Scaled, decoded, find_scales, mxfp4_rows
 
@@ -33,7 +34,7 @@ SINGLE = "model.safetensors"
 SMALL = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _WEIGHTS_TOGETHER = 1 << 23  # that are compared in one go
 # Raised when conversion changes its result, so that converted files are made again.
-CONVERSION_FORMAT = 3
+CONVERSION_FORMAT = 4
 LARGEST_HEADER = 100_000_000
 # Read of a shard before it is mapped anew. What was read stays in memory as long as its map does, and a shard may be
 # as large as the model.
@@ -188,6 +189,9 @@ class Checkpoint:
     def origin(self, *, mtp: bool = False, progress: Callable[[int, int], None] | None = None) -> str:
         """Digest of the checkpoint and of the way it is converted; ``mtp``: with its further blocks."""
         way = f"{CONVERSION_FORMAT}{' with further blocks' if mtp else ''}"
+        own = own_converter(str(self.config.get("model_type", "")))
+        if own is not None:
+            way += f" by {file_digest(own)}"
         return hashlib.sha256(f"conversion {way}, {self.fingerprint(progress)}".encode()).hexdigest()
 
     def fingerprint(self, progress: Callable[[int, int], None] | None = None) -> str:

@@ -15,6 +15,7 @@ from edgeprune.model.headers import Header, Holed
 from edgeprune.model.planning import FLOATS, Conversion, Planned, naming, plan_conversion
 from edgeprune.model.quantised import MXFP4
 from edgeprune.model.rope import rope_entries
+from edgeprune.model.sampler import sampler_entries
 from edgeprune.model.tokenizer import tokenizer_entries
 from edgeprune.model.transforms import TRANSFORMS, Sizes
 from edgeprune.model.values import metadata_entries
@@ -141,6 +142,7 @@ def convert(
     planned = plan_conversion(checkpoint, base, mtp=mtp)
     entries = [
         *model_entries(planned, name or folder.resolve().name, str(folder / "config.json")),
+        *sampler_entries(folder),
         *tokenizer_entries(folder, planned.settings.config, planned.vocabulary),
         make_entry(SOURCE_KEY, "str", origin or checkpoint.origin(mtp=mtp)),
     ]
@@ -178,7 +180,8 @@ def whole_header(planned: Conversion, name: str, folder: Path) -> tuple[Holed, l
     """
     tokenizer = tokenizer_entries(folder, planned.settings.config, planned.vocabulary)
     unread = make_entry(SOURCE_KEY, "str", 64 * "0")  # as long as the digest, for which weights have to be read
-    entries = [*model_entries(planned, name, str(folder / "config.json")), *tokenizer, unread]
+    model = model_entries(planned, name, str(folder / "config.json"))
+    entries = [*model, *sampler_entries(folder), *tokenizer, unread]
     top = header(entries, planned.shapes, DEFAULT_ALIGNMENT)
     return Holed(top, file_bytes(len(top), planned.shapes, DEFAULT_ALIGNMENT)), tokenizer
 

@@ -1,14 +1,18 @@
-"""Reading ``converters/<model_type>.toml``: what one architecture is called in each world."""
+"""Reading ``converters/<model_type>.toml``: what one architecture is called in each world.
+
+The user's own files in the configuration folder win over the shipped ones.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edgeprune.device.lookup import known_files, user_folder
 from edgeprune.errors import BadFile, Unsupported
 from edgeprune.files import check_keys, data_folder, read_toml
 from edgeprune.model.gguf import TYPE_IDS
@@ -19,6 +23,7 @@ COMPUTED_OTHERWISE = {
     "phimoe": "it renormalises the weights of the chosen experts, of which Phi-3.5-MoE gives nearly 1 to each, "
     "and its norms do not subtract the mean; together 0.46 nats per token on a toy model",
 }
+_KIND = "converters"
 PREFIX = "{model}"  # in names of checkpoint tensors: whatever stands before "embed_tokens" in this checkpoint
 OPERATIONS = ("sum", "product", "quotient", "length")
 FURTHER = "further"  # the kind of blocks behind the last layer that predict further tokens, where they are kept
@@ -117,7 +122,6 @@ class Rope:
         base: base frequency of a configuration that names none, or None where it has to.
         scaling: kinds of scaling that are right in this graph.
         known: further settings in the table that are read elsewhere.
-        fixed: settings with the one value that this graph computes.
         log_multiplier: YaRN scales the attention by ``mscale_all_dim`` (DeepSeek).
         sections: pairs of dimensions that turn with time, height and width, where the configuration names none;
             empty for a rotation by one position.
@@ -128,7 +132,6 @@ class Rope:
     base: float | None = None
     scaling: tuple[str, ...] = ("linear", "yarn")
     known: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] | None = None
     log_multiplier: bool = False
     sections: tuple[int, ...] = ()
 
@@ -204,6 +207,41 @@ class Converter:
         return found
 
 
+_MEND = "mend this file; README, Add a family, says what belongs into one"
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """A block that reads the converter in ``path``, which may be a user's: what is wrong with it becomes one line."""
+    try:
+        yield
+    except BadFile as error:
+        error.hint = error.hint or _MEND
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        cause = f"{path} holds a value of another kind than it should: {str(error)[:100]}"
+        raise BadFile(cause, hint=_MEND) from error
+
+
+def _list(where: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadFile(f"{where} = {str(value)[:40]!r} is not a list")
+    return value
+
+
+def _template(where: str, name: Any, **places: int) -> str:
+    """A name with places for numbers, and no other ones."""
+    try:
+        str(name).replace(PREFIX, "").format(**places)
+        sound = isinstance(name, str)
+    except (LookupError, ValueError):
+        sound = False
+    if not sound:
+        known = ", ".join(f"{{{place}}}" for place in places)
+        raise BadFile(f"{where}: {str(name)[:80]!r} is no name with places for {known}")
+    return str(name)
+
+
 def _texts(where: str, value: Any) -> tuple[str, ...]:
     """One text or a list of them."""
     values = [value] if isinstance(value, str) else value
@@ -214,12 +252,13 @@ def _texts(where: str, value: Any) -> tuple[str, ...]:
 
 def _sources(where: str, alternatives: Any, kind: str) -> tuple[Source, ...]:
     sources = []
-    for alternative in alternatives:
+    for alternative in _list(where, alternatives):
         check_keys(where, alternative, {"name"}, {"transform"})
         transform = alternative.get("transform", "keep")
         if transform not in TRANSFORMS:
             raise BadFile(f"{where}: unknown transform {transform}", hint=f"known: {', '.join(TRANSFORMS)}")
-        sources.append(Source(alternative["name"], transform, kind))
+        name = _template(where, alternative["name"], layer=0, expert=0)
+        sources.append(Source(name, transform, kind))
     if not sources:
         raise BadFile(f"{where}: no source")
     return tuple(sources)
@@ -233,6 +272,7 @@ def _tensors(path: Path, table: dict[str, Any], kinds: Mapping[str, Rule]) -> di
         if kind and kind not in (*kinds, FURTHER):
             raise BadFile(f"{path}: tensors of the unknown kind {kind}", hint=f"known: {', '.join(kinds)}")
         for name, entry in group.items():
+            _template(str(path), name, layer=0)
             found[name] = (*found.get(name, ()), *_sources(f"{path}: {name}", entry, kind))
     return found
 
@@ -250,11 +290,13 @@ def _field(where: str, entry: Any, kinds: Mapping[str, Rule], kind: str | None =
     by_kind = entry.get("by_kind")
     if by_kind is not None and (not kind.startswith("[") or set(by_kind) - {*kinds, FURTHER}):
         raise BadFile(f"{where}: by_kind is for arrays, by the kinds {', '.join(kinds)}")
+    if not isinstance(entry.get("map", {}), dict):
+        raise BadFile(f"{where}: map is not a table")
     field = Field(
         type=kind,
         config=_texts(where, entry["config"]) if "config" in entry else (),
         operation=operations[0] if operations else "",
-        operands=tuple(entry[operations[0]]) if operations else (),
+        operands=tuple(_list(where, entry[operations[0]])) if operations else (),
         layers_of=entry.get("layers_of", ""),
         default=entry.get("value", entry.get("default")),
         map=entry.get("map"),
@@ -276,11 +318,11 @@ def _requirement(where: str, key: str, entry: Any) -> Requirement:
     check_keys(where, entry, set(), {*ways, "default", "unless"})
     if not set(ways) & entry.keys() or {"is", "one_of"} <= entry.keys():
         raise BadFile(f"{where} needs one of: {', '.join(ways)}")
-    allowed = entry.get("one_of", [entry["is"]] if "is" in entry else [])
+    allowed = _list(where, entry.get("one_of", [entry["is"]] if "is" in entry else []))
     return Requirement(
         key=key,
         allowed=tuple(None if value == "null" else value for value in allowed),
-        cycle=tuple(entry.get("cycle", ())),
+        cycle=tuple(_list(where, entry.get("cycle", []))),
         same_as=entry.get("same_as", ""),
         default=entry.get("default"),
         unless=entry.get("unless", ""),
@@ -295,11 +337,16 @@ def _rule(where: str, entry: Any, earlier: Mapping[str, Rule]) -> Rule:
     rule, keys = named[0], _texts(where, entry[named[0]])
     if rule == "unless" and (unknown := set(keys) - set(earlier)):
         raise BadFile(f"{where}: the kind {sorted(unknown)[0]} is not described before")
-    return Rule(rule, keys, tuple(entry.get("equals", ())), entry.get("default"))
+    if rule == "has":
+        keys = tuple(_template(where, key, layer=0, expert=0) for key in keys)
+    return Rule(rule, keys, tuple(_list(where, entry.get("equals", []))), entry.get("default"))
 
 
 def _rope(path: Path, entry: Any) -> Rope:
     check_keys(f"{path}: rope", entry, set(), set(Rope.__dataclass_fields__))
+    base = entry.get("base", 1.0)
+    if not isinstance(base, int | float) or isinstance(base, bool):
+        raise BadFile(f"{path}: rope: base = {str(base)[:40]!r} is not a number")
     lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
     return Rope(**{**entry, **lists})
 
@@ -317,10 +364,19 @@ def load_converter(path: Path) -> Converter:
     Raises:
         BadFile: unknown or missing keys, unknown types or transforms, a name other than the file's.
     """
-    table = read_toml(path)
+    with _explained(path):
+        return _converter(path, read_toml(path))
+
+
+def _converter(path: Path, table: dict[str, Any]) -> Converter:
     check_keys(str(path), table, _REQUIRED, _OPTIONAL)
     if table["name"] != path.stem:
         raise BadFile(f"{path}: the name {table['name']!r} differs from the file's")
+    for key in ("arch", "nested"):
+        if not isinstance(table.get(key, ""), str):
+            raise BadFile(f"{path}: {key} = {str(table[key])[:40]!r} is not a text")
+    if "token_embd.weight" not in table["tensors"]:
+        raise BadFile(f"{path} has no source for token_embd.weight")
     kinds: dict[str, Rule] = {}
     for kind, entry in table.get("kinds", {}).items():
         kinds[kind] = _rule(f"{path}: kind {kind}", entry, kinds)
@@ -353,40 +409,62 @@ def load_converter(path: Path) -> Converter:
 
 def shipped_converters() -> Iterator[Path]:
     """The files of all shipped converters, by name."""
-    yield from sorted(data_folder("converters").glob("*.toml"))
+    yield from sorted(data_folder(_KIND).glob("*.toml"))
 
 
-@cache
-def _model_types() -> dict[str, Path]:
-    """Every ``model_type`` that a shipped converter is for."""
-    found: dict[str, Path] = {}
-    for path in shipped_converters():
-        for name in (path.stem, *read_toml(path).get("aliases", ())):
-            found[name] = path
-    return found
+def _aliases(path: Path) -> tuple[str, ...]:
+    with _explained(path):
+        return _texts(f"{path}: aliases", read_toml(path).get("aliases", [path.stem]))
+
+
+def _file_for(model_type: str) -> Path | None:
+    """The user's own converter for a ``model_type``, else the shipped one, else None."""
+    own = sorted(user_folder(_KIND).glob("*.toml"))
+    for paths in (own, list(shipped_converters())):
+        named = (path for path in paths if path.stem == model_type)
+        also = (path for path in paths if model_type in _aliases(path))
+        if (found := next(named, None) or next(also, None)) is not None:
+            return found
+    return None
+
+
+def own_converter(model_type: str) -> Path | None:
+    """The file of the user's own converter for a ``model_type``, which is taken instead of a shipped one; or None."""
+    found = _file_for(model_type)
+    return found if found is not None and found.parent == user_folder(_KIND) else None
+
+
+def place_for(model_type: str) -> str:
+    """Where a converter of the user's own for a ``model_type`` belongs, and what to begin with, for hints."""
+    found = _file_for(model_type)
+    name = model_type if re.fullmatch(r"\w{1,60}", model_type) else "MODEL_TYPE"
+    place = user_folder(_KIND) / (found.name if found is not None else f"{name}.toml")
+    copy = f", a copy of {found}" if found not in (None, place) else ""
+    return f"{place}{copy} (README: Add a family)"
 
 
 def converter_for(model_type: str) -> Converter:
-    """The shipped converter for a configuration's ``model_type``.
+    """The converter for a configuration's ``model_type``, the user's own or a shipped one.
 
     Raises:
-        BadFile: it is empty.
+        BadFile: it is empty; or a converter of the user's cannot be read.
         Unsupported: there is none, and which there are; or llama.cpp computes the family otherwise.
     """
-    if model_type in COMPUTED_OTHERWISE:
-        raise Unsupported(
-            f"llama.cpp computes {model_type} models wrongly: {COMPUTED_OTHERWISE[model_type]}",
-            hint="a GGUF of it is pruned against what llama.cpp computes, not against the original",
-        )
-    known = _model_types()
     if model_type in ("", "None"):
         raise BadFile(
             "the configuration does not say which model it is of: it has no model_type",
             hint="config.json of a Hugging Face checkpoint names it; get that file again",
         )
-    if model_type not in known:
+    found = _file_for(model_type)
+    if found is None and model_type in COMPUTED_OTHERWISE:
+        raise Unsupported(
+            f"llama.cpp computes {model_type} models wrongly: {COMPUTED_OTHERWISE[model_type]}",
+            hint="a GGUF of it is pruned against what llama.cpp computes, not against the original",
+        )
+    if found is None:
         raise Unsupported(
             f"no converter for checkpoints of type '{model_type}'"[:200],
-            hint=f"known: {', '.join(sorted(known))}; a GGUF of any MoE architecture works without a converter",
+            hint=f"known: {', '.join(known_files(_KIND))}; describe another in {place_for(model_type)}; a GGUF "
+            "of any MoE architecture works without a converter",
         )
-    return load_converter(known[model_type])
+    return load_converter(found)

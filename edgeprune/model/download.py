@@ -80,12 +80,7 @@ def fetch(name: HubName, progress: Progress, say: Callable[[str], None], aim: Ai
     try:
         listing = hub.list_files(name)
     except Unreachable as error:
-        try:
-            found = cached(name)
-        except NotHere as lack:
-            raise Unreachable(error.cause, rows=[("in the cache", lack.why), *lack.rows], hint=error.hint) from error
-        say(f"{error.cause}; what was downloaded earlier is used")
-        return found
+        return downloaded_earlier(name, error, say)
     if name.wanted or not selection.has_checkpoint(listing):
         model = selection.chosen_gguf(listing)
         download = _Download(listing, progress, say)
@@ -95,6 +90,20 @@ def fetch(name: HubName, progress: Progress, say: Callable[[str], None], aim: Ai
         download.get(model.files)
         return _finished(listing) / model.files[0].path
     return _checkpoint(listing, _Download(listing, progress, say), aim)
+
+
+def downloaded_earlier(name: HubName, error: Unreachable, say: Callable[[str], None]) -> Path:
+    """What of ``name`` is here although the Hub cannot be reached, which is said.
+
+    Raises:
+        Unreachable: nothing, or not all of it; says that, too.
+    """
+    try:
+        found = cached(name)
+    except NotHere as lack:
+        raise Unreachable(error.cause, rows=[("in the cache", lack.why), *lack.rows], hint=error.hint) from error
+    say(f"{error.cause}; what was downloaded earlier is used")
+    return found
 
 
 def beside_weights(listing: Listing) -> list[HubFile]:

@@ -12,7 +12,7 @@ from edgeprune.errors import BadFile, EdgepruneError, Unsupported
 from edgeprune.model import ggml
 from edgeprune.model.architecture import takes_any_type
 from edgeprune.model.checkpoint import Checkpoint
-from edgeprune.model.converter import Converter, Source, converter_for
+from edgeprune.model.converter import Converter, Source, converter_for, place_for
 from edgeprune.model.gguf import TensorShape
 from edgeprune.model.quantised import ACTIVATION_SCALES, FP8, MXFP4
 from edgeprune.model.rope import rope_tensors
@@ -23,6 +23,7 @@ from edgeprune.units import format_bytes
 OUTPUT = "lm_head.weight"
 FLOATS = ("F32", "F16", "BF16")
 FURTHER_BLOCKS = "blocks that predict further tokens"  # as converters call them in what they leave out
+_MOST_NAMED = 3  # tensors in a message
 # Ways of quantising a checkpoint that can be undone, or moved to GGUF as they are.
 _KNOWN_QUANTISATIONS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
 _KNOWN_FORMS = ("float-quantized", "naive-quantized")  # of compressed-tensors
@@ -211,6 +212,11 @@ def _common_type(checkpoint: Checkpoint) -> str:
     return max(weights, key=lambda name: weights[name])
 
 
+def _few(names: list[str]) -> str:
+    """The first of ``names`` and how many more there are."""
+    return ", ".join(name[:100] for name in names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
+
+
 @contextmanager
 def naming(where: str) -> Iterator[None]:
     """A block whose complaints of ``config.json`` say which one."""
@@ -285,7 +291,9 @@ def plan_conversion(checkpoint: Checkpoint, base: str = "auto", *, mtp: bool = F
     unknown, remarks = _left_out(settings, checkpoint, _unclaimed(checkpoint, tensors))
     if unknown:
         raise Unsupported(
-            f"{checkpoint.folder} has {len(unknown)} tensors that {converter.name} does not: {unknown[0]}"
+            f"{checkpoint.folder} has {len(unknown)} tensors that {converter.name} does not: {_few(unknown)}",
+            hint="a variant that llama.cpp may not compute: a GGUF of it that someone else has made works without a "
+            f"converter; where they may stay behind, name them under [left_out] in {place_for(converter.name)}",
         )
     conversion = Conversion(settings, base, tensors, tuple(remarks))
     vocabulary = settings.config.get("vocab_size")

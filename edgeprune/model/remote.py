@@ -35,7 +35,8 @@ from edgeprune.model.selection import CONFIG, Gguf, weights_of
 from edgeprune.model.table import find_table
 from edgeprune.units import format_bytes
 
-_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+# Files as save_pretrained numbers them, or DeepSeek (00001-of-000163), Moonshot (1-of-61), Qwen3.5 (after a suffix).
+_SHARD = re.compile(r"model(?:\.safetensors)?-(\d{1,6})-of-(\d{1,6})\.safetensors")
 # Of one request; a header that goes on is fetched in ever larger steps.
 _FIRST_STEP, _LARGEST_STEP = 1 << 14, 4 << 20
 # Of all shards together, to see how long their headers are; and headers that are read at once whatever they say.
@@ -177,14 +178,14 @@ def _header(listing: Listing, file: HubFile, budget: Budget) -> Header:
 
 
 def _weights(listing: Listing, budget: Budget) -> list[HubFile]:
-    """The files of weights, from their names alone where these are numbered as save_pretrained does: the index of a
-    large model is larger than all its headers."""
+    """The files of weights, from their names alone where all are numbered: the index of a large model is larger than
+    all its headers."""
     if INDEX not in listing.files:
         return weights_of(listing, None)
     shards = {path: match for path in listing.files if (match := _SHARD.fullmatch(path))}
     counts = {int(match[2]) for match in shards.values()}
     if len(counts) == 1 and len(shards) == counts.pop():
-        return [listing.files[path] for path in sorted(shards)]
+        return [listing.files[path] for path in sorted(shards, key=lambda path: int(shards[path][1]))]
     return weights_of(listing, RemoteBytes(listing, listing.files[INDEX], budget)[:])
 
 

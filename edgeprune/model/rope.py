@@ -30,6 +30,10 @@ _OWN = {
     "alpha": ("alpha", "mscale", "mscale_all_dim"),
 }
 FREQUENCIES = "rope_freqs.weight"
+_OTHERS_GGUF = (
+    "llama.cpp's graph does not compute it; a GGUF that someone else has made works, and is pruned against what "
+    "llama.cpp computes, not against the original"
+)
 
 
 def _table(rope: Rope, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,16 +72,15 @@ def _base(settings: Settings, table: Mapping[str, Any]) -> float:
 
 def _check(rope: Rope, kind: str, table: Mapping[str, Any]) -> None:
     """Refuse a scaling, or a setting of one, that llama.cpp does not compute."""
-    fixed = {**_FIXED, **(rope.fixed or {})}
     own = _OWN.get(kind, ("mscale", "mscale_all_dim") if rope.log_multiplier else ())
     foreign = sorted(
         f"{key} = {value!r}"
         for key, value in table.items()
-        if key not in (*_SPOKEN_FOR, *own, *rope.known) and value not in (None, fixed.get(key))
+        if key not in (*_SPOKEN_FOR, *own, *rope.known) and value not in (None, _FIXED.get(key))
     )
     if kind not in rope.scaling or foreign:
         what = f"with {foreign[0]} " if foreign else ""
-        raise Unsupported(f"rotary embedding scaling '{kind}' {what}is not supported"[:200])
+        raise Unsupported(f"rotary embedding scaling '{kind}' {what}is not supported"[:200], hint=_OTHERS_GGUF)
 
 
 def _log_multiplier(table: Mapping[str, Any], prefix: str) -> list[Entry]:
@@ -86,7 +89,9 @@ def _log_multiplier(table: Mapping[str, Any], prefix: str) -> list[Entry]:
     over, under = float(table.get("mscale") or 0), float(table.get("mscale_all_dim") or 0)
     # Without them the original leaves the attention's scale alone, which llama.cpp changes with any factor.
     if over != under or not under:
-        raise Unsupported(f"rotary embedding scaling 'yarn' with mscale = {over} and mscale_all_dim = {under}")
+        raise Unsupported(
+            f"rotary embedding scaling 'yarn' with mscale = {over} and mscale_all_dim = {under}", hint=_OTHERS_GGUF
+        )
     # The tenth is llama.cpp's: it divides the value by 0.1 for these graphs.
     return [make_entry(f"{prefix}.scaling.yarn_log_multiplier", "f32", 0.1 * under)]
 

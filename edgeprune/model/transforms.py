@@ -36,7 +36,10 @@ class Sizes:
 
     def __getitem__(self, name: str) -> int:
         if name not in self.named:
-            raise BadFile(f"the converter names no size '{name}', which its transforms need")
+            raise BadFile(
+                f"the converter names no size '{name}', which its transforms need",
+                hint="name it under [sizes] (README: Add a family)",
+            )
         return self.named[name]
 
 

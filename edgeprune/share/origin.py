@@ -17,6 +17,7 @@ from edgeprune.errors import BadFile, EdgepruneError
 from edgeprune.files import read_json
 from edgeprune.model.gguf import GgufFile
 from edgeprune.model.location import HubName, hub_name
+from edgeprune.model.sampler import SAMPLERS
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _HUB_ADDRESS = re.compile(rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/({_REPOSITORY.pattern})/?")
@@ -27,13 +28,14 @@ _PIPELINE = "text-generation"
 _LONGEST_TEXT = 300
 _LARGEST_README = 1 << 20
 # Generation parameters: as transformers and as GGUF metadata call them, and llama-server's option.
-_SAMPLERS = (
-    ("temperature", "temp", "--temp"),
-    ("top_k", "top_k", "--top-k"),
-    ("top_p", "top_p", "--top-p"),
-    ("min_p", "min_p", "--min-p"),
-    ("repetition_penalty", "penalty_repeat", "--repeat-penalty"),
-)
+_OPTIONS = {
+    "temp": "--temp",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "min_p": "--min-p",
+    "penalty_repeat": "--repeat-penalty",
+}
+_SAMPLERS = tuple((theirs, ours, _OPTIONS[ours]) for theirs, ours, _ in SAMPLERS)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from edgeprune.measure.memory import require_loadable
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.checkpoint import Checkpoint, blaming_the_download, open_checkpoint
 from edgeprune.model.convert import bare_header, whole_header
+from edgeprune.model.converter import own_converter
 from edgeprune.model.headers import Header, read_header
 from edgeprune.model.planning import Conversion, plan_conversion
 from edgeprune.model.tokenizer import DIFFERENCES_KEY
@@ -113,6 +114,8 @@ class Scrutiny:
         with blaming_the_download():
             whole, tokenizer = whole_header(planned, self.name or checkpoint.folder.name, checkpoint.folder)
         if not self.done:
+            if (own := own_converter(str(checkpoint.config.get("model_type", "")))) is not None:
+                self.listener.say(f"converter: {own}")
             for line in next((entry.value() for entry in tokenizer if entry.key == DIFFERENCES_KEY), []):
                 self.listener.say(f"tokenizer: {line}")
             for line in planned.remarks:

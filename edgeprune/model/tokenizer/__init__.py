@@ -23,7 +23,7 @@ from edgeprune.model.tokenizer.sentencepiece import is_sentencepiece, sentencepi
 from edgeprune.model.tokenizer.special import frame, optional_json, special_entries, special_ids
 from edgeprune.model.tokenizer.template import template_entries
 from edgeprune.model.tokenizer.tiktoken import KNOWN, tiktoken_definition
-from edgeprune.model.tokenizer.tokens import token_table
+from edgeprune.model.tokenizer.tokens import TokenTable, token_table
 from edgeprune.model.tokenizer.unigram import Spaces, sound_map, unigram_entries, unigram_spaces, unigram_types
 
 # What llama.cpp does otherwise than the original tokenizer, one sentence each.
@@ -60,9 +60,10 @@ def tokenizer_entries(folder: Path, config: dict[str, Any], vocabulary: int) -> 
     try:
         if path.suffix == ".json":
             return _from_definition(found, read_json(path), path)
-        if path.suffix == ".tiktoken":
-            rules = KNOWN[settings["tokenizer_class"]]
-            return _from_definition(found, tiktoken_definition(path, rules, vocabulary), path)
+        rules = KNOWN.get(str(settings.get("tokenizer_class")))
+        if rules is not None and path.name == rules.file:
+            named = added_tokens(folder, settings)
+            return _from_definition(found, tiktoken_definition(path, rules, vocabulary, named), path)
         return _from_pieces(found, path)
     except KeyError as error:
         raise BadFile(f"{path} is not a tokenizer definition: it lacks {error}"[:300]) from error
@@ -80,7 +81,7 @@ def _from_definition(found: _Found, definition: dict[str, Any], path: Path) -> l
     ranked = model["vocab"]
     vocabulary = {text: index for index, (text, _) in enumerate(ranked)} if kind == "Unigram" else ranked
     table = token_table(vocabulary, definition.get("added_tokens") or [], found.vocabulary, where)
-    special = _special(found, table.texts)
+    special = _special(found, table)
     if kind == "Unigram":
         spaces = unigram_spaces(definition, where)
         table, notes = unigram_types(table, model["unk_id"], spaces)
@@ -101,7 +102,7 @@ def _from_pieces(found: _Found, path: Path) -> list[Entry]:
     prefix = found.settings.get("add_prefix_space")
     prefix = prefix if isinstance(prefix, bool) else model.space_prefix
     table, scores = piece_table(model, added, found.vocabulary, str(path))
-    special = _special(found, table.texts, model.ids)
+    special = _special(found, table, model.ids)
     if model.kind == UNIGRAM:
         spaces = Spaces(prefix, model.merges_spaces, sound_map(model.characters, str(path)))
         table, notes = unigram_types(table, model.ids["unknown"], spaces)
@@ -127,11 +128,11 @@ class _Special:
     adds_first: bool
 
 
-def _special(found: _Found, texts: list[str], known: dict[str, int] | None = None) -> _Special:
+def _special(found: _Found, table: TokenTable, known: dict[str, int] | None = None) -> _Special:
     """Special tokens; ``known``: those that the vocabulary itself names, for want of others."""
-    ids = {**(known or {}), **special_ids(found.settings, found.config, texts)}
+    ids = {**(known or {}), **special_ids(found.settings, found.config, table.texts)}
     around = frame(found.folder / "tokenizer.json", found.settings, ids)
     generation = optional_json(found.folder / "generation_config.json")
-    entries, notes = special_entries(ids, around, found.config, generation, texts)
+    entries, notes = special_entries(ids, around, found.config, generation, table)
     templates = template_entries(found.folder, found.settings)
     return _Special(entries, templates, notes, "bos" in ids or bool(around[0]), bool(around[0]))

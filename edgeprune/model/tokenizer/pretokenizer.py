@@ -47,7 +47,7 @@ _REST_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _O200K = f"{_CAPITALS}*{_SMALL}+{_ENDINGS}?|{_CAPITALS}+{_SMALL}*{_ENDINGS}?" + r"|\p{N}{1,3}" + _REST_SLASH
 _TEKKEN = f"{_CAPITALS}*{_SMALL}+|{_CAPITALS}+{_SMALL}*" + r"|\p{N}" + _REST_SLASH
 _NOT_HAN = r"&&[^\p{Han}]]"
-_KIMI = (
+KIMI = (
     r"[\p{Han}]+|"
     + f"{_CAPITALS[:-1]}{_NOT_HAN}*{_SMALL[:-1]}{_NOT_HAN}+{_ENDINGS}?|"
     + f"{_CAPITALS[:-1]}{_NOT_HAN}+{_SMALL[:-1]}{_NOT_HAN}*{_ENDINGS}?"
@@ -109,7 +109,7 @@ PRE_TOKENIZERS: dict[tuple[str, ...], tuple[PreTokenizer, ...]] = {
         PreTokenizer("gpt-4o", differs=_NO_MARKS),
     ),
     (_TEKKEN,): (PreTokenizer("tekken", words_first=True, differs=_NO_MARKS),),
-    (_KIMI,): (PreTokenizer("kimi-k2", differs="combining marks are cut off their letters"),),
+    (KIMI,): (PreTokenizer("kimi-k2", differs="combining marks are cut off their letters"),),
     ("[\\r\\n]", rf"\s?[{_DEEPSEEK_LETTERS}]+", rf"\s?{_DEEPSEEK_MARKS}", r"\s+$", _CJK, DIGIT): (
         PreTokenizer("deepseek-llm"),
     ),

@@ -12,7 +12,7 @@ from typing import Any
 from edgeprune.errors import BadFile
 from edgeprune.files import read_json
 from edgeprune.model.gguf import Entry, make_entry
-from edgeprune.model.tokenizer.tokens import some
+from edgeprune.model.tokenizer.tokens import NORMAL, USER_DEFINED, TokenTable, some
 
 # llama.cpp's names of the tokens (its spelling of "separator" too) and those of the configurations.
 _NAMES = (
@@ -118,7 +118,7 @@ def special_entries(
     around: tuple[list[int], list[int]],
     config: dict[str, Any],
     generation: dict[str, Any],
-    texts: list[str],
+    table: TokenTable,
 ) -> tuple[list[Entry], list[str]]:
     """Entries of the special tokens, and what could not be kept, one sentence each.
 
@@ -127,7 +127,9 @@ def special_entries(
         around: from ``frame``. llama.cpp adds one token at most on either side: the one that begins a text, and the
             one that ends it.
         generation: contents of ``generation_config.json``, whose tokens that end an answer may be more than one.
+        table: the tokens.
     """
+    texts = table.texts
     ids, notes, added = dict(ids), [], {"bos": False, "eos": False}
     ends = [ids["eos"]] if "eos" in ids else []
     for name, found in zip(("bos", "eos"), around, strict=True):
@@ -150,8 +152,17 @@ def special_entries(
         ids[name] = index
     if further[2:]:
         notes.append(f"llama.cpp does not end an answer at {some([texts[index] for index in further[2:]])}")
+    notes += _words_that_end(table, ends)
     entries = [make_entry(f"tokenizer.ggml.{name}_token_id", "u32", index) for name, index in ids.items()]
     entries += [make_entry(f"tokenizer.ggml.add_{name}_token", "bool", flag) for name, flag in added.items()]
     if suppressed := [index for index in _as_list(generation.get("suppress_tokens")) if _is_id(index, texts)]:
         entries.append(make_entry("tokenizer.ggml.suppress_tokens", "[i32]", suppressed))
     return entries, notes
+
+
+def _words_that_end(table: TokenTable, ends: list[int]) -> list[str]:
+    """One sentence on words that llama.cpp takes for the end of an answer, as "</s>" in the vocabularies of Qwen and
+    Gemma, which HTML has too; ``ends``: tokens that do end one."""
+    named = (index for index, text in enumerate(table.texts) if text in _ENDS_BY_TEXT and index not in ends)
+    words = [table.texts[index] for index in named if table.types[index] in (NORMAL, USER_DEFINED)]
+    return [f"llama.cpp ends an answer at {some(words)}, which is a word like others here"] if words else []

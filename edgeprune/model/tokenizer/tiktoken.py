@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import BadFile
-from edgeprune.model.tokenizer.pretokenizer import QWEN2
+from edgeprune.model.tokenizer.pretokenizer import KIMI, QWEN2
 
 _MOST_BYTES = 1 << 28
 _LONGEST = 1 << 10  # bytes of a token; the longest known ones have 128
@@ -30,7 +30,8 @@ class Rules:
         pattern: regular expression of its words.
         composes: whether texts are brought to the composed form (NFC) first.
         special: texts of the special tokens, whose ids follow the vocabulary.
-        numbered: of those behind them, up to the last row of the embedding matrix; with a place for the number.
+        numbered: of those behind them, up to the last row of the embedding matrix; with a place for ``{number}``,
+            which counts from 0, or for the ``{id}``. The settings may name them otherwise.
     """
 
     file: str
@@ -40,29 +41,37 @@ class Rules:
     numbered: str
 
 
-# By "tokenizer_class" in tokenizer_config.json. Hunyuan's: tokenization_hy.py, in the repositories of Hunyuan-A13B.
+# By "tokenizer_class" in tokenizer_config.json. Hunyuan's: tokenization_hy.py, in the repositories of Hunyuan-A13B;
+# Moonshot's: tokenization_moonshot.py and tokenization_kimi.py, in those of Moonlight and Kimi.
 KNOWN = {
     "HYTokenizer": Rules(
         file="hy.tiktoken",
         pattern=QWEN2,
         composes=True,
         special=("<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"),
-        numbered="<|extra_{}|>",
+        numbered="<|extra_{number}|>",
+    ),
+    "TikTokenTokenizer": Rules(
+        file="tiktoken.model",
+        pattern=KIMI,
+        composes=False,
+        special=(),
+        numbered="<|reserved_token_{id}|>",
     ),
 }
 
 
-def tiktoken_definition(path: Path, rules: Rules, size: int) -> dict[str, Any]:
+def tiktoken_definition(path: Path, rules: Rules, size: int, named: list[dict[str, Any]]) -> dict[str, Any]:
     """The vocabulary in ``path`` under ``rules``, as ``tokenizer.json`` would have it.
 
     Args:
         size: rows of the embedding matrix.
+        named: added tokens that the settings name, in the same form.
 
     Raises:
         BadFile: it is no such vocabulary.
     """
     ranks = _ranks(path)
-    special = [*rules.special, *(rules.numbered.format(n) for n in range(size - len(ranks) - len(rules.special)))]
     return {
         "normalizer": {"type": "NFC"} if rules.composes else None,
         "pre_tokenizer": {
@@ -72,9 +81,7 @@ def tiktoken_definition(path: Path, rules: Rules, size: int) -> dict[str, Any]:
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         },
-        "added_tokens": [
-            {"id": len(ranks) + index, "content": text, "special": True} for index, text in enumerate(special)
-        ],
+        "added_tokens": _added(rules, len(ranks), size, named),
         "model": {
             "type": "BPE",
             "vocab": {_spelt(token): rank for token, rank in ranks.items()},
@@ -82,6 +89,15 @@ def tiktoken_definition(path: Path, rules: Rules, size: int) -> dict[str, Any]:
             "ignore_merges": True,
         },
     }
+
+
+def _added(rules: Rules, first: int, size: int, named: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tokens behind a vocabulary of ``first`` ones, as in ``tokenizer.json``."""
+    texts = dict(enumerate(rules.special, first))
+    for index in range(first + len(rules.special), size):
+        texts[index] = rules.numbered.format(number=index - first - len(rules.special), id=index)
+    added: dict[int, dict[str, Any]] = {i: {"id": i, "content": text, "special": True} for i, text in texts.items()}
+    return list((added | {token["id"]: token for token in named if token["id"] >= first}).values())
 
 
 def _ranks(path: Path) -> dict[bytes, int]:
