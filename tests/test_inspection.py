@@ -291,6 +291,7 @@ def test_verdicts_near_the_limit_are_those_of_the_plan(
     whole = inspect_model(model)
     beside = next(fit.beside_bytes for fit in whole.fits if fit.profile == "cpu-16gb")
     sizes = [beside + share * whole.nbytes // 8 for share in (-4, 1, 4, 7, 9, 12)]
+    sizes[-1] += 8 << 20  # what the process itself takes varies by a few MiB
     for size in sizes:
         ram = size if backend == "cpu" else beside - (7 << 20)
         text = PROFILE.format(name=f"of-{size}", backend=backend, ram=ram >> 10)
