@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -402,18 +403,39 @@ def test_healed_experts_are_encoded_twice(pose: Pose) -> None:
     """Without error feedback and with it, where a row has more than one block; nothing else is."""
     problem = pose(memory=64 * MIB)
     problem = replace(problem, sensitivity=replace(problem.sensitivity, rates={"Q8_0": 3e5, "Q4_K": 1e4}))
-    healed = replace(problem, heal=True)
     for tensor in problem.architecture.tensors:
         if tensor.quantisable:
             for name, block in (("Q8_0", 32), ("Q4_K", 256)):
-                times = 2 if tensor.is_expert and tensor.shape[0] > block else 1
-                assert healed.seconds(tensor, 4, name) == times * problem.seconds(tensor, 4, name) > 0
+                once, found = (problem.seconds(tensor, 4, name, healed=healed) for healed in (False, True))
+                assert found == (2 if tensor.is_expert and tensor.shape[0] > block else 1) * once > 0
+    # Where nothing is dropped, a file of so many bits is not healed.
+    experts = [tensor.name for tensor in problem.architecture.tensors if tensor.is_expert]
+    types = dict.fromkeys(experts, "Q8_0")
+    for kept, times in ((EXPERTS, 1), (4, 2)):
+        once, found = (
+            must(priced(replace(problem, heal=heal), kept, types)).plan.predicted.encode_seconds
+            for heal in (False, True)
+        )
+        assert found == pytest.approx(times * once) and once > 0
 
 
 def test_what_healing_takes_is_told_of_plans_that_are_healed(pose: Pose) -> None:
     problem = replace(pose(file_limit=4 * MIB), healing=lambda plan: 10.0 * plan.kept)
     assert must(candidate(problem, 4)).plan.predicted.heal_seconds == 0.0
     assert must(candidate(replace(problem, heal=True), 4)).plan.predicted.heal_seconds == 40.0
+
+
+def test_types_of_a_plan_that_is_not_healed_are_chosen_for_that(pose: Pose) -> None:
+    """Healing would make good other types' errors than are there without it."""
+    differ, before = 0, math.inf
+    for limit in range(20, 44):
+        problem = pose(file_limit=limit * MIB // 10)
+        healed, unhealed = (must(candidate(replace(problem, heal=heal), EXPERTS)).plan for heal in (True, False))
+        assert healed.heal or healed.predicted.nats <= unhealed.predicted.nats * (1 + 1e-6), limit
+        assert healed.predicted.nats <= 1.05 * before, limit  # more room is hardly ever for the worse
+        before = healed.predicted.nats
+        differ += not healed.heal
+    assert differ
 
 
 def test_a_plan_keeps_to_the_time_it_may_take(pose: Pose) -> None:

@@ -660,7 +660,7 @@ SAMPLERS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "without a word on whether anything is drawn": ({"temperature": 1, "min_p": 0.0}, {"temp": 1.0, "min_p": 0.0}),
     "greedy": ({"do_sample": False, "temperature": 0.6}, {}),
     "no numbers": ({"temperature": None, "top_k": True, "top_p": "0.9", "min_p": float("nan")}, {}),
-    "numbers of nothing": ({"temperature": -1, "top_k": 2.5, "top_p": 1e300}, {}),
+    "numbers of nothing": ({"temperature": -1, "top_k": 2.5, "top_p": 1e300, "min_p": 10**400}, {}),
 }
 
 

@@ -107,6 +107,10 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     "allowed, a text": ("[require]\na = { one_of = 'xy' }", "", "", "'xy' is not a list"),
     "a cycle that is a number": ("[require]\na = { cycle = 3 }", "", "", "'3' is not a list"),
     "a base that is a text": ("[rope]\nbase = 'x'", "", "", "base = 'x' is not a number"),
+    "tables of numbers": ("[rope]\nparameters = [3]", "", "", r"rope: parameters"),
+    "a scaling that is a number": ("[rope]\nscaling = 3", "", "", r"rope: scaling"),
+    "a key that is a number": ("[require]\na = { same_as = 3 }", "", "", "same_as = '3' is not a text"),
+    "a condition that is a number": ("[require]\na = { is = 1, unless = 3 }", "", "", "unless = '3' is not a text"),
     "an unknown transform": ("", "", "x = [{ name = 'y', transform = 'melt' }]", "unknown transform melt"),
 }
 

@@ -398,6 +398,12 @@ FOREIGN: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {"position_embedding_type": "alibi"},
         "position_embedding_type = 'alibi' has no place in llama.cpp",
     ),
+    "a table for a word": (
+        "granitemoehybrid",
+        "",
+        {"position_embedding_type": {"rope": 1}},
+        r"type = \{'rope': 1\} has",
+    ),
     "routing without a bias": ("lfm2_moe", "", {"use_expert_bias": False}, "use_expert_bias = False"),
     "scaled weights of experts": ("lfm2_moe", "", {"routed_scaling_factor": 2.0}, "routed_scaling_factor = 2.0"),
     "two widths of linear attention": (

@@ -111,6 +111,20 @@ def test_experts_of_fewer_tokens_than_channels_are_fitted_too() -> None:
     np.testing.assert_allclose(np.concatenate(matrices(found), axis=1), exact, atol=0.1 * np.abs(exact).max())
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("hidden", [6, 250], ids=["fewer channels", "fewer tokens"])
+@pytest.mark.parametrize("place", [0, 7], ids=["fitted", "judging"])
+def test_values_that_are_no_numbers_leave_the_matrices_as_they_are(hidden: int, place: int) -> None:
+    start, shares, target = layer(hidden=hidden)
+    target[place] = np.nan
+    found = refit(start.__getitem__, shares, target, held_out(len(target)))
+    assert found.ridge is None and all(map(np.array_equal, matrices(found), start))
+    start, shares, target = layer(hidden=hidden)
+    shares[1].hidden[:] = np.inf
+    found = refit(start.__getitem__, shares, target, held_out(len(target)))
+    assert found.ridge is None and all(map(np.array_equal, matrices(found), start))
+
+
 @pytest.mark.parametrize("channels", [10, 200], ids=["fewer channels", "fewer tokens"])
 def test_each_step_is_the_ridge_regression_of_what_is_left(channels: int) -> None:
     random, ridge = np.random.default_rng(0), 0.3

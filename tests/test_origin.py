@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,12 @@ def test_a_source_on_the_hub_is_the_base_model(tmp_path: Path, monkeypatch: pyte
         tmp_path, base_model__count=("u32", 1), base_model__0__repo_url=("str", "https://huggingface.co/Org/Model")
     )
     assert read_origin(known, "Org/Model-GGUF:Q4_K_M").base_models == ("Org/Model",)
+
+
+def test_numbers_that_no_float_holds_are_left_out(tmp_path: Path) -> None:
+    for number in (10**400, float("inf"), float("nan")):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 0.9, "top_k": number}))
+        assert origin_of_checkpoint(tmp_path).sampler == {"--top-p": 0.9}
 
 
 def test_a_generation_without_sampling_recommends_no_sampler(tmp_path: Path) -> None:

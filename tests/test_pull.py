@@ -108,6 +108,9 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(
     assert command(*words).exception is None
     free[0] = 1  # what is there needs no room
     assert command(*words).exception is None
+    for path in (tmp_path / "new").rglob("*.gguf"):  # but what replaces another file
+        path.write_bytes(b"GGUF of somebody else")
+        assert failed(command(*words), EdgepruneError).startswith("not enough disk space in ")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/cache/blob"), "/cache/blob: Permission denied"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/cache/blob"), "/cache/blob: Is a directory"),
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "the Hub cannot be reached: "),
         (PermissionError(errno.EPERM, "Operation not permitted"), "the Hub cannot be reached: "),  # by a firewall
     ],
@@ -123,6 +127,7 @@ def test_what_is_wrong_with_a_disk_is_not_said_of_the_hub(error: OSError, said: 
     with pytest.raises(EdgepruneError) as caught, explained(REPO):
         raise error
     assert caught.value.cause.startswith(said) and "run the same command again" in caught.value.hint
+    assert ("free some space" in caught.value.hint) == (error.errno == errno.ENOSPC)
 
 
 def test_all_parts_of_a_split_file_arrive_and_load(

@@ -499,6 +499,9 @@ def test_a_loop_of_one_or_two_tokens_is_no_answer() -> None:
 ASKED = [Question(name, "", "", (name,)) for name in ("one", "two", "three", "four")]
 
 
+TINY = {"prefill_per_s": 1, "decode_per_s": 1e-308}
+
+
 def test_what_is_left_is_told_by_the_speed_once_that_is_known() -> None:
     """A slow start says nothing of what follows, and a long context takes longer than a dozen answers."""
     now = [0.0]
@@ -519,7 +522,13 @@ def test_what_is_left_is_told_by_the_speed_once_that_is_known() -> None:
     assert left("answers", 2, 4) == pytest.approx(124, abs=0.1)
     assert left("context", 3, 4) == pytest.approx(25, abs=0.1)
     assert left("what is that", 1, 1) == math.inf
-    for nonsense in ({}, None, {"prefill_per_s": "fast", "decode_per_s": 1}, {"prefill_per_s": 1, "decode_per_s": 0}):
+    for nonsense in (
+        {},
+        None,
+        {"prefill_per_s": "fast", "decode_per_s": 1},
+        {"prefill_per_s": 1, "decode_per_s": 0},
+        TINY,
+    ):
         forecast.learn("speed", nonsense)
         assert left("context", 3, 4) == math.inf
     forecast.learn("speed", {"prefill_per_s": math.nan, "decode_per_s": -math.inf})

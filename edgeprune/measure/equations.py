@@ -11,6 +11,8 @@ them sees few tokens: with the second form neither memory nor time grows with th
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -59,10 +61,10 @@ class Equations:
 
     def solver(self, ridge: float) -> tuple[Floats, float] | None:
         """The inverse, float32 [unknowns, unknowns], for p = ``ridge`` times the mean diagonal of H'H, and p; None
-        where the expert saw nothing that moved it."""
+        where the expert saw nothing that moved it, or what overflowed."""
         matrix = self._normal
         trace = float(np.trace(matrix, dtype=np.float64))
-        if trace <= 0:
+        if not 0 < trace < math.inf:
             return None
         pull = ridge * trace / self._hidden.shape[1]
         return _inverse(matrix, pull), pull

@@ -190,7 +190,7 @@ def _refit(start: Matrices, problem: _Problem, judges: npt.NDArray[np.intp], ene
     for ridge in RIDGES:
         problem.sweep(ridge)
         found = problem.error(judges) / energy
-        if found >= after:  # the error is a valley in the ridge
+        if not found < after:  # the error is a valley in the ridge; or no number, of values that overflowed
             break
         after, chosen = found, ridge
         best = problem.kept() if ridge != RIDGES[-1] else None

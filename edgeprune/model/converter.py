@@ -242,6 +242,12 @@ def _template(where: str, name: Any, **places: int) -> str:
     return str(name)
 
 
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise BadFile(f"{where} = {str(value)[:40]!r} is not a text")
+    return value
+
+
 def _texts(where: str, value: Any) -> tuple[str, ...]:
     """One text or a list of them."""
     values = [value] if isinstance(value, str) else value
@@ -323,9 +329,9 @@ def _requirement(where: str, key: str, entry: Any) -> Requirement:
         key=key,
         allowed=tuple(None if value == "null" else value for value in allowed),
         cycle=tuple(_list(where, entry.get("cycle", []))),
-        same_as=entry.get("same_as", ""),
+        same_as=_text(f"{where}: same_as", entry.get("same_as", "")),
         default=entry.get("default"),
-        unless=entry.get("unless", ""),
+        unless=_text(f"{where}: unless", entry.get("unless", "")),
     )
 
 
@@ -342,13 +348,17 @@ def _rule(where: str, entry: Any, earlier: Mapping[str, Rule]) -> Rule:
     return Rule(rule, keys, tuple(_list(where, entry.get("equals", []))), entry.get("default"))
 
 
+_ROPE_TEXTS = ("parameters", "scaling", "known")
+
+
 def _rope(path: Path, entry: Any) -> Rope:
     check_keys(f"{path}: rope", entry, set(), set(Rope.__dataclass_fields__))
     base = entry.get("base", 1.0)
     if not isinstance(base, int | float) or isinstance(base, bool):
         raise BadFile(f"{path}: rope: base = {str(base)[:40]!r} is not a number")
+    texts = {key: _texts(f"{path}: rope: {key}", entry[key]) for key in _ROPE_TEXTS if entry.get(key, []) != []}
     lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
-    return Rope(**{**entry, **lists})
+    return Rope(**{**entry, **lists, **texts})
 
 
 _REQUIRED = {"name", "arch", "layers", "experts", "metadata", "tensors"}
@@ -373,8 +383,7 @@ def _converter(path: Path, table: dict[str, Any]) -> Converter:
     if table["name"] != path.stem:
         raise BadFile(f"{path}: the name {table['name']!r} differs from the file's")
     for key in ("arch", "nested"):
-        if not isinstance(table.get(key, ""), str):
-            raise BadFile(f"{path}: {key} = {str(table[key])[:40]!r} is not a text")
+        _text(f"{path}: {key}", table.get(key, ""))
     if "token_embd.weight" not in table["tensors"]:
         raise BadFile(f"{path} has no source for token_embd.weight")
     kinds: dict[str, Rule] = {}

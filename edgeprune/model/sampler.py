@@ -5,7 +5,6 @@ llama-server goes by them unless it is told others (llama.cpp: common_init_sampl
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from edgeprune.model.gguf import Entry, make_entry
@@ -38,7 +37,7 @@ def sampler_entries(folder: Path) -> list[Entry]:
         value = told.get(theirs)
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        if math.isfinite(value) and 0 <= value <= _MOST and (kind == "f32" or value == int(value)):
+        if 0 <= value <= _MOST and (kind == "f32" or value == int(value)):
             number = float(value) if kind == "f32" else int(value)
             entries.append(make_entry(f"general.sampling.{ours}", kind, number))
     return entries

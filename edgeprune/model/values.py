@@ -260,7 +260,9 @@ def _check(converter: Converter, requirement: Requirement, config: dict[str, Any
 
 def _spelt(value: Any) -> str:
     """``value`` as a key of a converter's map."""
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else ""
+    if isinstance(value, list | dict):
+        return ""
+    return {None: "null", True: "true", False: "false"}.get(value, str(value))
 
 
 def _mapped(value: Any, field: Field, where: str) -> Any:
@@ -272,7 +274,9 @@ def _mapped(value: Any, field: Field, where: str) -> Any:
         return field.map["*"]
     if _spelt(value) not in field.map:
         known = ", ".join(field.map)
-        raise Unsupported(f"{where} = {_spelt(value)[:60]!r} has no place in llama.cpp", hint=f"known: {known}")
+        raise Unsupported(
+            f"{where} = {repr(_spelt(value) or value)[:60]} has no place in llama.cpp", hint=f"known: {known}"
+        )
     return field.map[_spelt(value)]
 
 

@@ -5,7 +5,6 @@ Everything goes through huggingface_hub: tokens from its usual places, ``HF_ENDP
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _LONGEST_MESSAGE = 200
-# What the system says of a file here, and not of a connection; those in the second line only where it names the file.
-_FULL, _FORBIDDEN = NO_ROOM, (errno.EACCES, errno.EPERM, errno.EROFS)
 _AGAIN = "run the same command again; what has arrived is not transferred again"
 
 
@@ -79,9 +76,8 @@ def _from_network(error: BaseException) -> bool:
 
 def _of_this_disk(error: BaseException) -> bool:
     """Whether it is of a file here, which huggingface_hub reads or writes, and not of the network."""
-    if not isinstance(error, OSError):
-        return False
-    return error.errno in _FULL or (error.errno in _FORBIDDEN and error.filename is not None)
+    # The system names the file, but for the one that a full disk has no room for; of a connection it names none.
+    return isinstance(error, OSError) and (error.errno in NO_ROOM or error.filename is not None)
 
 
 def _said(error: BaseException) -> str:
@@ -99,9 +95,8 @@ def _explained(error: BaseException, repository: str) -> EdgepruneError | None:
     if isinstance(error, EdgepruneError):
         return error
     if isinstance(error, OSError) and _of_this_disk(error):
-        return EdgepruneError(
-            system_cause(error), hint="free some space, or set HF_HOME to another folder, and " + _AGAIN
-        )
+        way_out = "free some space" if error.errno in NO_ROOM else "see to that file"
+        return EdgepruneError(system_cause(error), hint=f"{way_out}, or set HF_HOME to another folder, and {_AGAIN}")
     if isinstance(error, LocalTokenNotFoundError):
         return EdgepruneError("there is no token for the Hugging Face Hub", hint="`hf auth login`, or set HF_TOKEN")
     if isinstance(error, OfflineModeIsEnabled):

@@ -6,7 +6,6 @@ them), and of a checkpoint the front matter of its README and its generation con
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ _CACHED = re.compile(r"models--([^/\\]+)--([^/\\]+)")
 _PIPELINE = "text-generation"
 _LONGEST_TEXT = 300
 _LARGEST_README = 1 << 20
+_LARGEST = 1e300  # JSON has integers that no float holds
 # Generation parameters: as transformers and as GGUF metadata call them, and llama-server's option.
 _OPTIONS = {
     "temp": "--temp",
@@ -168,7 +168,7 @@ def _sampler(values: Mapping[str, Any]) -> dict[str, float]:
     return {
         option: float(value)
         for option, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
     }
 
 

@@ -285,9 +285,10 @@ def download(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         missing = [name for name in sizes if not (folder / name).is_file()]
-        for name in sizes.keys() - set(missing):
-            if (folder / name).stat().st_size != sizes[name]:
-                listener.say(f"{folder / name} is another file, and is replaced")
+        others = [n for n in sizes if n not in missing and (folder / n).stat().st_size != sizes[n]]
+        for name in others:
+            listener.say(f"{folder / name} is another file, and is replaced")
+        missing += others  # which stay until what replaces them has arrived
     else:
         missing = hub.missing(repository, list(sizes), remote.head)
     if missing:

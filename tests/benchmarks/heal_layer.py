@@ -2,7 +2,8 @@
 
     python tests/benchmarks/heal_layer.py --experts 64 --width 2048 --expert-width 768 --tokens 8192
 
-The layer is made up: weights and inputs are noise, and the original answers as its experts do. Peak memory is that of
+The layer is made up: weights and inputs are noise, and the original sends tokens to the same experts with larger
+coefficients, so that there is something to fit; --type encodes its experts. Peak memory is that of
 the child process, with the pages of the mapped files that are in memory; beside it stands that of a child that loads
 the same modules and does nothing.
 """
@@ -26,7 +27,7 @@ from edgeprune.measure.activation import GATED
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.replay import LayerExperts
 from edgeprune.measure.reservoir import Reservoir
-from edgeprune.measure.statistics import Statistics
+from edgeprune.measure.statistics import InputMoments, Statistics
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 from edgeprune.units import format_bytes
@@ -79,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, number in (("experts", 64), ("used", 8), ("width", 2048), ("expert-width", 768), ("tokens", 8192)):
         parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--type", default="", help="GGML type of the experts, for example Q4_K.")
     given = parser.parse_args()
     size = synthetic.Size(1, given.experts, given.used, given.width, given.expert_width, 512, 4, 4)
     kept = tuple(range(size.experts // 4, size.experts))
@@ -86,14 +88,20 @@ def main() -> None:
         folder = Path(name)
         file = model(folder, size)
         architecture = read_architecture(file)
-        teacher = answered(file, synthetic.reservoir(size, given.tokens))
-        pruned = synthetic.reservoir(replace(size, experts=len(kept)), given.tokens)
-        student = replace(pruned, x=teacher.x)
+        student = synthetic.reservoir(replace(size, experts=len(kept)), given.tokens)
+        ids, gates = np.array(kept)[student.ids], np.float32(1.5) * student.gates
+        teacher = answered(file, replace(student, ids=ids.astype(student.ids.dtype), gates=gates))
+        moments = {
+            t.name: InputMoments(np.ones((len(kept), t.shape[0])), np.ones(len(kept)), np.zeros(len(kept)))
+            for t in architecture.tensors
+            if t.is_expert
+        }
         for label, tokens in (("teacher", teacher), ("student", student)):
-            Statistics(["text"], given.tokens, 512, {}, {}, {"of": label}, {0: tokens}).save(folder / label)
+            Statistics(["text"], given.tokens, 512, {}, moments, {"of": label}, {0: tokens}).save(folder / label)
         counts = (size.experts, len(kept))
         keep = {0: kept}
-        plan = Plan(architecture.arch, *counts, keep, {}, Launch(), "made up", "user", Prediction(), {}, heal=True)
+        types = {t.name: given.type.upper() for t in architecture.tensors if t.is_expert and given.type}
+        plan = Plan(architecture.arch, *counts, keep, types, Launch(), "made up", "user", Prediction(), {}, heal=True)
         arguments = {
             "model": str(file.path),
             "plan": plan.to_json(),

@@ -11,6 +11,7 @@ from typing import Any
 # What a runner does, in order; and the share of the time that each step takes where the speed is measured last.
 STEPS = {"load": 1, "speed": 2, "answers": 4, "repeated": 1, "context": 4, "memory": 0}
 _LETTERS_PER_TOKEN = 4  # of a question, about
+_SLOWEST_PER_S = 1e-6  # tokens; what is slower is no measurement
 
 
 class Forecast:
@@ -34,7 +35,7 @@ class Forecast:
         self._seconds = {}
         with suppress(KeyError, TypeError):  # whatever a device says
             rates = found["prefill_per_s"], found["decode_per_s"]
-            if all(0 < rate < math.inf for rate in rates):
+            if all(_SLOWEST_PER_S < rate < math.inf for rate in rates):
                 self._seconds = self._expected(*rates)
 
     def _expected(self, prefill_per_s: float, decode_per_s: float) -> dict[str, float]:
