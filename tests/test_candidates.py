@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -427,13 +426,11 @@ def test_what_healing_takes_is_told_of_plans_that_are_healed(pose: Pose) -> None
 
 def test_types_of_a_plan_that_is_not_healed_are_chosen_for_that(pose: Pose) -> None:
     """Healing would make good other types' errors than are there without it."""
-    differ, before = 0, math.inf
+    differ = 0
     for limit in range(20, 44):
         problem = pose(file_limit=limit * MIB // 10)
         healed, unhealed = (must(candidate(replace(problem, heal=heal), EXPERTS)).plan for heal in (True, False))
         assert healed.heal or healed.predicted.nats <= unhealed.predicted.nats * (1 + 1e-6), limit
-        assert healed.predicted.nats <= 1.05 * before, limit  # more room is hardly ever for the worse
-        before = healed.predicted.nats
         differ += not healed.heal
     assert differ
 

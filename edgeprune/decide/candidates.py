@@ -36,9 +36,6 @@ _HOPELESS = 2.0
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
 _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
-# A plan of at most so many bits more than are healed may be worse than one of fewer that is; that one is looked for
-# by giving up so many times what is too much, a few times.
-_LESS_BITS, _LESS_STEP, _LESS_TRIES = 0.75, 1.2, 4
 
 
 def _as_it_is(plan: Plan) -> Plan:
@@ -236,45 +233,19 @@ def candidate(
     found = _packed(problem, kept, forced_types, hopeless, healed=problem.heal)
     if found is None or found.plan.heal == problem.heal:
         return found
-    # There are too many bits to heal, and these types are best if they are healed.
+    # There are too many bits to heal, and these types are best if they are healed. (Of others that are, as they turn
+    # out, time was counted as if they were not.)
     other = _packed(problem, kept, forced_types, hopeless, healed=False)
-    rivals = [found, other, _with_less(problem, kept, forced_types, hopeless, found)]
-    # Where the types that are best unhealed are healed after all, time was counted as if they were not.
-    timely = [own for own in rivals if own and own.plan.predicted.encode_seconds <= problem.limit_seconds]
-    return min(timely or [found], key=lambda own: own.plan.predicted.nats)
+    if other is None or other.plan.predicted.encode_seconds > problem.limit_seconds:
+        return found
+    return min(found, other, key=lambda either: either.plan.predicted.nats)
 
 
-def _with_less(
-    problem: Problem, kept: int, forced_types: bool, hopeless: float, found: Candidate
-) -> Candidate | None:
-    """Of a little fewer bytes than ``found``, which has too many bits to be healed, a plan that is healed; or None.
-
-    More room is to make no file worse: the demo in 5.5 MB, not healed, was 0.00275 nats away, and in 5.4 MB, healed,
-    0.00205.
-    """
-    spare = 0
-    for _ in range(_LESS_TRIES):
-        bits = expert_bits(problem.architecture, found.plan.types)
-        if bits > FINEST_BITS + _LESS_BITS:
-            return None
-        weights = sum(math.prod(tensor.shape) for tensor in problem.architecture.tensors if tensor.is_expert)
-        # A part of the room that is taken away is not the experts'.
-        spare += int(_LESS_STEP * (bits - FINEST_BITS) * weights / 8) + 1
-        less = _packed(problem, kept, forced_types, hopeless, healed=True, spare=spare)
-        if less is None or less.plan.heal:
-            return less
-        found = less
-    return None
-
-
-def _packed(
-    problem: Problem, kept: int, forced_types: bool, hopeless: float, *, healed: bool, spare: int = 0
-) -> Candidate | None:
-    """``candidate`` with the types that are best if they are ``healed``, or if they are not, and ``spare`` bytes of
-    the room left over."""
+def _packed(problem: Problem, kept: int, forced_types: bool, hopeless: float, *, healed: bool) -> Candidate | None:
+    """``candidate`` with the types that are best if they are ``healed``, or if they are not."""
     tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
     items = [_choices(problem, tensor, kept, forced_types, healed=healed) for tensor in tensors]
-    limit = _limits(problem, kept)[0] - spare
+    limit, _ = _limits(problem, kept)
     for attempt in range(_PACKING_TRIES):
         least = int(limit * (1 - _PACKING_STEP * attempt))
         enough = problem.sensitivity.one_by_one(hopeless - problem.dropped(kept))
