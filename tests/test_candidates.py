@@ -424,17 +424,6 @@ def test_what_healing_takes_is_told_of_plans_that_are_healed(pose: Pose) -> None
     assert must(candidate(replace(problem, heal=True), 4)).plan.predicted.heal_seconds == 40.0
 
 
-def test_types_of_a_plan_that_is_not_healed_are_chosen_for_that(pose: Pose) -> None:
-    """Healing would make good other types' errors than are there without it."""
-    differ = 0
-    for limit in range(20, 44):
-        problem = pose(file_limit=limit * MIB // 10)
-        healed, unhealed = (must(candidate(replace(problem, heal=heal), EXPERTS)).plan for heal in (True, False))
-        assert healed.heal or healed.predicted.nats <= unhealed.predicted.nats * (1 + 1e-6), limit
-        differ += not healed.heal
-    assert differ
-
-
 def test_a_plan_keeps_to_the_time_it_may_take(pose: Pose) -> None:
     problem = pose(memory=64 * MIB)
     rates = {"IQ1_S": 7e3, "IQ2_XXS": 1e3, "IQ3_XXS": 2e3, "Q4_K": 1e4, "Q6_K": 3e4, "Q8_0": 3e5}

@@ -151,9 +151,8 @@ def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str
     return frozenset(names)
 
 
-def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool, *, healed: bool) -> list[Choice]:
-    """Ways to store ``tensor``, of a model that is ``healed`` or not: its own type, and every allowed measured one;
-    none may be, for huge weights.
+def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[Choice]:
+    """Ways to store ``tensor``: its own type, and every allowed measured one; none may be, for huge weights.
 
     With forced types its own one only if it is among them, or if no other is.
     """
@@ -168,8 +167,9 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool, *, heale
             Choice(
                 name,
                 align(ggml.tensor_bytes(name, shape), problem.file.alignment),
-                problem.quantised(tensor, name, healed=healed),
-                problem.seconds(tensor, kept, name, healed=healed) if problem.limit_seconds < math.inf else 0.0,
+                problem.quantised(tensor, name, healed=problem.heal),
+                # Whether the plan is healed is known when all types are; then it may take less than it was allowed.
+                problem.seconds(tensor, kept, name, healed=problem.heal) if problem.limit_seconds < math.inf else 0.0,
             )
             for name in names
         ]
@@ -230,21 +230,8 @@ def candidate(
 ) -> Candidate | None:
     """The best plan with ``kept`` experts, or None when none fits; a good one where all cost more than ``hopeless``
     nats."""
-    found = _packed(problem, kept, forced_types, hopeless, healed=problem.heal)
-    if found is None or found.plan.heal == problem.heal:
-        return found
-    # There are too many bits to heal, and these types are best if they are healed. (Of others that are, as they turn
-    # out, time was counted as if they were not.)
-    other = _packed(problem, kept, forced_types, hopeless, healed=False)
-    if other is None or other.plan.predicted.encode_seconds > problem.limit_seconds:
-        return found
-    return min(found, other, key=lambda either: either.plan.predicted.nats)
-
-
-def _packed(problem: Problem, kept: int, forced_types: bool, hopeless: float, *, healed: bool) -> Candidate | None:
-    """``candidate`` with the types that are best if they are ``healed``, or if they are not."""
     tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
-    items = [_choices(problem, tensor, kept, forced_types, healed=healed) for tensor in tensors]
+    items = [_choices(problem, tensor, kept, forced_types) for tensor in tensors]
     limit, _ = _limits(problem, kept)
     for attempt in range(_PACKING_TRIES):
         least = int(limit * (1 - _PACKING_STEP * attempt))
@@ -408,7 +395,7 @@ def _quickest(problem: Problem, kept: int, forced_types: bool) -> float | None:
     items = [
         [
             replace(choice, nats=choice.seconds, seconds=0.0)
-            for choice in _choices(problem, tensor, kept, forced_types, healed=problem.heal)
+            for choice in _choices(problem, tensor, kept, forced_types)
         ]
         for tensor in tensors
     ]
@@ -419,7 +406,7 @@ def _quickest(problem: Problem, kept: int, forced_types: bool) -> float | None:
 def _does_not_fit(points: Sequence[tuple[Problem, int]], forced_types: bool) -> DoesNotFit:
     def items_of(problem: Problem, kept: int) -> list[list[Choice]]:
         tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
-        return [_choices(problem, tensor, kept, forced_types, healed=problem.heal) for tensor in tensors]
+        return [_choices(problem, tensor, kept, forced_types) for tensor in tensors]
 
     problem, kept = min(points, key=lambda own: smallest_bytes(items_of(*own)) + _limits(*own)[1])
     items, (limit, fixed) = items_of(problem, kept), _limits(problem, kept)
