@@ -116,14 +116,14 @@ class Problem:
         retyped = any(tensor.is_expert and tensor.name in types for tensor in self.architecture.tensors)
         return retyped and expert_bits(self.architecture, types) < FINEST_BITS
 
-    def seconds(self, tensor: Tensor, kept: int, name: str, *, healed: bool) -> float:
+    def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
-        that was not measured. ``healed`` experts are encoded twice, without error feedback and with it."""
+        that was not measured. Healed experts are encoded twice, without error feedback and with it."""
         rate = self.sensitivity.rates.get(name, 0.0)
         if name == tensor.type or rate <= 0:
             return 0.0
         shape = self.shape(tensor, kept)
-        twice = healed and tensor.is_expert and ggml.BY_NAME[name].feeds_back(shape[0])
+        twice = self.heal and tensor.is_expert and ggml.BY_NAME[name].feeds_back(shape[0])
         return (1 + twice) * float(np.prod(shape, dtype=np.int64)) / (rate * self.threads)
 
     @cached_property
@@ -168,8 +168,7 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
                 name,
                 align(ggml.tensor_bytes(name, shape), problem.file.alignment),
                 problem.quantised(tensor, name, healed=problem.heal),
-                # Whether the plan is healed is known when all types are; then it may take less than it was allowed.
-                problem.seconds(tensor, kept, name, healed=problem.heal) if problem.limit_seconds < math.inf else 0.0,
+                problem.seconds(tensor, kept, name) if problem.limit_seconds < math.inf else 0.0,
             )
             for name in names
         ]
@@ -271,10 +270,13 @@ def priced(
     too_big = problem.budget.file_limit_bytes is not None and made.nbytes > problem.budget.file_limit_bytes
     if where is None or too_big:
         return None
-    retyped = [tensor for tensor in problem.architecture.tensors if tensor.name in types]
-    alone = sum(problem.quantised(tensor, types[tensor.name], healed=plan.heal) for tensor in retyped)
+    alone = sum(
+        problem.quantised(tensor, types[tensor.name], healed=plan.heal)
+        for tensor in problem.architecture.tensors
+        if tensor.name in types
+    )
     quant = problem.sensitivity.at_once(alone) if types else 0.0
-    seconds = sum(problem.seconds(tensor, kept, types[tensor.name], healed=plan.heal) for tensor in retyped)
+    seconds = sum(problem.seconds(t, kept, types[t.name]) for t in problem.architecture.tensors if t.name in types)
     promised = _promised(plan, made, where, problem.dropped(kept), quant, solution.gap if solution else 0.0)
     healing = problem.healing(plan) if plan.heal else 0.0
     times = replace(promised.predicted, encode_seconds=seconds, heal_seconds=healing)
