@@ -233,6 +233,7 @@ def test_the_text_to_heal_on_follows_from_experts_and_their_types(toy_gguf: Toy)
         )
 
     assert share(4, "IQ2_XXS") == share(4, "Q8_0") == 1.0
+    assert share(architecture.experts, "Q5_K") == share(architecture.experts, "Q8_0", "Q4_K", "Q4_K") == 0.125
     assert share(architecture.experts, "Q4_K") == share(architecture.experts, "Q5_K", "Q5_K", "IQ2_XXS") == 0.25
     assert share(architecture.experts, "Q3_K") == share(architecture.experts, "Q2_K", "Q2_K", "Q6_K") == 0.5
 

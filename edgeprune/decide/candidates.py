@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edgeprune.decide.keep import keep_set
 from edgeprune.decide.latency import speed
-from edgeprune.decide.mended import FINEST_BITS, HEALED_SHARE, NARROW_HEALED_SHARE, expert_bits, share_left
+from edgeprune.decide.mended import HEALED_SHARE, NARROW_HEALED_SHARE, share_left
 from edgeprune.decide.placement import Placement, place
 from edgeprune.decide.plan import SOLVER, Plan, Prediction
 from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
@@ -108,14 +108,6 @@ class Problem:
         share = NARROW_HEALED_SHARE if whole else HEALED_SHARE
         return self.drop_nats[kept] * (share if self.heal and (self.width or not whole) else 1.0)
 
-    def heals(self, kept: int, types: Mapping[str, str]) -> bool:
-        """Whether a plan with ``kept`` experts and these ``types`` is healed: if experts are fewer or narrower, or
-        so coarse that there is something to win."""
-        if not self.heal or kept < self.architecture.experts or self.width:
-            return self.heal
-        retyped = any(tensor.is_expert and tensor.name in types for tensor in self.architecture.tensors)
-        return retyped and expert_bits(self.architecture, types) < FINEST_BITS
-
     def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
         """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
         that was not measured. Healed experts are encoded twice, without error feedback and with it."""
@@ -193,7 +185,11 @@ def _layout(problem: Problem, kept: int, types: Mapping[str, str], origin: str =
         predicted=Prediction(),
         made_from=problem.made_from,
         mtp=problem.mtp,
-        heal=problem.heals(kept, types),
+        heal=problem.heal
+        and any(
+            t.is_expert and (kept < problem.architecture.experts or problem.width or t.name in types)
+            for t in problem.architecture.tensors
+        ),
         train=problem.heal and problem.train and bool(kept < problem.architecture.experts or problem.width),
         width=problem.width,
         narrowing=problem.narrowing if problem.width else "",

@@ -1,4 +1,4 @@
-"""What healing leaves of the errors of dropped experts and of coarser types, and where it pays."""
+"""What healing leaves of the errors of dropped experts and of coarser types."""
 
 from __future__ import annotations
 
@@ -22,15 +22,12 @@ NARROW_HEALED_SHARE = 0.17
 # the three differ decides where bits go: with one share of 0.6 for all, KL divergence was higher by 7 % at 4.0 bits
 # per weight, by 16 % at 3.2 and by 8 % at 2.6.
 INNER_SHARE, DOWN_SHARE, OUTER_SHARE = 0.4, 1.0, 0.8
-# Experts of fewer bits per weight on average are healed on more text; see ``stages.healing``.
-COARSE_BITS = 4.0
+# Experts of fewer bits per weight on average are healed on more text, those of as many on less; see
+# ``stages.healing``.
+COARSE_BITS, FINE_BITS = 4.0, 5.0
 # What of all this healing mends at more bits, where it has less text: files of 4.9 to 6.7 bits per weight came to
 # 0.89 to 0.95 of what they are unhealed, and to 1.1 to 1.4 times what the shares above alone promised.
 FINE_MENDED = 0.65
-# From here on there is little to lose, and a file is encoded in less time than observing it once takes: at 6.6 bits
-# per weight healing won 6 % on a model of 41 M weights and took eight times as long as the rest. On the demo it won
-# 35 % at 5.7 bits and 46 % at 6.8.
-FINEST_BITS = 5.0
 # What error feedback leaves of the error of a type whose blocks are shorter than the rows: 0.67 to 0.77.
 FEEDBACK_SHARE = 0.75
 
@@ -48,8 +45,7 @@ def share_left(tensor: Tensor, name: str, width: int) -> float:
 def _less_mended(share: float, name: str) -> float:
     """Share of the errors of the type ``name`` that healing leaves, if it leaves ``share`` of a coarse one's."""
     bits = ggml.BY_NAME[name].bits_per_weight
-    mended = 1.0 if bits < COARSE_BITS else FINE_MENDED if bits < FINEST_BITS else 0.0
-    return 1 - mended * (1 - share)
+    return 1 - (FINE_MENDED if bits >= COARSE_BITS else 1.0) * (1 - share)
 
 
 def expert_bits(architecture: Architecture, types: Mapping[str, str]) -> float:

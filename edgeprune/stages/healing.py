@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.build.store import Store
-from edgeprune.decide.mended import COARSE_BITS, expert_bits
+from edgeprune.decide.mended import COARSE_BITS, FINE_BITS, expert_bits
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
@@ -37,8 +37,8 @@ FIT_PRODUCTS = 28
 # Share of the healing text that is used where all experts stay: the error of their types is smaller and more even
 # than that of dropping some. The fewer bits, the more there is to win, and the slower is encoding anyway. A file of
 # 4.5 bits per weight was 0.00094 nats away with half of the text, 0.00101 with a third and 0.00105 with a quarter;
-# healing took 5.2, 4.1 and 2.9 times as long as encoding alone.
-SHARE_OF_WHOLE, SHARE_OF_COARSE = 0.25, 0.5
+# healing took 5.2, 4.1 and 2.9 times as long as encoding alone. Files of many bits are encoded in no time.
+SHARE_OF_COARSE, SHARE_OF_WHOLE, SHARE_OF_FINE = 0.5, 0.25, 0.125
 # Shares of the time of building what comes before, observing it and fitting, for a bar that moves.
 STEPS = (1, 10, 15)
 # Of the tokens that are kept whole on disk.
@@ -60,7 +60,8 @@ def healing_share(plan: Plan, architecture: Architecture) -> float:
     """Part of the healing text, 0 to 1, that ``plan`` is healed on; it follows from the experts and their types."""
     if _fewer(plan):
         return 1.0
-    return SHARE_OF_COARSE if expert_bits(architecture, plan.types) < COARSE_BITS else SHARE_OF_WHOLE
+    bits = expert_bits(architecture, plan.types)
+    return SHARE_OF_COARSE if bits < COARSE_BITS else SHARE_OF_WHOLE if bits < FINE_BITS else SHARE_OF_FINE
 
 
 def groups(layers: Sequence[int], count: int) -> list[tuple[int, int]]:

@@ -141,7 +141,7 @@ def printed(row: Row) -> str:
     return (
         f"| {row.size} | {format_bytes(row.nbytes)} | {row.rival:.5f} | {row.plain:.5f} | {row.healed:.5f} "
         f"| {row.ratio:.2f} | {row.predicted:.5f} | {row.kept} | {row.bits:.2f} "
-        f"| {row.seconds[0]:.0f} s, {row.seconds[1]:.0f} s |"
+        f"| {row.seconds[0]:.1f} s, {row.seconds[1]:.1f} s |"
     )
 
 
@@ -214,8 +214,9 @@ def main() -> None:
             print(printed(rows[-1]), flush=True)
         write_text(run.folder.path / "equal-bytes.svg", curve(rows))
     counted = [one.ratio for one in rows if one.size in set(names) - set(NEAR_LOSSLESS)]
-    mean = math.exp(sum(map(math.log, counted)) / len(counted))
-    print(f"\nbelow {NEAR_LOSSLESS[-1]}: geometric mean of the ratios {mean:.2f}, largest {max(counted):.2f}")
+    if counted:
+        mean = math.exp(sum(map(math.log, counted)) / len(counted))
+        print(f"\nbelow {NEAR_LOSSLESS[-1]}: geometric mean of the ratios {mean:.2f}, largest {max(counted):.2f}")
     print(f"folder: {Path(arguments.output).resolve()}")
 
 
