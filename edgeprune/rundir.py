@@ -164,7 +164,7 @@ class RunFolder:
         except Timeout:
             raise Busy(
                 f"another edgeprune is working in {self.path}",
-                hint="wait for it, or choose another folder with -o",
+                hint="wait for it, or use another folder",
             ) from None
         try:
             self.claim(owner)

@@ -270,7 +270,7 @@ def test_a_second_run_at_the_same_time_fails_at_once_and_harms_nothing(tiny_fit:
     assert second.returncode == 1
     assert second.stderr.splitlines() == [
         f"error: another edgeprune is working in {folder}",
-        "hint: wait for it, or choose another folder with -o",
+        "hint: wait for it, or use another folder",
     ]
     code, _, err = first.end()
     assert (code, err) == (0, "")

@@ -26,6 +26,8 @@ from edgeprune.stages.measuring import tools
 from edgeprune.stages.narrowing import NarrowStages
 from edgeprune.units import format_bytes
 
+# Raised when layers come out otherwise: a run that was begun before is not gone on with.
+FORMAT = 2
 # Groups of layers by default: more cost a pass over the text each, fewer leave the fits with inputs that are further
 # from those of the finished model. Where all experts stay that matters less: three groups of six layers left 1.00 of
 # the KL divergence that six did at 4.9 bits per weight, 1.02 at 3.1.
@@ -106,7 +108,8 @@ class HealStages(NarrowStages):
     @property
     def healing(self) -> str:
         """Digest of everything that healing depends on beside the plan."""
-        return digest({**self._healing_made_from(self.settings.healing_tokens), "stages": self._most_stages})
+        made_from = self._healing_made_from(self.settings.healing_tokens)
+        return digest({**made_from, "stages": self._most_stages, "format": FORMAT})
 
     @property
     def _most_stages(self) -> int:
