@@ -23,8 +23,8 @@ from edgeprune.model import download
 from edgeprune.model.checkpoint import INDEX
 from edgeprune.model.download import fetch
 from edgeprune.model.gguf import GgufFile
-from edgeprune.model.hub import Unreachable, endpoint, repo_folder
-from edgeprune.model.location import HubName, hub_name, located
+from edgeprune.model.hub import Unreachable, repo_folder
+from edgeprune.model.location import HubName, endpoint, hub_name, located
 from edgeprune.settings import Silent
 from edgeprune.stages.source import found_at
 

@@ -25,7 +25,7 @@ from edgeprune.model.content import known_digest
 from edgeprune.model.convert import whole_header
 from edgeprune.model.headers import Header
 from edgeprune.model.hub import DEFAULT_REVISION, HubFile, Listing, Unreachable
-from edgeprune.model.location import HubName
+from edgeprune.model.location import HubName, endpoint
 from edgeprune.model.planning import known_converter, plan_conversion
 from edgeprune.model.remote import Budget, NoRanges, remote_checkpoint, remote_config, remote_header
 from edgeprune.units import format_bytes
@@ -306,7 +306,7 @@ class _Download:
         from huggingface_hub import hf_hub_download
 
         with hub.explained(self.listing.name, file.path):
-            hf_hub_download(self.listing.name.repo, file.path, revision=self.listing.commit, endpoint=hub.endpoint())
+            hf_hub_download(self.listing.name.repo, file.path, revision=self.listing.commit, endpoint=endpoint())
         if not self.is_here(file):
             raise BadFile(
                 f"{file.path} of {self.listing.name.repo} is not of the {file.size:,} bytes that the Hub lists",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune import __version__
 from edgeprune.errors import BadFile, EdgepruneError, UsageError
-from edgeprune.model.location import HubName, is_inside
+from edgeprune.model.location import HubName, endpoint, is_inside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,12 +59,6 @@ def is_offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def endpoint() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.ENDPOINT)
 
 
 def list_files(name: HubName) -> Listing:

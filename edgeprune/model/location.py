@@ -52,6 +52,13 @@ class HubName:
         return f"{name}-{wanted.removesuffix('.gguf')}" if wanted else name
 
 
+def endpoint() -> str:
+    """The address of the Hub that is used (``HF_ENDPOINT``)."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
 def is_inside(path: str) -> bool:
     """Whether ``path``, with slashes, stays within the folder that it is relative to, on any system."""
     parts = path.split("/")
@@ -74,8 +81,6 @@ def _without_address(text: str) -> str:
     """The name of what ``text`` is the address of, at the Hub that is used or at the public one; else ``text``."""
     if not text.startswith(("http://", "https://")):
         return text
-    from edgeprune.model.hub import endpoint
-
     host = next((host for host in (endpoint().rstrip("/"), _PUBLIC_HUB) if text.startswith(f"{host}/")), None)
     match = _ADDRESS.fullmatch(text.removeprefix(host)) if host is not None else None
     if match is None:

@@ -28,7 +28,8 @@ from edgeprune.prove.smoke.commands import bench_words, server_words
 from edgeprune.prove.smoke.conversation import Measured, converse
 from edgeprune.prove.smoke.questions import REPEATED, Question, questions
 from edgeprune.prove.smoke.report import SmokeReport
-from edgeprune.prove.smoke.transport import Transport, transport_to
+from edgeprune.prove.smoke.transport import transport_to
+from edgeprune.prove.smoke.way import Transport
 from edgeprune.settings import Listener
 from edgeprune.stages.deciding import profile_digest
 

@@ -16,7 +16,7 @@ from edgeprune.device.machine import Machine
 from edgeprune.errors import EdgepruneError
 from edgeprune.prove.smoke.packing import packed_runner
 from edgeprune.prove.smoke.shelled import Shelled, client, finished, last_of, told, way_out
-from edgeprune.prove.smoke.transport import Job, ended, started, with_programs
+from edgeprune.prove.smoke.way import Job, ended, started, with_programs
 
 # ``adb push`` cannot go on with a file; what is sent in pieces is lost by a piece at most.
 _PIECE, _BLOCK = 256 << 20, 1 << 20

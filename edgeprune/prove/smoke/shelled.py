@@ -13,7 +13,7 @@ from typing import BinaryIO
 from edgeprune.device.machine import Machine
 from edgeprune.errors import EdgepruneError
 from edgeprune.prove.smoke.delivery import deliver
-from edgeprune.prove.smoke.transport import Progress
+from edgeprune.prove.smoke.way import Progress
 
 
 def client(program: str, machine: Machine, hint: str) -> str:

@@ -15,7 +15,7 @@ from edgeprune.files import file_digest
 from edgeprune.prove.smoke.delivery import deliver
 from edgeprune.prove.smoke.packing import packed_runner
 from edgeprune.prove.smoke.shelled import Shelled, client, finished, last_of, told, way_out
-from edgeprune.prove.smoke.transport import Job, ended, started, with_programs
+from edgeprune.prove.smoke.way import Job, ended, started, with_programs
 
 _BLOCK = 1 << 20
 _CONNECT_SECONDS = 15
