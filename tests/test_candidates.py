@@ -19,6 +19,7 @@ from edgeprune.decide.candidates import (
     candidates,
     priced,
 )
+from edgeprune.decide.mended import FINE_MENDED, INNER_SHARE
 from edgeprune.device.budget import make_budget
 from edgeprune.device.profile import Profile, find_profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
@@ -143,6 +144,8 @@ def test_healing_mends_most_before_the_activation_and_less_of_fine_types(pose: P
     coarse, fine = ({role: left(role, kind) for role in ROLES} for kind in ("IQ3_XXS", "Q6_K"))
     assert coarse["expert_up"] < coarse["attention"] < coarse["expert_down"] == 1.0
     assert coarse["expert_up"] < fine["expert_up"] < fine["attention"] < fine["expert_down"] == 1.0
+    # Errors of Q6_K lie where cost is linear.
+    assert INNER_SHARE < fine["expert_up"] == pytest.approx(1 - FINE_MENDED * (1 - INNER_SHARE))
 
 
 def test_healing_makes_good_what_is_rounded_in_blocks_but_not_the_output(pose: Pose) -> None:

@@ -12,11 +12,11 @@ from edgeprune.cli.options import (
     COMMON,
     MIX,
     MTP,
+    SIZES,
     SPLIT,
     TARGET,
     TEXT,
     Fractions,
-    Sizes,
     settings_of,
     show_result,
     with_options,
@@ -29,7 +29,7 @@ from edgeprune.errors import UsageError
 @click.argument("source")
 @with_options(TARGET, CHOICE, MTP, SPLIT, MIX, TEXT, COMMON)
 @click.option("--devices", metavar="P,P", help="A family: one file for each of these profiles, measured once.")
-@click.option("--file-sizes", type=Sizes(), metavar="S,S", help="A family of these sizes, for example 9MB,7MB,5MB.")
+@click.option("--file-sizes", type=SIZES, metavar="S,S", help="A family of these sizes, for example 9MB,7MB,5MB.")
 def fit(source: str, **options: Any) -> None:
     """Do everything: measure SOURCE, decide, build the GGUF, prove it, write the report.
 

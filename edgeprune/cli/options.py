@@ -14,33 +14,22 @@ if TYPE_CHECKING:
     from edgeprune.pipeline import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes with a unit."""
+class Parsed(click.ParamType[T]):
+    """What ``parse`` makes of a word: a number with a unit, as a rule."""
 
-    name = "size"
+    def __init__(self, name: str, parse: Callable[[str], T]) -> None:
+        self.name, self._parse = name, parse
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return value if isinstance(value, int) else parse_bytes(value)
-
-
-class Sizes(click.ParamType[tuple[int, ...]]):
-    """Numbers of bytes with units, separated by commas."""
-
-    name = "sizes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        return value if isinstance(value, tuple) else tuple(parse_bytes(part) for part in value.split(","))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> T:
+        return self._parse(value) if isinstance(value, str) else value
 
 
-class Time(click.ParamType[float]):
-    """A number of seconds, minutes or hours."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        return value if isinstance(value, float) else parse_seconds(value)
+SIZE = Parsed("size", parse_bytes)
+SIZES = Parsed("sizes", lambda word: tuple(parse_bytes(part) for part in word.split(",")))
+TIME = Parsed("time", parse_seconds)
 
 
 class Fractions(click.ParamType[tuple[float, ...]]):
@@ -59,8 +48,8 @@ class Fractions(click.ParamType[tuple[float, ...]]):
 
 TARGET = (
     click.option("--device", metavar="PROFILE", help="Device profile, a profile file, or 'auto' for this machine."),
-    click.option("--memory", type=Size(), help="Usable memory instead of a device, for example 9.5GiB."),
-    click.option("--file-size", type=Size(), help="Most bytes of the GGUF instead of a device, for example 12MB."),
+    click.option("--memory", type=SIZE, help="Usable memory instead of a device, for example 9.5GiB."),
+    click.option("--file-size", type=SIZE, help="Most bytes of the GGUF instead of a device, for example 12MB."),
     click.option("--context", type=click.IntRange(16), help="Context in tokens; the profile's by default."),
     click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), help="Type of the KV cache."),
 )
@@ -91,7 +80,7 @@ CHOICE = (
     click.option("--heal-stages", type=click.IntRange(1), help="Most groups of layers that are healed one by one."),
     click.option(
         "--time-limit",
-        type=Time(),
+        type=TIME,
         help="Most time to encode a file here, as 30m; healing and files that are tried come on top.",
     ),
     click.option(
@@ -116,7 +105,7 @@ MTP = (
 )
 SPLIT = (
     click.option(
-        "--split", type=Size(), metavar="SIZE", help="Write parts of at most this size, as 4GB, not one file."
+        "--split", type=SIZE, metavar="SIZE", help="Write parts of at most this size, as 4GB, not one file."
     ),
 )
 MIX = (

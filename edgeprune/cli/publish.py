@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeprune.cli.options import Size, show_result
+from edgeprune.cli.options import SIZE, show_result
 from edgeprune.errors import EdgepruneError, UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--license-name", metavar="NAME", help="Of a licence that is not on the Hub's list.")
 @click.option("--license-link", metavar="URL", help="Where that licence can be read.")
 @click.option("--base-model", "base_models", multiple=True, metavar="ORG/NAME", help="The source on the Hub.")
-@click.option("--max-file-size", type=Size(), help="Split larger files.  [default: 50GB, the Hub's limit]")
+@click.option("--max-file-size", type=SIZE, help="Split larger files.  [default: 50GB, the Hub's limit]")
 @click.option("--force", is_flag=True, help="Despite broken promises, licences that ask, an edited card.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def publish(directories: tuple[Path, ...], repository: str, **options: Any) -> None:

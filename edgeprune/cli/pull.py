@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeprune.cli.options import Size, show_result
+from edgeprune.cli.options import SIZE, show_result
 from edgeprune.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Fetch the file that fits from the Hub.")
 @click.argument("repository", metavar="ORG/NAME")
 @click.option("--device", metavar="PROFILE", help="Device profile, a profile file, or 'auto', the default.")
-@click.option("--memory", type=Size(), help="Usable memory instead of a device, for example 9.5GiB.")
+@click.option("--memory", type=SIZE, help="Usable memory instead of a device, for example 9.5GiB.")
 @click.option("--context", type=click.IntRange(16), help="Context in tokens; the profile's by default.")
 @click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), help="Type of the KV cache.")
 @click.option(

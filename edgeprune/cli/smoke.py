@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeprune.cli.options import Size
+from edgeprune.cli.options import SIZE
 
 if TYPE_CHECKING:
     from edgeprune.prove.smoke.report import SmokeReport
@@ -73,7 +73,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "predicts for this device]",
 )
 @click.option(
-    "--memory", type=Size(), metavar="SIZE", help="Most memory it may take, if that is less than the device has."
+    "--memory", type=SIZE, metavar="SIZE", help="Most memory it may take, if that is less than the device has."
 )
 @click.option("--baseline", type=_FILE, help="An earlier report, the source model's say: its right answers count.")
 @click.option(

@@ -43,7 +43,7 @@ class TryStages(DecideStages):
         """
         plan = self.plan()
         free = plan.origin == SOLVER and self.settings.keep is None and not self.settings.types and not self.width
-        if not free or not self.settings.heal or not (plan.types or plan.keep or plan.width):
+        if not free or not plan.heal:
             return plan
         path, about = self.folder.tried, self._tried_for(plan)
         taken = _taken(path, about)
