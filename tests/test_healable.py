@@ -99,6 +99,19 @@ def test_fewer_tokens_are_from_the_whole_text(tokens: int, most: int, looked_at:
     assert found[0] == 0 and found[-1] == tokens - 1
 
 
+def test_what_dropping_costs_is_of_the_numbers_that_sets_were_judged_at(
+    tiny_checkpoint: Path, small_text: Path, tmp_path: Path
+) -> None:
+    """Another number judged, other sets: what those before cost says nothing of them."""
+    settings = few(tiny_checkpoint, small_text, tmp_path / "run", method="healable")
+    known = []
+    for keep in (6, 4):
+        with opened(replace(settings, keep=keep), Ear()) as run:
+            run.drop_nats([4])
+            known.append(set(run.sensitivity.drops))
+    assert len(known[0]) == 1 and len(known[1]) == 2
+
+
 # Numbers of experts.
 
 
