@@ -15,7 +15,7 @@ from observed import Family, Toy, collected, statistics, token_windows
 
 from edgeprune.decide import replaying
 from edgeprune.decide.elimination import Layer, Replay, eliminate, error_of
-from edgeprune.decide.replaying import rank, sample, token_weights
+from edgeprune.decide.replaying import rank, sample
 from edgeprune.measure import child
 from edgeprune.measure.activation import GATED
 from edgeprune.measure.replay import LayerExperts, outputs

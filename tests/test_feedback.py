@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edgeprune.build import feedback
-from edgeprune.build.feedback import Inputs
+from edgeprune.measure import feedback
+from edgeprune.measure.feedback import Inputs
 from edgeprune.model import ggml, unbiased
 
 Floats = npt.NDArray[np.float32]

@@ -17,27 +17,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune.build import feedback
-from edgeprune.build.feedback import Encoded, Inputs
 from edgeprune.build.gather import Channel, gathered_rows
 from edgeprune.build.store import Bytes, Store
 from edgeprune.decide.plan import Plan
 from edgeprune.device.probe import cores
 from edgeprune.device.threads import in_order
 from edgeprune.errors import BadFile
+from edgeprune.measure import feedback
 from edgeprune.measure.activation import Activation
+from edgeprune.measure.feedback import Encoded, Inputs
 from edgeprune.measure.refit import Healed, Share, judges, refit
 from edgeprune.measure.replay import Expert, LayerExperts, activation_of
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.statistics import InputMoments, Statistics
+from edgeprune.measure.token_weights import fit_scale
 from edgeprune.measure.weights import layer_tensors
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
 from edgeprune.model.gguf import GgufFile
 
 Floats = npt.NDArray[np.float32]
-# Longest run of tokens that are fitted or judge together.
-_RUN = 256
+# Longest run of tokens that are fitted or judge together: those of a window are alike.
+_RUN = 512
 # How much of what the residual stream has gone astray before a layer that layer is to put right. With 28 of 32
 # experts KL divergence was 0.0093 so and 0.0101 without (tests/benchmarks/healing.py).
 _LEAN = 0.5
@@ -61,7 +62,7 @@ class _Begun:
         encoded: these.
         share: what is left for its down projection to do.
         answer: what that answers as it was, float32 [n, D].
-        bias: what its bias answers, float32 [n, D] or 0.
+        bias: what its bias answers, float32 [n, D] or 0; like the others on the tokens' scale.
     """
 
     encoded: list[Encoded]
@@ -107,6 +108,7 @@ class LayerHealer:
         if not np.array_equal(self.teacher.domain, self.student.domain):
             raise BadFile("the statistics of the source and of the pruned model are over different tokens")
         self.held_out = judges(len(self.student), _RUN)
+        self.scale = fit_scale(self.teacher)
 
     def heal(self, store: Store) -> dict[str, Any]:
         """Write the layer's experts to ``store``; what is returned is what ``staged.heal_layers`` says of a layer."""
@@ -159,12 +161,13 @@ class LayerHealer:
         return ggml.BY_NAME[self.plan.types.get(tensor.name, tensor.type)]
 
     def _wanted(self) -> Floats:
-        """What the layer is to answer, float32 [N, D]."""
+        """What the layer is to answer, each token's on its scale, float32 [N, D]."""
         target: Floats = self.teacher.y.copy()
         known = self.teacher.stream is not None and self.student.stream is not None
         if known and joins_the_stream(self.file, self.architecture, self.layer):
             assert self.teacher.stream is not None and self.student.stream is not None
             target += np.float32(_LEAN) * (self.teacher.stream - self.student.stream)
+        target *= self.scale
         return target
 
     def _beginnings(self, inner: Sequence[Tensor], activation: Activation) -> Iterator[Callable[[], _Begun]]:
@@ -176,7 +179,7 @@ class LayerHealer:
         row = self._requantised(inner, prior, place)
         expert = self._expert(self.kept[place], row)
         tokens, slot = np.nonzero(self.student.ids == place)
-        gates = self.student.gates[tokens, slot][:, None]
+        gates = self.student.gates[tokens, slot][:, None] * self.scale[tokens]
         hidden = expert.hidden(self.student.x[tokens], activation)
         hidden *= gates
         bias = gates * expert.down_bias if np.any(expert.down_bias) else 0.0

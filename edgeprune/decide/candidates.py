@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edgeprune.decide.keep import keep_set
 from edgeprune.decide.latency import speed
-from edgeprune.decide.mended import HEALED_SHARE, NARROW_HEALED_SHARE, share_left
+from edgeprune.decide.mended import HEALED_SHARE, NARROW_HEALED_SHARE, HealingText, Mending
 from edgeprune.decide.placement import Placement, place
 from edgeprune.decide.plan import SOLVER, Plan, Prediction
 from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
@@ -25,6 +25,7 @@ from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.measure.launch import Launch, prompt_tokens
 from edgeprune.measure.rates import KernelRates
 from edgeprune.measure.sensitivity import Sensitivity
+from edgeprune.measure.shares import Sampled
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
 from edgeprune.model.gguf import GgufFile, align
@@ -58,6 +59,7 @@ class Problem:
         launch: settings before placement.
         made_from: digests for the plan.
         heal: whether the plan's changed experts are healed.
+        text: that they are healed on, or None where what that mends is not known.
         train: whether those of a plan with fewer or narrower ones are trained before.
         limit_seconds: most time to encode what changes type, on all cores.
         part_bytes: most bytes of one file if it is to be split, or 0.
@@ -82,6 +84,7 @@ class Problem:
     method: str
     made_from: dict[str, Any]
     heal: bool = False
+    text: HealingText | None = None
     train: bool = False
     limit_seconds: float = math.inf
     part_bytes: int = 0
@@ -97,10 +100,14 @@ class Problem:
         """Shape of ``tensor`` with ``kept`` experts."""
         return tensor.kept_shape(kept, self.width)
 
-    def quantised(self, tensor: Tensor, name: str, *, healed: bool) -> float:
-        """Predicted nats per token that ``tensor`` costs as the type ``name``; healing makes good a part."""
-        left = share_left(tensor, name, self.shape(tensor, 1)[0]) if healed else 1.0
-        return self.sensitivity.nats(tensor, name, left)
+    def quantised(self, tensor: Tensor, name: str, kept: int, *, healed: bool) -> float:
+        """Predicted nats per token that ``tensor`` costs as the type ``name`` beside ``kept`` experts; healing makes
+        good a part."""
+        if not healed or self.text is None:
+            return self.sensitivity.nats(tensor, name)
+        share = kept / self.architecture.experts
+        mending = Mending(self.sampled, self.text, share, narrower=bool(self.width))
+        return self.sensitivity.nats(tensor, name, mending.left(tensor, name, self.shape(tensor, 1)[0]))
 
     def dropped(self, kept: int) -> float:
         """Predicted nats per token that ``kept`` experts of the problem's width cost, healed if they are."""
@@ -117,6 +124,11 @@ class Problem:
         shape = self.shape(tensor, kept)
         twice = self.heal and tensor.is_expert and ggml.BY_NAME[name].feeds_back(shape[0])
         return (1 + twice) * float(np.prod(shape, dtype=np.int64)) / (rate * self.threads)
+
+    @cached_property
+    def sampled(self) -> Sampled:
+        """What healing leaves of the errors of types."""
+        return Sampled(self.sensitivity.mended)
 
     @cached_property
     def threads(self) -> int:
@@ -159,7 +171,7 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
             Choice(
                 name,
                 align(ggml.tensor_bytes(name, shape), problem.file.alignment),
-                problem.quantised(tensor, name, healed=problem.heal),
+                problem.quantised(tensor, name, kept, healed=problem.heal),
                 problem.seconds(tensor, kept, name) if problem.limit_seconds < math.inf else 0.0,
             )
             for name in names
@@ -267,7 +279,7 @@ def priced(
     if where is None or too_big:
         return None
     alone = sum(
-        problem.quantised(tensor, types[tensor.name], healed=plan.heal)
+        problem.quantised(tensor, types[tensor.name], kept, healed=plan.heal)
         for tensor in problem.architecture.tensors
         if tensor.name in types
     )

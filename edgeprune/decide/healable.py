@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.decide.keep import keep_set
-from edgeprune.decide.replaying import token_weights, understood
+from edgeprune.decide.replaying import understood
 from edgeprune.measure.refit import Share, judges, refit
 from edgeprune.measure.replay import Expert, LayerExperts, projection
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.routing import coefficients, preference
 from edgeprune.measure.statistics import Statistics
+from edgeprune.measure.token_weights import fit_scale
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile
 
@@ -102,8 +103,7 @@ class _Judge:
         else:
             self.rule, self.activation = found
             self.tokens = tokens
-            # An error counts as for a replay; with both sides of the equations scaled, so does the fit's.
-            self.scale = np.sqrt(token_weights(tokens))[:, None]
+            self.scale = fit_scale(tokens)
 
     def errors(self, orders: Mapping[str, Sequence[int]], counts: Sequence[int]) -> dict[str, list[list[float]]]:
         """Each ranking's error at each of ``counts``, before and after healing."""

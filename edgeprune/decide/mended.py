@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from edgeprune.measure.shares import Sampled
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
 
@@ -16,36 +18,89 @@ HEALED_SHARE = 0.15
 # (tests/benchmarks/narrowing.py). A trial of single layers does not tell these shares: it found a half of the errors
 # left on this model where a tenth of the divergence was, and as much as the divergence on the demo.
 NARROW_HEALED_SHARE = 0.17
-# What healing leaves of the errors of coarser types inside the blocks. Re-fitted down projections answer for the
-# errors that come before them in the expert, of which 0.39 to 0.45 were left at the output of a layer, whatever the
-# type; not for their own rounding; and for a part of what attention before them did to the residual stream. That
-# the three differ decides where bits go: with one share of 0.6 for all, KL divergence was higher by 7 % at 4.0 bits
-# per weight, by 16 % at 3.2 and by 8 % at 2.6.
-INNER_SHARE, DOWN_SHARE, OUTER_SHARE = 0.4, 1.0, 0.8
-# Experts of fewer bits per weight on average are healed on more text, those of as many on less; see
-# ``stages.healing``.
-COARSE_BITS, FINE_BITS = 4.0, 5.0
-# What of all this healing mends at more bits, where it has less text: files of 4.9 to 6.7 bits per weight came to
-# 0.89 to 0.95 of what they are unhealed, and to 1.1 to 1.4 times what the shares above alone promised.
-FINE_MENDED = 0.65
-# What error feedback leaves of the error of a type whose blocks are shorter than the rows: 0.67 to 0.77.
+# What is left of errors inside the experts is sampled (``measure.shares``), as a share of the squared error at the
+# layer's output. An error that the fit could not take back costs more than one at random of its size: where 0.47,
+# 0.40 and 0.37 of the error of gate and up were left, after fits on three amounts of text, KL divergence had 0.71,
+# 0.57 and 0.50 left; for a single layer, from the first to the last, 1.6 to 1.1 times the share.
+LEFT_COST = 1.45
+# What is left of the errors of attention and other dense tensors of a block, which is healed in part by the experts
+# behind them: with half of the healing text or more, and with less.
+OUTER_SHARE, OUTER_SHARE_OF_LITTLE = 0.8, 0.88
+# What error feedback leaves of the error of a type whose blocks are shorter than the rows, where none was tried: 0.67
+# to 0.77.
 FEEDBACK_SHARE = 0.75
+# Share of the healing text that is used where all experts stay: the error of their types is smaller and more even
+# than that of dropping some. The fewer bits, the more there is to win, and the slower is encoding anyway. A file of
+# 4.5 bits per weight was 0.00094 nats away with half of the text, 0.00101 with a third and 0.00105 with a quarter;
+# healing took 5.2, 4.1 and 2.9 times as long as encoding alone. Files of many bits are encoded in no time.
+SHARE_OF_COARSE, SHARE_OF_WHOLE, SHARE_OF_FINE = 0.5, 0.25, 0.125
+# Experts of fewer bits per weight on average are coarse, those of as many are fine.
+COARSE_BITS, FINE_BITS = 4.0, 5.0
+# Of the tokens so many are fitted; the others judge.
+_FITTED = 7 / 8
 
 
-def share_left(tensor: Tensor, name: str, width: int) -> float:
-    """Share of the error of ``tensor`` as the type ``name``, in rows of ``width``, that healing leaves."""
-    if tensor.layer < 0:
+@dataclass(frozen=True)
+class HealingText:
+    """How much text there is to heal on.
+
+    Attributes:
+        asked: tokens that are used where experts are dropped.
+        most: tokens that the disk is to hold.
+    """
+
+    asked: int
+    most: int
+
+    def tokens(self, bits: float, *, fewer: bool) -> int:
+        """That a plan is healed on whose experts have so many ``bits`` per weight on average.
+
+        Args:
+            fewer: whether it has fewer experts than the source, or narrower ones.
+        """
+        return min(int(text_share(bits, fewer=fewer) * self.asked), self.most)
+
+
+def text_share(bits: float, *, fewer: bool) -> float:
+    """Part of the healing text, 0 to 1, that is used; see ``HealingText.tokens``."""
+    if fewer:
         return 1.0
-    if not tensor.is_expert:
-        return _less_mended(OUTER_SHARE, name)
-    share = DOWN_SHARE if tensor.role == "expert_down" else INNER_SHARE
-    return _less_mended(share, name) * (FEEDBACK_SHARE if ggml.BY_NAME[name].feeds_back(width) else 1.0)
+    return SHARE_OF_COARSE if bits < COARSE_BITS else SHARE_OF_WHOLE if bits < FINE_BITS else SHARE_OF_FINE
 
 
-def _less_mended(share: float, name: str) -> float:
-    """Share of the errors of the type ``name`` that healing leaves, if it leaves ``share`` of a coarse one's."""
-    bits = ggml.BY_NAME[name].bits_per_weight
-    return 1 - (FINE_MENDED if bits >= COARSE_BITS else 1.0) * (1 - share)
+@dataclass(frozen=True)
+class Mending:
+    """What healing leaves of the errors of types, with so many experts of a width.
+
+    Attributes:
+        sampled: what a trial found.
+        text: that healing uses.
+        share: of the experts that are kept: each of fewer sees more of the tokens.
+        narrower: whether they are narrower than in the source.
+    """
+
+    sampled: Sampled
+    text: HealingText
+    share: float = 1.0
+    narrower: bool = False
+
+    def left(self, tensor: Tensor, name: str, width: int) -> float:
+        """Share of the cost of ``tensor`` as the type ``name``, in rows of ``width``, that healing leaves."""
+        if tensor.layer < 0:
+            return 1.0
+        kind = ggml.BY_NAME[name]
+        # The other experts' types are not known yet; they will be much like this one.
+        tokens = _FITTED * self.text.tokens(kind.bits_per_weight, fewer=self.share < 1 or self.narrower)
+        if not tensor.is_expert:
+            return OUTER_SHARE if kind.bits_per_weight < COARSE_BITS else OUTER_SHARE_OF_LITTLE
+        found = self.sampled.of(tensor.layer, kind.block)
+        if found is None:
+            return 1.0
+        if tensor.role != "expert_down":
+            return min(1.0, LEFT_COST * found.inner(tokens / self.share))
+        if not kind.feeds_back(width):
+            return 1.0
+        return found.down if self.sampled.tried(kind.block) and found.down < 1 else FEEDBACK_SHARE
 
 
 def expert_bits(architecture: Architecture, types: Mapping[str, str]) -> float:

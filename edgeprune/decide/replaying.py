@@ -33,6 +33,7 @@ from edgeprune.measure.replay import (
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.routing import Rule, preference, rule_of
 from edgeprune.measure.statistics import Statistics
+from edgeprune.measure.token_weights import token_weights
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile
 
@@ -43,8 +44,6 @@ Doubles = npt.NDArray[np.float64]
 # looks at and half as many again; when lists are used up they are made anew. Of this few experts it holds all,
 # because an enumeration of subsets looks at all.
 _FEW_EXPERTS, _LEAST_SPARE = 32, 4
-# Share of the error that is relative to the layer's whole output, beside that relative to each token's stream.
-_SHARE_OF_PLAIN = 0.3
 _MOST_SUBSETS, _SUBSET_TOKENS = 5_000, 1_024
 # Random projection moves a squared error by a percent or two.
 _PROJECTION = 2
@@ -95,33 +94,6 @@ def rank(
         if progress is not None:
             progress(number + 1, len(layers))
     return found
-
-
-def token_weights(tokens: Reservoir, *, balanced: bool = False) -> Floats:
-    """How much each token's squared error counts, float32 [R], 1 on average.
-
-    The norm that follows divides the residual stream by its length, so that an error matters relative to
-    |h|^2 + |y|^2. That alone forgets the few tokens with very large outputs, which rare experts are there for; so
-    the error relative to all of the layer's output counts as well, by less (tests/benchmarks/methods.py has what
-    either does alone).
-
-    Args:
-        balanced: every domain has the same say, however many of the tokens are its.
-    """
-    output = np.square(tokens.y, dtype=np.float64).sum(axis=1)
-    length = np.square(tokens.residual, dtype=np.float64) + output
-    relative = np.divide(1, length, out=np.zeros_like(length), where=length > 0)
-    weight = _normalised(relative, output) + _SHARE_OF_PLAIN * _normalised(np.ones_like(output), output)
-    if balanced:
-        weight = weight / np.bincount(tokens.domain)[tokens.domain]
-    scaled: Floats = (weight / max(float(weight.mean()), 1e-30)).astype(np.float32)
-    return scaled
-
-
-def _normalised(weight: Doubles, energy: Doubles) -> Doubles:
-    """``weight`` scaled so that the weighted energy is 1."""
-    total = float((weight * energy).sum())
-    return weight / total if total > 0 else weight
 
 
 def sample(domain: npt.NDArray[np.integer], most: int) -> tuple[Ids, Doubles]:

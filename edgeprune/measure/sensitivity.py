@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgeprune.errors import BadFile
 from edgeprune.files import check_keys, checked_number
+from edgeprune.measure.shares import Mended, mended
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
 
@@ -89,6 +90,7 @@ class Sensitivity:
             once.
         speeds: of this machine: ``tokens``, of the source per second while it is observed; ``products``, of float32
             matrices per second and thread.
+        mended: by layer and type, what healing leaves of its errors; empty until that is asked for.
     """
 
     responses: dict[str, Response]
@@ -99,6 +101,7 @@ class Sensitivity:
     rounding: dict[str, dict[int, float]] = field(default_factory=dict)
     together: dict[str, float] = field(default_factory=dict)
     speeds: dict[str, float] = field(default_factory=dict)
+    mended: dict[int, dict[str, Mended]] = field(default_factory=dict)
 
     def nats(self, tensor: Tensor, type_name: str, share: float = 1.0) -> float:
         """Predicted cost in nats per token of giving ``tensor`` the type ``type_name``.
@@ -222,6 +225,10 @@ class Sensitivity:
             },
             "together": self.together,
             "speeds": self.speeds,
+            "mended": {
+                str(layer): {name: asdict(own) for name, own in by_type.items()}
+                for layer, by_type in self.mended.items()
+            },
         }
 
     @classmethod
@@ -246,6 +253,7 @@ class Sensitivity:
                 {name: _rounding(name, own) for name, own in value["rounding"].items()},
                 {name: checked_number(f"the cost of {name}", nats) for name, nats in value["together"].items()},
                 {name: checked_number(f"speed of {name}", speed) for name, speed in value["speeds"].items()},
+                {int(layer): mended(layer, own) for layer, own in value["mended"].items()},
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise BadFile(f"the saved sensitivity is damaged: {error}") from error

@@ -101,6 +101,7 @@ class DecideStages(TrainStages):
             if len(counts) > 1 or counts[0] != self.architecture.experts
             else {}
         )
+        self.measure_mending()
         whole = Problem(
             file=self.file,
             architecture=self.architecture,
@@ -115,6 +116,7 @@ class DecideStages(TrainStages):
             made_from=self._made_from(measured=True),
             mtp=self.settings.mtp == KEEP,
             heal=self.settings.heal,
+            text=self.healing_text,
             train=self.settings.train,
             limit_seconds=self.settings.limit_seconds or math.inf,
             part_bytes=self.settings.part_bytes or 0,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.build.store import Store
-from edgeprune.decide.mended import COARSE_BITS, FINE_BITS, expert_bits
+from edgeprune.decide.mended import HealingText, expert_bits, text_share
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
@@ -27,7 +27,7 @@ from edgeprune.stages.narrowing import NarrowStages
 from edgeprune.units import format_bytes
 
 # Raised when layers come out otherwise: a run that was begun before is not gone on with.
-FORMAT = 2
+FORMAT = 3
 # Groups of layers by default: more cost a pass over the text each, fewer leave the fits with inputs that are further
 # from those of the finished model. Where all experts stay that matters less: three groups of six layers left 1.00 of
 # the KL divergence that six did at 4.9 bits per weight, 1.02 at 3.1.
@@ -36,11 +36,6 @@ MOST_STAGES, MOST_STAGES_OF_WHOLE, LAYERS_OF_WHOLE = 8, 4, 2
 # and up projections, twice a sweep, and once for each look at what is left; matrices of an expert and its tokens go
 # through at half the speed of large ones.
 FIT_PRODUCTS = 28
-# Share of the healing text that is used where all experts stay: the error of their types is smaller and more even
-# than that of dropping some. The fewer bits, the more there is to win, and the slower is encoding anyway. A file of
-# 4.5 bits per weight was 0.00094 nats away with half of the text, 0.00101 with a third and 0.00105 with a quarter;
-# healing took 5.2, 4.1 and 2.9 times as long as encoding alone. Files of many bits are encoded in no time.
-SHARE_OF_COARSE, SHARE_OF_WHOLE, SHARE_OF_FINE = 0.5, 0.25, 0.125
 # Shares of the time of building what comes before, observing it and fitting, for a bar that moves.
 STEPS = (1, 10, 15)
 # Of the tokens that are kept whole on disk.
@@ -56,14 +51,6 @@ def changed_layers(plan: Plan, architecture: Architecture) -> list[int]:
 def _fewer(plan: Plan) -> bool:
     """Whether ``plan`` has fewer experts than the source, or narrower ones."""
     return bool(plan.keep or plan.width)
-
-
-def healing_share(plan: Plan, architecture: Architecture) -> float:
-    """Part of the healing text, 0 to 1, that ``plan`` is healed on; it follows from the experts and their types."""
-    if _fewer(plan):
-        return 1.0
-    bits = expert_bits(architecture, plan.types)
-    return SHARE_OF_COARSE if bits < COARSE_BITS else SHARE_OF_WHOLE if bits < FINE_BITS else SHARE_OF_FINE
 
 
 def groups(layers: Sequence[int], count: int) -> list[tuple[int, int]]:
@@ -84,16 +71,20 @@ class HealStages(NarrowStages):
         beside = [text.to_json() for text in shipped_texts()] if self.settings.texts else []
         return {"texts": own, "beside": beside, "most_tokens": most // 2 if beside else most}
 
-    def healing_tokens(self, plan: Plan) -> int:
-        """Tokens that ``plan`` is healed on: its share of what was asked for, or as many as the disk is to hold.
+    @property
+    def healing_text(self) -> HealingText:
+        """How much text there is: what was asked for, and what the disk is to hold.
 
         Every layer keeps what goes in and comes out and the residual stream, at two bytes a channel, and what the
         router saw, at twice four bytes an expert.
         """
         architecture = self.architecture
         token_bytes = len(architecture.moe_layers) * (6 * architecture.width + 8 * architecture.experts)
-        wanted = int(healing_share(plan, architecture) * self.settings.healing_tokens)
-        return min(wanted, MOST_BYTES // max(token_bytes, 1))
+        return HealingText(self.settings.healing_tokens, MOST_BYTES // max(token_bytes, 1))
+
+    def healing_tokens(self, plan: Plan) -> int:
+        """Tokens that ``plan`` is healed on."""
+        return self.healing_text.tokens(expert_bits(self.architecture, plan.types), fewer=_fewer(plan))
 
     def _healing_made_from(self, tokens: int) -> dict[str, Any]:
         return {
@@ -216,8 +207,9 @@ class HealStages(NarrowStages):
         return str(folder)
 
     def _say_cut(self, plan: Plan) -> None:
-        tokens, wanted = self.healing_tokens(plan), self.settings.healing_tokens
-        if tokens < int(healing_share(plan, self.architecture) * wanted):
+        tokens = self.healing_tokens(plan)
+        share = text_share(expert_bits(self.architecture, plan.types), fewer=_fewer(plan))
+        if tokens < int(share * self.settings.healing_tokens):
             limit = format_bytes(MOST_BYTES)
             self.listener.say(f"healing on {tokens:,} tokens, as many as {limit} of disk hold for layers so wide")
 

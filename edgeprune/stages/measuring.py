@@ -22,6 +22,7 @@ from edgeprune.files import digest, read_json, to_json, write_text
 from edgeprune.measure import child
 from edgeprune.measure.merging import merge
 from edgeprune.measure.sensitivity import Sensitivity, responses, site_settings, sites_to_measure
+from edgeprune.measure.shares import mended
 from edgeprune.measure.statistics import Statistics, write_imatrix
 from edgeprune.measure.text import CHOOSING, REPORTING, SHORTEST_WINDOW
 from edgeprune.measure.weights import LayerWeights, load_weights
@@ -283,6 +284,20 @@ class MeasureStages(TextStages):
             for name, errors in self._distortions({}, wanted)["errors"].items():
                 known.setdefault(name, {}).update(errors)
             write_text(self.folder.sensitivity, to_json(self.sensitivity.to_json()))
+
+    def measure_mending(self) -> None:
+        """Make sure that it is known what healing leaves of the errors of types, if anything is healed."""
+        known = self.sensitivity
+        if not self.settings.heal or known.mended or not self.architecture.moe_layers:
+            return
+        with self.listener.progress("healing of coarser types, for a trial") as progress:
+            found = child.call(
+                "edgeprune.measure.mending:measure",
+                {"model": str(self.source), "statistics": self.statistics_file},
+                progress,
+            )
+        known.mended.update({int(layer): mended(layer, by_type) for layer, by_type in found.items()})
+        write_text(self.folder.sensitivity, to_json(known.to_json()))
 
     def _distortions(
         self, rounding: Mapping[str, Any], wanted: Mapping[str, list[str]] | None = None

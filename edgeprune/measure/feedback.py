@@ -133,19 +133,34 @@ def _energy(inputs: Floats, weights: Floats) -> float:
     return float(np.square(inputs @ weights.T, dtype=np.float64).sum())
 
 
+def plain(kind: ggml.GgmlType, weights: Floats, importance: Floats, name: str) -> Encoded:
+    """``weights`` [rows, W] in type ``kind`` without feedback.
+
+    Raises:
+        as ``ggml.encode``.
+    """
+    raw = unbiased.encode(kind, weights, importance, name).reshape(-1)
+    return Encoded(raw, ggml.decode(kind, raw, weights.shape[1]))
+
+
 def encode(kind: ggml.GgmlType, weights: Floats, importance: Floats, inputs: Inputs, name: str) -> Encoded:
     """``weights`` [rows, W] in type ``kind``, with feedback where the inputs that judge are the better for it.
 
     Raises:
         as ``ggml.encode``.
     """
-    raw = unbiased.encode(kind, weights, importance, name).reshape(-1)
-    decoded = ggml.decode(kind, raw, weights.shape[1])
+    return improved(plain(kind, weights, importance, name), kind, weights, importance, inputs, name)
+
+
+def improved(
+    own: Encoded, kind: ggml.GgmlType, weights: Floats, importance: Floats, inputs: Inputs, name: str
+) -> Encoded:
+    """The better of ``own``, which is ``weights`` without feedback, and what they are with it."""
     if not kind.feeds_back(weights.shape[1]) or not len(inputs.fitted) or not len(inputs.judged):
-        return Encoded(raw, decoded)
-    before, energy = _energy(inputs.judged, weights - decoded), _energy(inputs.judged, weights)
-    other, instead = spread(kind, weights, importance, inputs.root, name)
-    after = _energy(inputs.judged, weights - instead)
+        return own
+    before, energy = _energy(inputs.judged, weights - own.decoded), _energy(inputs.judged, weights)
+    raw, decoded = spread(kind, weights, importance, inputs.root, name)
+    after = _energy(inputs.judged, weights - decoded)
     if after < before:
-        return Encoded(other, instead, before, after, energy)
-    return Encoded(raw, decoded, before, before, energy)
+        return Encoded(raw, decoded, before, after, energy)
+    return replace(own, before=before, after=before, energy=energy)
