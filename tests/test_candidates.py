@@ -19,13 +19,14 @@ from edgeprune.decide.candidates import (
     candidates,
     priced,
 )
-from edgeprune.decide.mended import FINE_MENDED, INNER_SHARE
+from edgeprune.decide.mended import LEFT_COST, OUTER_SHARE, OUTER_SHARE_OF_LITTLE, HealingText
 from edgeprune.device.budget import make_budget
 from edgeprune.device.profile import Profile, find_profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.measure.distortion import candidate_types
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.sensitivity import RIPPLES, Response, Sensitivity, all_sites
+from edgeprune.measure.shares import Mended
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile, TensorShape
@@ -37,6 +38,10 @@ MIB = 2**20
 UNREST = 1e-4
 Pose = Callable[..., Problem]
 ROLES = ("expert_up", "attention", "expert_down")
+
+
+TEXT = HealingText(asked=8_000, most=1 << 20)
+MENDED = Mended(tokens=1_000.0, few=0.5, many=0.4, down=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,9 @@ def measured(architecture: Architecture) -> Sensitivity:
     responses = {key: Response(cost, 9 * cost) for key, cost in zip(sites, costs, strict=True)}
     # The smallest ripple costs so much more than its parts: any change of a type does.
     together = {str(RIPPLES[0]): UNREST + sum(response.nats(RIPPLES[0]) for response in responses.values())}
-    return Sensitivity(responses, distortions, {}, {}, together=together)
+    layers = architecture.moe_layers
+    mended = {layers[0]: {"Q3_K": MENDED}, layers[-1]: {}}
+    return Sensitivity(responses, distortions, {}, {}, together=together, mended=mended)
 
 
 @pytest.fixture(scope="module")
@@ -134,36 +141,61 @@ def assert_consistent(problem: Problem, found: Candidate) -> None:
     assert limit is None or made.nbytes <= limit
 
 
-def test_healing_mends_most_before_the_activation_and_less_of_fine_types(pose: Pose) -> None:
+def test_healing_leaves_what_its_trial_left(pose: Pose) -> None:
+    """With 7/8 of half of the text where types are coarse, of an eighth where they are fine: 3500 and 875 tokens."""
+    problem = replace(pose(file_limit=4 * MIB), text=TEXT)
+    layers = problem.architecture.moe_layers
+
+    def left(role: str, name: str, layer: int = 0, kept: int = EXPERTS) -> float:
+        tensor = next(t for t in problem.architecture.tensors if t.role == role and t.layer == layer)
+        return problem.quantised(tensor, name, kept, healed=True) / problem.quantised(
+            tensor, name, kept, healed=False
+        )
+
+    # Errors of Q6_K lie where cost is linear; those of IQ3_XXS do not all.
+    assert left("expert_up", "Q6_K") == left("expert_gate", "Q6_K") == pytest.approx(LEFT_COST * MENDED.inner(875))
+    assert left("attention", "Q6_K") == pytest.approx(OUTER_SHARE_OF_LITTLE)
+    assert left("expert_down", "Q6_K") == 1.0  # a row is one block
+    assert left("expert_up", "IQ3_XXS") < left("attention", "IQ3_XXS") < left("expert_down", "IQ3_XXS") == 1.0
+    assert left("attention", "IQ3_XXS") == pytest.approx(OUTER_SHARE, abs=0.05)
+    # Half of the experts see the whole text, and twice as much of it each.
+    assert left("expert_up", "Q6_K", kept=EXPERTS // 2) == pytest.approx(LEFT_COST * MENDED.inner(2 * 7_000))
+    assert left("expert_up", "Q6_K", layers[-1]) == 1.0  # whose activation is not known
+
+
+def test_without_a_trial_nothing_inside_the_experts_is_mended(pose: Pose) -> None:
     problem = pose(file_limit=4 * MIB)
-
-    def left(role: str, name: str) -> float:
-        tensor = next(t for t in problem.architecture.tensors if t.role == role and t.layer == 0)
-        return problem.quantised(tensor, name, healed=True) / problem.quantised(tensor, name, healed=False)
-
-    coarse, fine = ({role: left(role, kind) for role in ROLES} for kind in ("IQ3_XXS", "Q6_K"))
-    assert coarse["expert_up"] < coarse["attention"] < coarse["expert_down"] == 1.0
-    assert coarse["expert_up"] < fine["expert_up"] < fine["attention"] < fine["expert_down"] == 1.0
-    # Errors of Q6_K lie where cost is linear.
-    assert INNER_SHARE < fine["expert_up"] == pytest.approx(1 - FINE_MENDED * (1 - INNER_SHARE))
+    unknown = replace(problem, text=TEXT, sensitivity=replace(problem.sensitivity, mended={}))
+    up = problem.architecture.tensor("blk.0.ffn_up_exps.weight")
+    plain = problem.quantised(up, "Q4_K", EXPERTS, healed=False)
+    assert unknown.quantised(up, "Q4_K", EXPERTS, healed=True) == plain
+    assert problem.quantised(up, "Q4_K", EXPERTS, healed=True) == plain  # nobody says on what text
 
 
 def test_healing_makes_good_what_is_rounded_in_blocks_but_not_the_output(pose: Pose) -> None:
-    problem = pose(file_limit=4 * MIB)
+    problem = replace(pose(file_limit=4 * MIB), text=TEXT)
     healed = replace(problem, heal=True)
     inside, output = (problem.architecture.tensor(n) for n in ("blk.0.ffn_up_exps.weight", "output.weight"))
     for name in ("Q4_K", "IQ3_XXS"):
-        assert problem.quantised(inside, name, healed=True) < problem.quantised(inside, name, healed=False)
-        assert problem.quantised(output, name, healed=True) == problem.quantised(output, name, healed=False)
+        assert problem.quantised(inside, name, EXPERTS, healed=True) < problem.quantised(
+            inside, name, EXPERTS, healed=False
+        )
+        assert problem.quantised(output, name, EXPERTS, healed=True) == problem.quantised(
+            output, name, EXPERTS, healed=False
+        )
     plan = must(candidate(healed, COUNTS[0])).plan
     assert plan.heal
-    expected = sum(healed.quantised(problem.architecture.tensor(n), k, healed=True) for n, k in plan.types.items())
+    expected = sum(
+        healed.quantised(problem.architecture.tensor(n), k, plan.kept, healed=True) for n, k in plan.types.items()
+    )
     assert plan.predicted.nats_quant == pytest.approx(expected + UNREST)
     # The plan that knows of healing is the better one once it is healed, and the worse one otherwise.
     plain = must(candidate(problem, plan.kept)).plan
 
     def cost(types: Mapping[str, str], heal: bool) -> float:
-        return sum(problem.quantised(problem.architecture.tensor(n), k, healed=heal) for n, k in types.items())
+        return sum(
+            problem.quantised(problem.architecture.tensor(n), k, plan.kept, healed=heal) for n, k in types.items()
+        )
 
     assert cost(plan.types, True) <= cost(plain.types, True) * 1.001
     assert cost(plain.types, False) <= cost(plan.types, False) * 1.001

@@ -22,6 +22,7 @@ from edgeprune.measure.replay import LayerExperts, outputs
 from edgeprune.measure.reservoir import Reservoir, pack
 from edgeprune.measure.routing import CHOSEN, CONSTANT, KEPT, preference, rule_of
 from edgeprune.measure.statistics import Statistics
+from edgeprune.measure.token_weights import token_weights
 from edgeprune.model.architecture import read_architecture
 from edgeprune.model.gguf import GgufFile
 

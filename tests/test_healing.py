@@ -26,6 +26,7 @@ from edgeprune.build.healer import joins_the_stream
 from edgeprune.build.staged import heal_layers, write_prefix
 from edgeprune.build.store import Store
 from edgeprune.decide.candidates import priced
+from edgeprune.decide.mended import HealingText, expert_bits
 from edgeprune.decide.plan import Plan, Prediction
 from edgeprune.errors import BadFile
 from edgeprune.measure import calibration, llama
@@ -39,7 +40,7 @@ from edgeprune.model.checkpoint import SINGLE
 from edgeprune.model.convert import convert
 from edgeprune.model.gguf import GgufFile, TensorShape
 from edgeprune.pipeline import Settings
-from edgeprune.stages.healing import changed_layers, groups, healing_share
+from edgeprune.stages.healing import changed_layers, groups
 
 pytest_plugins = ("demo_fixtures",)
 Floats = npt.NDArray[np.float32]
@@ -227,15 +228,17 @@ def test_the_text_to_heal_on_follows_from_experts_and_their_types(toy_gguf: Toy)
     architecture = read_architecture(GgufFile(model))
     experts = [tensor.name for tensor in architecture.tensors if tensor.is_expert]
 
-    def share(kept: int, *types: str) -> float:
-        return healing_share(
-            plan_for(model, kept, dict(zip(experts, types * len(experts), strict=False))), architecture
-        )
+    text = HealingText(asked=1000, most=900)
 
-    assert share(4, "IQ2_XXS") == share(4, "Q8_0") == 1.0
-    assert share(architecture.experts, "Q5_K") == share(architecture.experts, "Q8_0", "Q4_K", "Q4_K") == 0.125
-    assert share(architecture.experts, "Q4_K") == share(architecture.experts, "Q5_K", "Q5_K", "IQ2_XXS") == 0.25
-    assert share(architecture.experts, "Q3_K") == share(architecture.experts, "Q2_K", "Q2_K", "Q6_K") == 0.5
+    def tokens(kept: int, *types: str) -> int:
+        plan = plan_for(model, kept, dict(zip(experts, types * len(experts), strict=False)))
+        return text.tokens(expert_bits(architecture, plan.types), fewer=bool(plan.keep))
+
+    everyone = architecture.experts
+    assert tokens(4, "IQ2_XXS") == tokens(4, "Q8_0") == 900  # of 1,000, as many as the disk holds
+    assert tokens(everyone, "Q5_K") == tokens(everyone, "Q8_0", "Q4_K", "Q4_K") == 125
+    assert tokens(everyone, "Q4_K") == tokens(everyone, "Q5_K", "Q5_K", "IQ2_XXS") == 250
+    assert tokens(everyone, "Q3_K") == tokens(everyone, "Q2_K", "Q2_K", "Q6_K") == 500
 
 
 def test_a_prefix_is_the_pruned_model_as_far_as_it_goes(toy_gguf: Toy, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from edgeprune.measure.sensitivity import (
     site_settings,
     sites_to_measure,
 )
+from edgeprune.measure.shares import Mended
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile
 
@@ -182,6 +183,7 @@ def whole(architecture: Architecture) -> Sensitivity:
         {"model": "abc", "tokens": 2048},
         together={str(error): error for error in RIPPLES},
         speeds={"tokens": 1e3, "products": 1e9},
+        mended={0: {"Q4_K": Mended(900.0, 0.5, 0.4, 1.0)}, 2: {}},
     )
 
 
