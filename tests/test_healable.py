@@ -18,7 +18,7 @@ from edgeprune.measure.launch import Launch
 from edgeprune.measure.routing import CHOSEN, CONSTANT, KEPT, Rule, coefficients
 from edgeprune.measure.text import CHOOSING, HELD_OUT
 from edgeprune.model.gguf import GgufFile
-from edgeprune.pipeline import fit, opened
+from edgeprune.pipeline import Run, fit, opened
 from edgeprune.stages import trying
 from edgeprune.stages.trying import TryStages, least, place
 
@@ -198,3 +198,21 @@ def test_the_best_of_the_files_that_were_tried_is_shipped(
     with opened(settings, again) as run:
         assert run.best_plan().digest == shipped_plan.digest  # the memory that is free differs
     assert not any("trying" in line for line in again.said)
+
+
+def test_a_plan_of_a_number_that_is_not_proposed_today_is_kept(
+    tiny_checkpoint: Path, small_text: Path, tmp_path: Path
+) -> None:
+    """A folder of an earlier version, which proposed other numbers of experts: nothing is tried beside its plan."""
+    settings = few(tiny_checkpoint, small_text, tmp_path / "run", healing_tokens=1_024, baselines=False)
+    ear = Ear()
+    with opened(settings, ear) as run:
+        best = run.plan()
+        usual = run.architecture.allowed_counts()
+        odd = next(n for n in range(run.architecture.experts) if run.architecture.count_allowed(n) and n not in usual)
+        asked = Run(replace(run.settings, keep=odd), ear)
+        other = replace(asked.candidates()[0].plan, made_from=best.made_from)
+        other.save(run.folder.plan)
+    with opened(settings, ear) as run:
+        assert run.best_plan().digest == other.digest
+    assert not any("trying" in line for line in ear.said)

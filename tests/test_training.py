@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,31 @@ def test_llama_cpp_answers_as_the_trained_student_does(made: Any, family: str, t
         expected = trainer.skeleton.logits(last).double().log_softmax(-1)
     nats, same = divergence(expected, log_probabilities(output, [list(windows[held])]))
     assert nats < 1e-5 and same == 1.0
+
+
+def test_a_look_at_held_out_windows_holds_one_layer(made: Any, tmp_path: Path) -> None:
+    """What entered an earlier layer is gone when the next one is computed."""
+    checkpoint, model = made("qwen3_moe")
+    file = GgufFile(model)
+    architecture = read_architecture(file)
+    keep = {layer: (1, 3) for layer in architecture.moe_layers}
+    parameters, _ = opened_parameters(checkpoint, architecture.experts)
+    recipe = Recipe(rank=4, steps=2, batch=100, looks=1)
+    windows = token_windows(architecture.vocabulary, 16)
+    trainer = Trainer(checkpoint, parameters, windows, keep, {}, set(file.tensors), tmp_path, recipe, device="cpu")
+    trainer.teach()
+    entered: dict[int, list[weakref.ref[torch.Tensor]]] = {}
+    layer, earlier = trainer.skeleton.layer, []
+
+    def watched(index: int, hidden: torch.Tensor) -> torch.Tensor:
+        entered.setdefault(index, []).append(weakref.ref(hidden))
+        earlier.extend(own() is not None for before in range(index) for own in entered[before])
+        return layer(index, hidden)
+
+    trainer.skeleton.layer = watched  # type: ignore[method-assign]
+    assert not trainer._restore()
+    trainer._look(begin=True)
+    assert len(trainer.held_out) > 1 and earlier and not any(earlier)
 
 
 def test_contradictions_are_refused() -> None:
