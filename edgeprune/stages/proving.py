@@ -313,7 +313,18 @@ class Run(ChooseStages):
             "prediction": f"errors of {RIPPLES[1]:.0%} in all products at once cost {found:.2f} of the sum of what "
             f"they cost one by one; any change costs {self.sensitivity.unrest:.1e} nats per token; from errors of "
             f"{SMALL:.0%} to {LARGE:.0%}, cost grows with their power {self.sensitivity.linearity:.2f} (median)"
+            + (self._mended() if plan.heal else "")
         }
+
+    def _mended(self) -> str:
+        """What the trial of healing found."""
+        shares = [own.many for by_type in self.sensitivity.mended.values() for own in by_type.values()]
+        if not shares:
+            return ""
+        return (
+            f"; healed for a trial, experts kept {min(shares):.2f} to {max(shares):.2f} of the error at their output "
+            "that coarser gate and up projections made"
+        )
 
     def save_report(self, report: Report) -> None:
         """Write report.json, report.html and the model card."""
