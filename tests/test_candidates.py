@@ -19,14 +19,14 @@ from edgeprune.decide.candidates import (
     candidates,
     priced,
 )
-from edgeprune.decide.mended import LEFT_COST, OUTER_SHARE, OUTER_SHARE_OF_LITTLE, HealingText
+from edgeprune.decide.mended import FEEDBACK_SHARE, LEFT_COST, OUTER_SHARE, HealingText, Mending
 from edgeprune.device.budget import make_budget
 from edgeprune.device.profile import Profile, find_profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
 from edgeprune.measure.distortion import candidate_types
 from edgeprune.measure.launch import Launch
 from edgeprune.measure.sensitivity import RIPPLES, Response, Sensitivity, all_sites
-from edgeprune.measure.shares import Mended
+from edgeprune.measure.shares import Mended, Sampled
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile, TensorShape
@@ -41,7 +41,7 @@ ROLES = ("expert_up", "attention", "expert_down")
 
 
 TEXT = HealingText(asked=8_000, most=1 << 20)
-MENDED = Mended(tokens=1_000.0, few=0.5, many=0.4, down=1.0)
+MENDED = Mended(few_tokens=250.0, tokens=1_000.0, few=0.5, many=0.4, down=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +155,26 @@ def test_healing_leaves_what_its_trial_left(pose: Pose) -> None:
     # Errors of Q6_K lie where cost is linear; those of IQ3_XXS do not all.
     for role in ("expert_up", "expert_gate"):
         assert left(role, "Q6_K") == pytest.approx(LEFT_COST * MENDED.inner(875))
-    assert left("attention", "Q6_K") == pytest.approx(OUTER_SHARE_OF_LITTLE)
+    assert left("attention", "Q6_K") == pytest.approx(OUTER_SHARE)
     assert left("expert_down", "Q6_K") == 1.0  # a row is one block
     assert left("expert_up", "IQ3_XXS") < left("attention", "IQ3_XXS") < left("expert_down", "IQ3_XXS") == 1.0
     assert left("attention", "IQ3_XXS") == pytest.approx(OUTER_SHARE, abs=0.05)
     # Half of the experts see the whole text, and twice as much of it each.
     assert left("expert_up", "Q6_K", kept=EXPERTS // 2) == pytest.approx(LEFT_COST * MENDED.inner(2 * 7_000))
     assert left("expert_up", "Q6_K", layers[-1]) == 1.0  # whose activation is not known
+
+
+def test_error_feedback_mends_what_its_trial_mended(pose: Pose) -> None:
+    """Down projections whose rows are several blocks; of blocks that were not tried, a usual share."""
+    problem = pose(file_limit=4 * MIB)
+    down = problem.architecture.tensor("blk.0.ffn_down_exps.weight")
+    mending = Mending(Sampled(problem.sensitivity.mended), TEXT)
+    assert mending.left(down, "Q4_K", 256) == 1.0
+    assert mending.left(down, "Q4_K", 512) == pytest.approx(LEFT_COST * MENDED.down)
+    assert mending.left(down, "Q4_0", 256) == FEEDBACK_SHARE
+    up = problem.architecture.tensor("blk.0.ffn_up_exps.weight")
+    narrower = replace(mending, narrower=True)  # which uses all of the text
+    assert narrower.left(up, "Q6_K", 256) == pytest.approx(LEFT_COST * MENDED.inner(7_000))
 
 
 def test_without_a_trial_nothing_inside_the_experts_is_mended(pose: Pose) -> None:

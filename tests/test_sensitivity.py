@@ -183,13 +183,15 @@ def whole(architecture: Architecture) -> Sensitivity:
         {"model": "abc", "tokens": 2048},
         together={str(error): error for error in RIPPLES},
         speeds={"tokens": 1e3, "products": 1e9},
-        mended={0: {"Q4_K": Mended(900.0, 0.5, 0.4, 1.0)}, 2: {}},
+        mended={0: {"Q4_K": Mended(225.0, 900.0, 0.5, 0.4, 1.0)}, 2: {}},
     )
 
 
 def test_sensitivity_survives_json(deep: Architecture) -> None:
     original = whole(deep)
     assert Sensitivity.from_json(json.loads(json.dumps(original.to_json()))) == original
+    earlier = {key: own for key, own in original.to_json().items() if key != "mended"}
+    assert Sensitivity.from_json(earlier) == replace(original, mended={})
     unfinished = replace(original, distortions={})
     assert Sensitivity.from_json(json.loads(json.dumps(unfinished.to_json()))) == unfinished
 

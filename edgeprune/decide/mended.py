@@ -19,15 +19,15 @@ HEALED_SHARE = 0.15
 # left on this model where a tenth of the divergence was, and as much as the divergence on the demo.
 NARROW_HEALED_SHARE = 0.17
 # What is left of errors inside the experts is sampled (``measure.shares``), as a share of the squared error at the
-# layer's output. What a fit, or feedback, could not take back costs more than an error at random of its size. With an
-# eighth of the text 0.49 of the error of gate and up was left and 0.70 of the divergence on a model of 41 M weights,
-# 0.60 and 0.69 on the demo; of that of down projections in 32-blocks 0.48 and 0.78, and 0.68 and 0.64. With half of
-# the text and all of it, 0.43 and 0.57, and 0.41 and 0.50.
-LEFT_COST = 1.25
+# layer's output. What a fit, or feedback, could not take back costs more than an error at random of its size. On a
+# model of 41 M weights, with an eighth of the text, half and all of it, 0.48, 0.39 and 0.37 of the error of gate and
+# up was left, and 0.70, 0.57 and 0.50 of the divergence; on the demo, with an eighth, 0.51 and 0.69. Of the error of
+# down projections in 32-blocks feedback left 0.48, and 0.78 of the divergence; on the demo 0.61 and 0.64.
+LEFT_COST = 1.4
 # What is left of what errors of attention and other dense tensors of a block cost, which is healed in part by the
-# experts behind them: with half of the healing text or more, and with less. With an eighth it was 0.89 and 0.95 for
-# two types on the model of 41 M weights, and 0.62 on the demo.
-OUTER_SHARE, OUTER_SHARE_OF_LITTLE = 0.8, 0.88
+# experts behind them: with an eighth of the text 0.89 and 0.95 for two types on the model of 41 M weights, 0.62 on
+# the demo, and with half of it 0.8 on the former.
+OUTER_SHARE = 0.85
 # What error feedback leaves of the cost of a type whose blocks are shorter than the rows, where none was tried.
 FEEDBACK_SHARE = 0.75
 # Share of the healing text that is used where all experts stay: the error of their types is smaller and more even
@@ -93,7 +93,7 @@ class Mending:
         # The other experts' types are not known yet; they will be much like this one.
         tokens = _FITTED * self.text.tokens(kind.bits_per_weight, fewer=self.share < 1 or self.narrower)
         if not tensor.is_expert:
-            return OUTER_SHARE if kind.bits_per_weight < COARSE_BITS else OUTER_SHARE_OF_LITTLE
+            return OUTER_SHARE
         found = self.sampled.of(tensor.layer, kind.block)
         if found is None:
             return 1.0

@@ -3,8 +3,8 @@
 The sampled experts' gate and up projections are encoded as a build encodes them, with error feedback; their down
 projections are fitted to what the experts answered before (``refit``). What is left of the error at the output, in
 what it is without either, is the share. It depends on the text, because experts that see few tokens for their width
-cannot learn much: so it is taken with all of the tokens and with a quarter of them. It hardly depends on the type, so
-a few types stand for all whose blocks are as long, and their mean for each of them.
+cannot learn much: so it is taken with some of the tokens and with all. It hardly depends on the type but for the
+length of its blocks, between which errors are fed back: one type stands for all whose blocks are as long.
 
 Kept tokens are a sample of windows of text. Tokens of one window are alike, so those beside the ones that judge are
 not fitted; otherwise a layer seems to mend up to twice what it mends on other text.
@@ -13,7 +13,7 @@ not fitted; otherwise a layer seems to mend up to twice what it mends on other t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,7 +26,6 @@ import numpy.typing as npt
 from edgeprune.device.probe import cores
 from edgeprune.device.threads import in_order
 from edgeprune.measure import feedback
-from edgeprune.measure.activation import Activation
 from edgeprune.measure.feedback import Encoded, Inputs
 from edgeprune.measure.refit import Share, refit
 from edgeprune.measure.replay import Expert, LayerExperts, activation_of, projection
@@ -42,12 +41,14 @@ from edgeprune.model.gguf import GgufFile
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.intp]
-# Quick to encode, and from all of the range of bits; the first three are for rows of whole 256-blocks.
-TYPES = ("Q2_K", "Q3_K", "Q5_K", "Q4_0", "Q5_0", "Q8_0")
-# At most so many layers, evenly spread, and experts of each; and so many weights in all, unless one layer has more.
-_MOST_LAYERS, _MOST_EXPERTS, _LEAST_EXPERTS, _MOST_WEIGHTS = 6, 8, 2, 1 << 26
-# Of so many runs of tokens one judges, in the middle of those that are fitted; there are at least twice so many runs.
-_RUNS, _JUDGE = 8, 3
+# By length of block, quick to encode; the second where the source's own is the first.
+TYPES = (("Q3_K", "Q2_K"), ("Q4_0", "IQ4_NL"))
+# At most so many layers, evenly spread, and experts of each; and so many weights in all, unless the fewest have more.
+_MOST_LAYERS, _MOST_EXPERTS, _LEAST_EXPERTS, _MOST_WEIGHTS = 6, 12, 4, 1 << 28
+# Columns that error feedback is tried on: with more it takes as much memory and time as the square and the cube.
+_MOST_COLUMNS = 4096
+# Of so many runs of tokens one judges, and one is fitted at first; there are at least twice so many runs.
+_RUNS, _JUDGE, _FIRST = 8, 3, 6
 # Fewer tokens than so many tell nothing about an expert.
 _FEWEST = 16
 
@@ -67,10 +68,14 @@ def measure(model: str, statistics: str, progress: Callable[[int, int], None] | 
     layers, experts = _sampled(architecture)
     found: dict[str, Any] = {}
     for number, layer in enumerate(layers):
+
+        def advance(done: int, whole: int, before: int = number) -> None:
+            if progress is not None:
+                progress(before * whole + done, len(layers) * whole)
+
         trial = _Trial(file, architecture, layer, measured, experts)
-        found[str(layer)] = {kind.name: asdict(trial.of(kind)) for kind in trial.types} if trial.possible else {}
-        if progress is not None:
-            progress(number + 1, len(layers))
+        found[str(layer)] = trial.outcome(advance) if trial.possible else {}
+        advance(1, 1)
     return found
 
 
@@ -86,7 +91,7 @@ def _sampled(architecture: Architecture) -> tuple[list[int], int]:
 
 
 def parts(tokens: int, alike: int) -> tuple[Flags, Flags, Flags]:
-    """Which of so many ``tokens`` judge, which are fitted, and which of these are a quarter, each bool [tokens].
+    """Which of so many ``tokens`` judge, which are fitted, and which of these at first, each bool [tokens].
 
     Args:
         alike: tokens that follow each other and may be of one window.
@@ -97,23 +102,21 @@ def parts(tokens: int, alike: int) -> tuple[Flags, Flags, Flags]:
     judged = number % _RUNS == _JUDGE
     within = np.convolve(judged, np.ones(2 * guard + 1), "same") > 0.5 if tokens > 2 * guard else judged
     fitted = ~within
-    return judged, fitted, fitted & (number // 2 % 4 == 0)
+    return judged, fitted, fitted & (number % _RUNS == _FIRST)
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """One expert, encoded.
+    """One expert, encoded as one type.
 
     Attributes:
         hidden: its hidden values as encoded times the router's coefficients, float32 [n, F].
-        outer: projected down projection, float32 [DIMENSIONS, F].
-        lacks: what its answer lacks with that, float32 [n, DIMENSIONS].
+        lacks: what its answer lacks with that, projected, float32 [n, DIMENSIONS].
         plain: the same without error feedback.
-        down: its down projection as encoded.
+        down: what feedback does to its down projection.
     """
 
     hidden: Floats
-    outer: Floats
     lacks: Floats
     plain: Floats
     down: Encoded
@@ -124,43 +127,53 @@ class _Trial:
 
     Attributes:
         possible: whether the layer can be healed at all, and some experts see enough tokens.
-        types: that are tried.
     """
 
     def __init__(
         self, file: GgufFile, architecture: Architecture, layer: int, measured: Statistics, experts: int
     ) -> None:
-        self.tensors = {role: t for role, t in layer_tensors(architecture, layer).items() if t.is_expert}
-        self.inner = [t for role, t in self.tensors.items() if role != "expert_down"]
-        self.types = _types(self.inner, self.tensors["expert_down"])
+        tensors = {role: t for role, t in layer_tensors(architecture, layer).items() if t.is_expert}
+        self.down = tensors.pop("expert_down")
+        self.first = next(iter(tensors.values()))  # gate, up, or both in one
         tokens: Reservoir | None = measured.reservoirs.get(layer)
-        self.layer, self.experts = layer, LayerExperts(file, architecture, layer)
-        activation = None if tokens is None else activation_of(self.experts, tokens)
+        self.experts = LayerExperts(file, architecture, layer)
+        activation = None if tokens is None or not len(tokens) else activation_of(self.experts, tokens)
         self.possible = False
         if tokens is None or activation is None:
             return
         self.tokens, self.activation, self.scale = tokens, activation, fit_scale(tokens)
         alike = math.ceil(len(tokens) * measured.window / max(measured.tokens, 1))
-        self.judged, self.fitted, self.quarter = parts(len(tokens), alike)
-        self.moment = measured.moments[self.inner[0].name].mean()
-        self.chosen = _of_all_ranks(tokens.ids[self.quarter], architecture.experts, experts)
-        self.possible = bool(self.chosen and self.judged.any() and self.types)
+        self.judged, self.fitted, self.begun = parts(len(tokens), alike)
+        self.moment = measured.moments[self.first.name].mean()
+        self.chosen = _of_all_ranks(tokens.ids[self.begun], architecture.experts, experts)
+        self.possible = bool(self.chosen and self.judged.any())
 
-    def of(self, kind: ggml.GgmlType) -> Mended:
-        """What is left of the errors of ``kind``."""
+    def outcome(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """By type, the attributes of ``Mended``; none where values overflow."""
+        kinds, prior = _types(self.first, self.down), self._prior()
+        by_type: dict[str, list[_Tried]] = {kind.name: [] for kind in kinds}
+        self.outer: list[Floats] = []
         with ThreadPoolExecutor(cores()) as pool:
-            tried = list(in_order(pool, (partial(self._tried, kind, expert) for expert in self.chosen)))
+            jobs = (partial(self._tried, expert, kinds, prior) for expert in self.chosen)
+            for number, (outer, tried) in enumerate(in_order(pool, jobs)):
+                self.outer.append(outer)
+                for kind, own in zip(kinds, tried, strict=True):
+                    by_type[kind.name].append(own)
+                progress(number + 1, len(self.chosen))
+        found = {name: asdict(self._mended(tried)) for name, tried in by_type.items()}
+        return found if all(math.isfinite(value) for own in found.values() for value in own.values()) else {}
+
+    def _mended(self, tried: Sequence[_Tried]) -> Mended:
         plain = self._lacking(tried, plain=True)
         before = float(np.square(plain[self.judged], dtype=np.float64).sum())
-        left = [self._left(tried, fitted) / before if before > 0 else 1.0 for fitted in (self.quarter, self.fitted)]
-        few, many = (min(share, 1.0) for share in left)
-        down = [own.down for own in tried if own.down.energy]
-        error = sum(own.before for own in down)
+        few, many = (self._left(tried, part) / before if before > 0 else 1.0 for part in (self.begun, self.fitted))
+        error = sum(own.down.before for own in tried)
         return Mended(
+            few_tokens=float(self.begun.sum()),
             tokens=float(self.fitted.sum()),
             few=max(few, many),
             many=many,
-            down=sum(own.after for own in down) / error if error > 0 else 1.0,
+            down=sum(own.down.after for own in tried) / error if error > 0 else 1.0,
         )
 
     def _rows(self, expert: int) -> tuple[Ids, Floats]:
@@ -169,41 +182,53 @@ class _Trial:
         tokens, slot = np.nonzero(self.tokens.ids == expert)
         return tokens, self.tokens.gates[tokens, slot][:, None] * self.scale[tokens]
 
-    def _tried(self, kind: ggml.GgmlType, expert: int) -> _Tried:
+    def _tried(
+        self, expert: int, kinds: Sequence[ggml.GgmlType], prior: Floats | None
+    ) -> tuple[Floats, list[_Tried]]:
+        """The projected down projection of ``expert``, float32 [DIMENSIONS, F], and what becomes of it as each of
+        ``kinds``."""
         own, (rows, gates) = self.experts[expert], self._rows(expert)
         self.experts.release(expert)
         x, fitted, judged = self.tokens.x[rows], self.fitted[rows], self.judged[rows]
-        inputs = Inputs(x[fitted], x[judged], self._prior(kind))
-        importance = self.moment[expert if len(self.moment) > 1 else 0]
-        names = ("up",) if own.gate is None else ("gate", "up")
-        rough = {name: feedback.plain(kind, getattr(own, name), importance, name) for name in names}
-        better = {
-            name: feedback.improved(one, kind, getattr(own, name), importance, inputs, name)
-            for name, one in rough.items()
-        }
-        hidden, plain, exact = (gates * self._hidden(own, way, x) for way in (better, rough, {}))
-        energy = np.square(exact, dtype=np.float64).mean(axis=0).astype(np.float32)
-        seen = Inputs(exact[fitted], exact[judged])
-        down = feedback.encode(kind, own.down, energy, seen, "down").figures()
+        exact = gates * own.hidden(x, self.activation)
+        columns = slice(0, min(_MOST_COLUMNS, exact.shape[1]))
+        seen, hidden = Inputs(x[fitted], x[judged], prior), exact[:, columns]
+        answers = Inputs(hidden[fitted], hidden[judged])
         outer = projection(len(own.down)) @ own.down
-        return _Tried(hidden, outer, (exact - hidden) @ outer.T, (exact - plain) @ outer.T, down)
+        importance = self.moment[expert if len(self.moment) > 1 else 0]
 
-    def _hidden(self, own: Expert, encoded: Mapping[str, Encoded], x: Floats) -> Floats:
-        activation: Activation = self.activation
-        changed: dict[str, Any] = {name: one.decoded for name, one in encoded.items()}
-        return replace(own, **changed).hidden(x, activation)
+        def tried(kind: ggml.GgmlType) -> _Tried:
+            rough, better = self._encoded(own, kind, importance, seen)
+            coded, plain = (gates * way.hidden(x, self.activation) for way in (better, rough))
+            lacks, unfed = (exact - coded) @ outer.T, (exact - plain) @ outer.T
+            return _Tried(coded, lacks, unfed, _fed_back(kind, own.down[:, columns], answers))
 
-    def _prior(self, kind: ggml.GgmlType) -> Floats | None:
-        """Second moments of what goes into the layer's experts; None where ``kind`` does not feed back."""
-        if not kind.feeds_back(self.inner[0].shape[0]):
-            return None
+        return outer, [tried(kind) for kind in kinds]
+
+    def _encoded(self, own: Expert, kind: ggml.GgmlType, importance: Floats, seen: Inputs) -> tuple[Expert, Expert]:
+        """``own`` with gate and up of type ``kind``, without error feedback and with it; as it is where their rows
+        do not divide into its blocks."""
+        rough: dict[str, Any] = {}
+        better: dict[str, Any] = {}
+        for name in ("up",) if own.gate is None else ("gate", "up"):
+            weights: Floats = getattr(own, name)
+            if weights.shape[1] % kind.block == 0:
+                plain = feedback.plain(kind, weights, importance, name)
+                rough[name] = plain.decoded
+                better[name] = feedback.improved(plain, kind, weights, importance, seen, name).decoded
+        return replace(own, **rough), replace(own, **better)
+
+    def _prior(self) -> Floats | None:
+        """Second moments of what goes into the layer's experts, [D, D]; None where those are too wide."""
         x = self.tokens.x[self.fitted]
+        if x.shape[1] > _MOST_COLUMNS:
+            return None
         prior: Floats = x.T @ x / np.float32(max(len(x), 1))
         return prior
 
     def _lacking(self, tried: Sequence[_Tried], *, plain: bool = False) -> Floats:
-        """What the layer's output lacks, float32 [N, DIMENSIONS]."""
-        lacks = np.zeros((len(self.tokens), len(tried[0].outer)), np.float32)
+        """What the layer's output lacks, projected, float32 [N, DIMENSIONS]."""
+        lacks = np.zeros((len(self.tokens), len(self.outer[0])), np.float32)
         for expert, own in zip(self.chosen, tried, strict=True):
             lacks[self._rows(expert)[0]] += own.plain if plain else own.lacks
         return lacks
@@ -218,19 +243,24 @@ class _Trial:
         place = np.cumsum(looked_at) - 1
         shares = [Share(place[share.tokens], share.hidden) for share in shares]
         rest, judged = self._lacking(tried)[looked_at], self.judged[looked_at]
-        fit = refit(lambda number: tried[number].outer, shares, rest, judged, rest)
+        fit = refit(lambda number: self.outer[number], shares, rest, judged, rest)
         return fit.after * float(np.square(rest[judged], dtype=np.float64).sum())
 
 
-def _types(inner: Sequence[Tensor], down: Tensor) -> list[ggml.GgmlType]:
-    """Those of ``TYPES`` that both rows divide into and that are coarser than what the tensors have."""
-    rows = {inner[0].shape[0], down.shape[0]}
-    most = min(ggml.BY_NAME[tensor.type].bits_per_weight for tensor in inner)
-    kinds = [ggml.BY_NAME[name] for name in TYPES]
-    kinds = [k for k in kinds if k.bits_per_weight < most and not any(row % k.block for row in rows)]
-    if any(kind.block == 256 for kind in kinds):
-        return [kind for kind in kinds if kind.block == 256 or kind.name == "Q8_0"]
-    return kinds
+def _fed_back(kind: ggml.GgmlType, weights: Floats, answers: Inputs) -> Encoded:
+    """What error feedback does to a down projection ``weights`` [D, F]; nothing where its rows do not divide."""
+    if weights.shape[1] % kind.block:
+        return Encoded(np.zeros(0, np.uint8), weights).figures()
+    energy = np.square(answers.fitted, dtype=np.float64).mean(axis=0).astype(np.float32)
+    return feedback.encode(kind, weights, energy, answers, "down").figures()
+
+
+def _types(first: Tensor, down: Tensor) -> list[ggml.GgmlType]:
+    """Of every length of block that divides the rows of the ``first`` projections or of ``down`` one type, which is
+    not what they have."""
+    own, rows = {first.type, down.type}, (first.shape[0], down.shape[0])
+    kinds = [ggml.BY_NAME[next(name for name in names if name not in own or name == names[-1])] for names in TYPES]
+    return [kind for kind in kinds if any(row % kind.block == 0 for row in rows)]
 
 
 def _of_all_ranks(ids: npt.NDArray[np.integer], experts: int, count: int) -> list[int]:

@@ -238,9 +238,10 @@ class Sensitivity:
         Raises:
             BadFile: something is missing, or of another kind than ``to_json`` writes.
         """
-        names = set(cls.__dataclass_fields__)
-        check_keys("the saved sensitivity", value, names, set())
-        for name in sorted(names):
+        later = {"mended"}  # folders of earlier versions have none: it is measured when it is asked for
+        names = set(cls.__dataclass_fields__) - later
+        check_keys("the saved sensitivity", value, names, later)
+        for name in sorted(names | (later & value.keys())):
             if not isinstance(value[name], Mapping):
                 raise BadFile(f"the saved sensitivity's {name} are not a table")
         try:
@@ -253,7 +254,7 @@ class Sensitivity:
                 {name: _rounding(name, own) for name, own in value["rounding"].items()},
                 {name: checked_number(f"the cost of {name}", nats) for name, nats in value["together"].items()},
                 {name: checked_number(f"speed of {name}", speed) for name, speed in value["speeds"].items()},
-                {int(layer): mended(layer, own) for layer, own in value["mended"].items()},
+                {int(layer): mended(layer, own) for layer, own in value.get("mended", {}).items()},
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise BadFile(f"the saved sensitivity is damaged: {error}") from error

@@ -17,12 +17,12 @@ class Mended:
     """What healing leaves of one type's errors in one layer.
 
     Attributes:
-        tokens: of the layer, that the experts were fitted on.
-        few, many: share of the squared error at the output that gate and up of this type leave when experts are
-            fitted on a quarter of the tokens, and on all.
+        few_tokens, tokens: of the layer, that the experts were fitted on, at first and with all.
+        few, many: share of the squared error at the output that gate and up of this type leave after these fits.
         down: share that error feedback leaves of the error of the down projection's own rounding.
     """
 
+    few_tokens: float
     tokens: float
     few: float
     many: float
@@ -31,12 +31,12 @@ class Mended:
     def inner(self, tokens: float) -> float:
         """Share of the error of gate and up that is left after a fit on so many ``tokens``, 0 to 1.
 
-        A fit's errors go down with the number of tokens towards what the experts cannot learn; between and beyond the
-        two that were measured with its root: 0.48 and 0.39 on 5,400 and 21,500 tokens foretell 0.36 on 43,000, which
-        is what was measured.
+        A fit's errors go down with the number of tokens towards what the experts cannot learn; here with its root,
+        from the two that were measured on.
         """
-        beyond = 2 * self.many - self.few
-        share = beyond + (self.few - self.many) * math.sqrt(self.tokens / max(tokens, 1.0))
+        near, far = 1 / math.sqrt(self.few_tokens), 1 / math.sqrt(self.tokens)
+        slope = (self.few - self.many) / (near - far) if near > far else 0.0
+        share = self.many + slope * (1 / math.sqrt(max(tokens, 1.0)) - far)
         return min(max(share, 0.0), 1.0)
 
 
@@ -99,6 +99,9 @@ def mended(layer: str, by_type: Mapping[str, Any]) -> dict[str, Mended]:
         raise BadFile(f"{where}: {wrong[0]} is no type")
     for own in by_type.values():
         check_keys(where, own, names, set())
-    return {
+    found = {
         kind: Mended(**{name: checked_number(where, own[name]) for name in names}) for kind, own in by_type.items()
     }
+    if any(own.few_tokens <= 0 or own.tokens <= 0 for own in found.values()):
+        raise BadFile(f"{where}: experts fitted on no tokens")
+    return found

@@ -257,11 +257,13 @@ class MeasureStages(TextStages):
         }
         found: Sensitivity | None = None
         if self.folder.sensitivity.is_file():
-            with contextlib.suppress(BadFile):
+            try:
                 found = Sensitivity.from_json(read_json(self.folder.sensitivity))
-                if found.made_from != made_from:
-                    self._changed("sensitivity", found.made_from, made_from)
-                    found = None
+            except BadFile as error:
+                self.listener.say(f"the sensitivity is measured anew: {error.cause}")
+            if found is not None and found.made_from != made_from:
+                self._changed("sensitivity", found.made_from, made_from)
+                found = None
         if found is None:
             found = Sensitivity(self._responses(), {}, {}, made_from)
             write_text(self.folder.sensitivity, to_json(found.to_json()))
