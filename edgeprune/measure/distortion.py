@@ -19,7 +19,9 @@ from edgeprune.model.architecture import Tensor, read_architecture
 from edgeprune.model.gguf import GgufFile
 
 _SAMPLED_WEIGHTS = 65_536
-_SAMPLED_MATRICES = 4
+# Experts differ more than rows of one do: of a layer whose answers had energies from 306 to 1,700, four experts made
+# errors of 0.6 to 1.1 times those of all, eight and sixteen 0.95 to 1.05.
+_MOST_MATRICES, _LEAST_MATRICES, _LEAST_ROWS = 16, 8, 4
 _CHUNK_BYTES = 16 << 20
 Floats = npt.NDArray[np.float32]
 
@@ -46,8 +48,9 @@ def _sample(file: GgufFile, tensor: Tensor, random: np.random.Generator) -> list
     kind, width = ggml.BY_NAME[tensor.type], tensor.shape[0]
     row_bytes = kind.row_bytes(width)
     rows_per_matrix = tensor.nbytes // row_bytes // tensor.matrices
-    chosen = random.choice(tensor.matrices, min(_SAMPLED_MATRICES, tensor.matrices), replace=False)
-    count = min(rows_per_matrix, max(8, _SAMPLED_WEIGHTS // width // len(chosen)))
+    most = min(max(_SAMPLED_WEIGHTS // (_LEAST_ROWS * width), _LEAST_MATRICES), _MOST_MATRICES, tensor.matrices)
+    chosen = random.choice(tensor.matrices, most, replace=False)
+    count = min(rows_per_matrix, max(_LEAST_ROWS, _SAMPLED_WEIGHTS // width // len(chosen)))
     raw = file.raw(tensor.name).reshape(tensor.matrices, rows_per_matrix, row_bytes)
     samples = []
     for matrix in sorted(chosen.tolist()):

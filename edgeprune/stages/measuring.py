@@ -36,7 +36,7 @@ MOST_ENUMERATED = 16
 # The score of layers that cannot be replayed.
 FALLBACK = "reap"
 # Raised when a measurement changes its meaning, so that saved ones are made again.
-FORMAT = 6
+FORMAT = 7
 # What the halves of the held-out text do.
 _HALVES = {CHOOSING: " that chooses", REPORTING: " that reports"}
 
