@@ -173,8 +173,8 @@ def test_error_feedback_mends_what_its_trial_mended(pose: Pose) -> None:
     assert mending.left(down, "Q4_K", 512) == pytest.approx(LEFT_COST * MENDED.down)
     assert mending.left(down, "Q4_0", 256) == FEEDBACK_SHARE
     up = problem.architecture.tensor("blk.0.ffn_up_exps.weight")
-    narrower = replace(mending, narrower=True)  # which uses all of the text
-    assert narrower.left(up, "Q6_K", 256) == pytest.approx(LEFT_COST * MENDED.inner(7_000))
+    narrower = replace(mending, share=0.75)  # which uses all of the text
+    assert narrower.left(up, "Q6_K", 256) == pytest.approx(LEFT_COST * MENDED.inner(7_000 / 0.75))
 
 
 def test_without_a_trial_nothing_inside_the_experts_is_mended(pose: Pose) -> None:

@@ -105,8 +105,10 @@ class Problem:
         good a part."""
         if not healed or self.text is None:
             return self.sensitivity.nats(tensor, name)
-        share = kept / self.architecture.experts
-        mending = Mending(self.sampled, self.text, share, narrower=bool(self.width))
+        width = self.architecture.expert_width
+        whole = self.architecture.experts * width
+        share = kept * (self.width or width) / whole if whole else 1.0  # a dense model has no experts
+        mending = Mending(self.sampled, self.text, share)
         return self.sensitivity.nats(tensor, name, mending.left(tensor, name, self.shape(tensor, 1)[0]))
 
     def dropped(self, kept: int) -> float:

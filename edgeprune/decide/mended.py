@@ -76,14 +76,13 @@ class Mending:
     Attributes:
         sampled: what a trial found.
         text: that healing uses.
-        share: of the experts that are kept: each of fewer sees more of the tokens.
-        narrower: whether they are narrower than in the source.
+        share: of the experts' channels that are kept, of fewer experts or of narrower ones: there are as many more
+            tokens for each.
     """
 
     sampled: Sampled
     text: HealingText
     share: float = 1.0
-    narrower: bool = False
 
     def left(self, tensor: Tensor, name: str, width: int) -> float:
         """Share of the cost of ``tensor`` as the type ``name``, in rows of ``width``, that healing leaves."""
@@ -91,7 +90,7 @@ class Mending:
             return 1.0
         kind = ggml.BY_NAME[name]
         # The other experts' types are not known yet; they will be much like this one.
-        tokens = _FITTED * self.text.tokens(kind.bits_per_weight, fewer=self.share < 1 or self.narrower)
+        tokens = _FITTED * self.text.tokens(kind.bits_per_weight, fewer=self.share < 1)
         if not tensor.is_expert:
             return OUTER_SHARE
         found = self.sampled.of(tensor.layer, kind.block)
