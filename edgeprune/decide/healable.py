@@ -22,7 +22,7 @@ from edgeprune.measure.replay import Expert, LayerExperts, projection
 from edgeprune.measure.reservoir import Reservoir
 from edgeprune.measure.routing import coefficients, preference
 from edgeprune.measure.statistics import Statistics
-from edgeprune.measure.token_weights import fit_scale
+from edgeprune.measure.token_weights import token_weights
 from edgeprune.model.architecture import Architecture, read_architecture
 from edgeprune.model.gguf import GgufFile
 
@@ -103,7 +103,8 @@ class _Judge:
         else:
             self.rule, self.activation = found
             self.tokens = tokens
-            self.scale = fit_scale(tokens)
+            # An error counts as for a replay; with both sides of the equations scaled, so does the fit's.
+            self.scale = np.sqrt(token_weights(tokens))[:, None]
 
     def errors(self, orders: Mapping[str, Sequence[int]], counts: Sequence[int]) -> dict[str, list[list[float]]]:
         """Each ranking's error at each of ``counts``, before and after healing."""
