@@ -19,7 +19,7 @@ from edgeprune.decide.candidates import (
     candidates,
     priced,
 )
-from edgeprune.decide.mended import FEEDBACK_SHARE, LEFT_COST, OUTER_SHARE, HealingText, Mending
+from edgeprune.decide.mended import FEEDBACK_SHARE, FINE_MENDED, LEFT_COST, OUTER_SHARE, HealingText, Mending
 from edgeprune.device.budget import make_budget
 from edgeprune.device.profile import Profile, find_profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
@@ -143,6 +143,10 @@ def assert_consistent(problem: Problem, found: Candidate) -> None:
 
 def test_healing_leaves_what_its_trial_left(pose: Pose) -> None:
     """With 7/8 of half of the text where types are coarse, of an eighth where they are fine: 3500 and 875 tokens."""
+
+    def fine(share: float) -> object:
+        return pytest.approx(1 - FINE_MENDED * (1 - LEFT_COST * share))
+
     problem = replace(pose(file_limit=4 * MIB), text=TEXT)
     layers = problem.architecture.moe_layers
 
@@ -154,13 +158,13 @@ def test_healing_leaves_what_its_trial_left(pose: Pose) -> None:
 
     # Errors of Q6_K lie where cost is linear; those of IQ3_XXS do not all.
     for role in ("expert_up", "expert_gate"):
-        assert left(role, "Q6_K") == pytest.approx(LEFT_COST * MENDED.inner(875))
+        assert left(role, "Q6_K") == fine(MENDED.inner(875))
     assert left("attention", "Q6_K") == pytest.approx(OUTER_SHARE)
     assert left("expert_down", "Q6_K") == 1.0  # a row is one block
     assert left("expert_up", "IQ3_XXS") < left("attention", "IQ3_XXS") < left("expert_down", "IQ3_XXS") == 1.0
     assert left("attention", "IQ3_XXS") == pytest.approx(OUTER_SHARE, abs=0.05)
     # Half of the experts see the whole text, and twice as much of it each.
-    assert left("expert_up", "Q6_K", kept=EXPERTS // 2) == pytest.approx(LEFT_COST * MENDED.inner(2 * 7_000))
+    assert left("expert_up", "Q6_K", kept=EXPERTS // 2) == fine(MENDED.inner(2 * 7_000))
     assert left("expert_up", "Q6_K", layers[-1]) == 1.0  # whose activation is not known
 
 
@@ -174,7 +178,7 @@ def test_error_feedback_mends_what_its_trial_mended(pose: Pose) -> None:
     assert mending.left(down, "Q4_0", 256) == FEEDBACK_SHARE
     up = problem.architecture.tensor("blk.0.ffn_up_exps.weight")
     narrower = replace(mending, share=0.75)  # which uses all of the text
-    assert narrower.left(up, "Q6_K", 256) == pytest.approx(LEFT_COST * MENDED.inner(7_000 / 0.75))
+    assert narrower.left(up, "Q4_K", 256) == pytest.approx(LEFT_COST * MENDED.inner(7_000 / 0.75))
 
 
 def test_without_a_trial_nothing_inside_the_experts_is_mended(pose: Pose) -> None:
