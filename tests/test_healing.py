@@ -179,6 +179,18 @@ def test_a_fit_that_does_not_help_on_other_tokens_is_undone() -> None:
         np.testing.assert_array_equal(new, old)
 
 
+def test_a_fit_that_gains_next_to_nothing_is_undone() -> None:
+    """Of an error that is noise but for 1 % at most 1 % can be won, of one that is noise but for a sixth, a sixth."""
+    start, shares, target = layer(tokens=8_000)
+    size = np.sqrt(np.square(target - answers(start, shares, 8_000)).mean())
+    noise = size * np.random.default_rng(5).standard_normal(target.shape).astype(np.float32)
+    drowned = refit(start.__getitem__, shares, target + 10 * noise, held_out(8_000))
+    assert (drowned.ridge, drowned.after) == (None, drowned.before)
+    np.testing.assert_array_equal(drowned.matrix(0), start[0])
+    heard = refit(start.__getitem__, shares, target + np.float32(5**0.5) * noise, held_out(8_000))
+    assert heard.ridge is not None and heard.after < 0.9 * heard.before
+
+
 def test_an_expert_that_no_token_reaches_stays_as_it_is() -> None:
     start, shares, target = layer()
     shares[2] = Share(np.zeros(0, np.intp), np.zeros((0, 6), np.float32))

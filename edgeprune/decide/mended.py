@@ -31,7 +31,7 @@ FINE_MENDED = 0.35
 # What is left of what errors of attention and other dense tensors of a block cost, which is healed in part by the
 # experts behind them: with an eighth of the text 0.89 and 0.95 for two types on the model of 41 M weights, 0.62 on
 # the demo, and with half of it 0.8 on the former.
-OUTER_SHARE = 0.85
+OUTER_SHARE = 0.75
 # What error feedback leaves of the cost of a type whose blocks are shorter than the rows, where none was tried.
 FEEDBACK_SHARE = 0.75
 # Share of the healing text that is used where all experts stay: the error of their types is smaller and more even

@@ -34,6 +34,9 @@ Matrices = Callable[[int], Floats]
 # Tried in turn; what does best on tokens that were not fitted is taken. From strong to weak, because a strong pull to
 # the old weights keeps experts that share tokens from answering for each other: one sweep there goes as far as two.
 RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03)
+# A smaller share of the error is as likely chance: of a file of 5.75 bits per weight, whose layers gained up to 3 %,
+# KL divergence was 0.00057 with the fits that gained 1 %, and 0.00051 without.
+_LEAST_GAIN = 0.02
 # Of so many runs of tokens one judges; there are at least so many that do, if the tokens suffice.
 _HELD_OUT_EVERY, _JUDGES = 8, 8
 
@@ -194,7 +197,7 @@ def _refit(start: Matrices, problem: _Problem, judges: npt.NDArray[np.intp], ene
             break
         after, chosen = found, ridge
         best = problem.kept() if ridge != RIDGES[-1] else None
-    if chosen is None:
+    if chosen is None or after > (1 - _LEAST_GAIN) * before:
         return Healed(start, None, before, before)
     if best is not None:
         problem.back(best)

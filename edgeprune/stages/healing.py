@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.build.store import Store
-from edgeprune.decide.mended import HealingText, expert_bits, text_share
+from edgeprune.decide.mended import FINE_BITS, HealingText, expert_bits, text_share
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
@@ -30,8 +30,8 @@ from edgeprune.units import format_bytes
 FORMAT = 3
 # Groups of layers by default: more cost a pass over the text each, fewer leave the fits with inputs that are further
 # from those of the finished model. Where all experts stay that matters less: three groups of six layers left 1.00 of
-# the KL divergence that six did at 4.9 bits per weight, 1.02 at 3.1.
-MOST_STAGES, MOST_STAGES_OF_WHOLE, LAYERS_OF_WHOLE = 8, 4, 2
+# the KL divergence that six did at 4.9 bits per weight, 1.02 at 3.1; at 5.75, one did what three did.
+MOST_STAGES, MOST_STAGES_OF_WHOLE, LAYERS_OF_WHOLE, MOST_STAGES_OF_FINE = 8, 4, 2, 2
 # Times that a fit multiplies every token's hidden values with a matrix like the down projection: twice for the gate
 # and up projections, twice a sweep, and once for each look at what is left; matrices of an expert and its tokens go
 # through at half the speed of large ones.
@@ -110,7 +110,8 @@ class HealStages(NarrowStages):
         """Groups of the layers that ``plan`` has ``changed``."""
         most = self._most_stages
         if not self.settings.heal_stages and not _fewer(plan):
-            most = min(MOST_STAGES_OF_WHOLE, -(-len(changed) // LAYERS_OF_WHOLE))
+            fine = expert_bits(self.architecture, plan.types) >= FINE_BITS
+            most = min(MOST_STAGES_OF_FINE if fine else MOST_STAGES_OF_WHOLE, -(-len(changed) // LAYERS_OF_WHOLE))
         return groups(changed, most)
 
     def healing_seconds(self, plan: Plan) -> float:
