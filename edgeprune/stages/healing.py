@@ -31,7 +31,7 @@ FORMAT = 3
 # Groups of layers by default: more cost a pass over the text each, fewer leave the fits with inputs that are further
 # from those of the finished model. Where all experts stay that matters less: three groups of six layers left 1.00 of
 # the KL divergence that six did at 4.9 bits per weight, 1.02 at 3.1; at 5.75, one did what three did.
-MOST_STAGES, MOST_STAGES_OF_WHOLE, LAYERS_OF_WHOLE, MOST_STAGES_OF_FINE = 8, 4, 2, 2
+MOST_STAGES, MOST_STAGES_OF_WHOLE, LAYERS_OF_WHOLE, STAGES_OF_FINE = 8, 4, 2, 1
 # Times that a fit multiplies every token's hidden values with a matrix like the down projection: twice for the gate
 # and up projections, twice a sweep, and once for each look at what is left; matrices of an expert and its tokens go
 # through at half the speed of large ones.
@@ -111,7 +111,7 @@ class HealStages(NarrowStages):
         most = self._most_stages
         if not self.settings.heal_stages and not _fewer(plan):
             fine = expert_bits(self.architecture, plan.types) >= FINE_BITS
-            most = min(MOST_STAGES_OF_FINE if fine else MOST_STAGES_OF_WHOLE, -(-len(changed) // LAYERS_OF_WHOLE))
+            most = min(STAGES_OF_FINE if fine else MOST_STAGES_OF_WHOLE, -(-len(changed) // LAYERS_OF_WHOLE))
         return groups(changed, most)
 
     def healing_seconds(self, plan: Plan) -> float:
