@@ -83,12 +83,15 @@ class LayerHealer:
         teacher: Reservoir,
         student: Statistics,
         channels: Channel | None = None,
+        moved: Floats | None = None,
     ) -> None:
         """
         Args:
             file: the source, with merged experts in it if there are any.
             teacher: what the source's layer sees and answers.
             student: of the prefix that is built, over the same tokens.
+            moved: how the residual stream that enters the layer differs by now from the ``student``'s, float32
+                [N, D], because layers before it are healed that were not when that was observed.
             channels: that every expert keeps, int [E, F'], or None for all.
 
         Raises:
@@ -109,6 +112,7 @@ class LayerHealer:
             raise BadFile("the statistics of the source and of the pruned model are over different tokens")
         self.held_out = judges(len(self.student), _RUN)
         self.scale = fit_scale(self.teacher)
+        self.moved = moved
 
     def heal(self, store: Store) -> dict[str, Any]:
         """Write the layer's experts to ``store``; what is returned is what ``staged.heal_layers`` says of a layer."""
@@ -134,6 +138,7 @@ class LayerHealer:
     ) -> tuple[dict[str, dict[str, float] | None], Healed, list[Share]]:
         """Gate and up encoded and stored with what feedback did to each; down fitted to what they answer now."""
         inner, target = self._inner(), self._wanted()
+        known = target - self.scale * self.student.y if self._leans else None
         answered = np.zeros_like(target)
         shares: list[Share] = []
         encoded: list[list[Encoded]] = []
@@ -150,7 +155,16 @@ class LayerHealer:
         store.write_together([tensor.name for tensor in inner], pieces())
         gains = {tensor.name: _gain([row[number] for row in encoded]) for number, tensor in enumerate(inner)}
         fit = refit(self._old_down, shares, target, self.held_out, target - answered)
+        if known is not None:
+            own = (known - (target - answered if fit.rest is None else fit.rest)) / self.scale
+            self.moved = own if self.moved is None else self.moved + own
         return gains, fit, shares
+
+    @property
+    def _leans(self) -> bool:
+        """Whether the layer is to put right what has gone astray before it."""
+        known = self.teacher.stream is not None and self.student.stream is not None
+        return known and joins_the_stream(self.file, self.architecture, self.layer)
 
     def _inner(self) -> list[Tensor]:
         """The tensors before the activation."""
@@ -163,10 +177,10 @@ class LayerHealer:
     def _wanted(self) -> Floats:
         """What the layer is to answer, each token's on its scale, float32 [N, D]."""
         target: Floats = self.teacher.y.copy()
-        known = self.teacher.stream is not None and self.student.stream is not None
-        if known and joins_the_stream(self.file, self.architecture, self.layer):
+        if self._leans:
             assert self.teacher.stream is not None and self.student.stream is not None
-            target += np.float32(_LEAN) * (self.teacher.stream - self.student.stream)
+            astray = self.teacher.stream - self.student.stream
+            target += np.float32(_LEAN) * (astray if self.moved is None else astray - self.moved)
         target *= self.scale
         return target
 

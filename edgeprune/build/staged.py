@@ -123,13 +123,15 @@ def heal_layers(
     orders = channel_orders.loaded(channels, obeyed.channels)
     wanted = [layer for layer in architecture.moe_layers if layer in range(*layers)]
     found: dict[str, Any] = {}
+    moved = None
     for number, layer in enumerate(wanted):
         if layer not in original.reservoirs or layer not in pruned.reservoirs:
             found[str(layer)] = {"reason": "its tokens cannot be replayed"}
             continue
         own = None if orders is None or not obeyed.width else orders.best(layer, obeyed.width)
-        healer = LayerHealer(file, architecture, layer, obeyed, original.reservoirs[layer], pruned, own)
+        healer = LayerHealer(file, architecture, layer, obeyed, original.reservoirs[layer], pruned, own, moved)
         found[str(layer)] = healer.heal(finished)
+        moved = healer.moved
         if progress is not None:
             progress(number + 1, len(wanted))
     return found

@@ -140,6 +140,10 @@ class _Problem:
             pairs = zip(columns.solutions, self.equations, strict=True)
             columns.solutions = [np.pad(old, ((0, own.unknowns - len(old)), (0, 0))) for old, own in pairs]
 
+    def rest(self) -> Floats:
+        """What the output lacks, float32 [N, D]."""
+        return np.concatenate([columns.rest for columns in self._columns], axis=1)
+
     def change(self, expert: int) -> Floats:
         """What is added to the expert's matrix, float32 [D, F]."""
         own = self.equations[expert]
@@ -154,12 +158,14 @@ class Healed:
         matrix: down projection of an expert, float32 [D, F]; the old one if no fit helped.
         ridge: of the fit, or None if none helped.
         before, after: squared error of the output on the tokens that were not fitted, relative to its energy.
+        rest: what the output lacks with the new ones, float32 [N, D]; None if no fit helped.
     """
 
     matrix: Matrices
     ridge: float | None
     before: float
     after: float
+    rest: Floats | None = None
 
 
 def refit(
@@ -203,4 +209,4 @@ def _refit(start: Matrices, problem: _Problem, judges: npt.NDArray[np.intp], ene
         problem.back(best)
     problem.fit_all()
     problem.sweep(chosen)
-    return Healed(lambda expert: start(expert) + problem.change(expert), chosen, before, after)
+    return Healed(lambda expert: start(expert) + problem.change(expert), chosen, before, after, problem.rest())
