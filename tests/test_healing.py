@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune import pipeline
 from edgeprune.build.builder import build
-from edgeprune.build.healer import joins_the_stream
+from edgeprune.build.healer import LayerHealer, joins_the_stream
 from edgeprune.build.staged import heal_layers, write_prefix
 from edgeprune.build.store import Store
 from edgeprune.decide.candidates import priced
@@ -283,6 +283,9 @@ def test_nothing_is_computed_beyond_the_layers_that_are_looked_at(toy_gguf: Toy,
     assert not any(name.endswith("-1") for name in seen)
 
 
+STATISTICS = ("teacher", "student")
+
+
 def healed_toy(
     model: Path,
     folder: Path,
@@ -471,6 +474,43 @@ def test_layers_lean_towards_the_originals_residual_stream(toy_gguf: Toy, tmp_pa
     # Nothing is lost before the first layer, so its target is the same; the second has more to put right.
     assert leaning["0"]["before"] == pytest.approx(plain["0"]["before"], rel=1e-5)
     assert leaning["1"]["before"] != pytest.approx(plain["1"]["before"], rel=1e-3)
+
+
+def test_a_layer_knows_how_healing_it_moves_the_stream_behind_it(toy_gguf: Toy, tmp_path: Path) -> None:
+    """What is foretold for layers of the same group is what these see once it is built, but for what attention between
+    them makes of it; and the next layer asks for less."""
+    model = toy_gguf("qwen3_moe")
+    found, store, plan = healed_toy(model, tmp_path, 6, {}, tokens_only=True)
+    file = GgufFile(model)
+    architecture, teacher, before = read_architecture(file), *(Statistics.load(tmp_path / n) for n in STATISTICS)
+    first = LayerHealer(file, architecture, 0, plan, teacher.reservoirs[0], before)
+    first.heal(Store(tmp_path / "again"))
+    assert first.moved is not None
+    write_prefix(str(model), plan.to_json(), str(tmp_path / "next.gguf"), str(store), [1, 2], "")
+    calibration.collect(
+        str(tmp_path / "next.gguf"),
+        str(tmp_path / "after"),
+        scratch=str(tmp_path),
+        texts=[{"domain": "a", "path": str(tmp_path / "text.txt"), "split": "calibration"}],
+        window=64,
+        most_tokens=2_048,
+        weights=[t.name for t in architecture.tensors if t.role == "expert_gate"],
+        experts=6,
+        arch=architecture.arch,
+        made_from={"model": "c"},
+        reservoir_tokens=2_048,
+        layers=[1, 2],
+        tokens_only=True,
+    )
+    streams = [Statistics.load(path).reservoirs[1].stream for path in (tmp_path / "after", tmp_path / "student")]
+    assert streams[0] is not None and streams[1] is not None
+    moved = streams[0] - streams[1]
+    assert np.square(moved - first.moved).sum() < 0.2 * np.square(moved).sum()
+    alone = LayerHealer(file, architecture, 1, plan, teacher.reservoirs[1], before)
+    behind = LayerHealer(file, architecture, 1, plan, teacher.reservoirs[1], before, None, first.moved)
+    asked = [own.heal(Store(tmp_path / name)) for own, name in ((alone, "alone"), (behind, "behind"))]
+    assert asked[1]["before"] < asked[0]["before"]
+    assert found["1"]["before"] == pytest.approx(asked[1]["before"])
 
 
 @pytest.mark.parametrize(
