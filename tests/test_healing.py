@@ -477,8 +477,8 @@ def test_layers_lean_towards_the_originals_residual_stream(toy_gguf: Toy, tmp_pa
 
 
 def test_a_layer_knows_how_healing_it_moves_the_stream_behind_it(toy_gguf: Toy, tmp_path: Path) -> None:
-    """What is foretold for layers of the same group is what these see once it is built, but for what attention between
-    them makes of it; and the next layer asks for less."""
+    """What is foretold for layers of the same group is what these see once it is built, but for what attention makes
+    of it; and the next layer asks for less."""
     model = toy_gguf("qwen3_moe")
     found, store, plan = healed_toy(model, tmp_path, 6, {}, tokens_only=True)
     file = GgufFile(model)
