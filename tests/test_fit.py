@@ -46,7 +46,10 @@ def test_a_forced_number_of_experts_is_shipped_and_the_better_preset_reported(
     settings = few(tiny_checkpoint, small_text, tmp_path / "run", keep=2)
     report, folder = fit(settings, ear := Ear())
     assert (report.shipped, report.plan["kept"]) == ("plan", 2)
-    assert [stage for stage in ear.stages if stage.startswith(("layer", "heal"))] == ["heal the experts"]
+    assert [stage for stage in ear.stages if stage.startswith(("layer", "heal"))] == [
+        "healing of coarser types, for a trial",
+        "heal the experts",
+    ]
     assert report.plan["heal"] and 0.01 < report.plan["predicted"]["heal_seconds"] < 600
     assert all(rival.chosen_by is None for rival in report.baselines)
     assert min(rival.quality["kl_mean"] for rival in report.baselines) < report.quality["kl_mean"]
