@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from edgeprune.measure.refit import FITTED
 from edgeprune.measure.shares import Mended, Sampled
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
@@ -41,8 +42,6 @@ FEEDBACK_SHARE = 0.75
 SHARE_OF_COARSE, SHARE_OF_WHOLE, SHARE_OF_FINE = 0.5, 0.25, 0.125
 # Experts of fewer bits per weight on average are coarse, those of as many are fine.
 COARSE_BITS, FINE_BITS = 4.0, 5.0
-# Of the tokens so many are fitted; the others judge.
-_FITTED = 7 / 8
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,20 @@ class HealingText:
     asked: int
     most: int
 
-    def tokens(self, bits: float, *, fewer: bool) -> int:
-        """That a plan is healed on whose experts have so many ``bits`` per weight on average.
+    def wanted(self, bits: float, *, fewer: bool) -> int:
+        """Tokens that a plan is to be healed on whose experts have so many ``bits`` per weight on average.
 
         Args:
             fewer: whether it has fewer experts than the source, or narrower ones.
         """
-        return min(int(text_share(bits, fewer=fewer) * self.asked), self.most)
+        if fewer:
+            return self.asked
+        share = SHARE_OF_COARSE if bits < COARSE_BITS else SHARE_OF_WHOLE if bits < FINE_BITS else SHARE_OF_FINE
+        return int(share * self.asked)
 
-
-def text_share(bits: float, *, fewer: bool) -> float:
-    """Part of the healing text, 0 to 1, that is used; see ``HealingText.tokens``."""
-    if fewer:
-        return 1.0
-    return SHARE_OF_COARSE if bits < COARSE_BITS else SHARE_OF_WHOLE if bits < FINE_BITS else SHARE_OF_FINE
+    def tokens(self, bits: float, *, fewer: bool) -> int:
+        """As many of those as the disk is to hold."""
+        return min(self.wanted(bits, fewer=fewer), self.most)
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Mending:
             return 1.0
         kind = ggml.BY_NAME[name]
         # The other experts' types are not known yet; they will be much like this one.
-        tokens = _FITTED * self.text.tokens(kind.bits_per_weight, fewer=self.share < 1)
+        tokens = FITTED * self.text.tokens(kind.bits_per_weight, fewer=self.share < 1)
         if not tensor.is_expert:
             return OUTER_SHARE
         found = self.sampled.of(tensor.layer, kind.block)

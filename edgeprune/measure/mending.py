@@ -7,7 +7,8 @@ cannot learn much: so it is taken with some of the tokens and with all. It hardl
 length of its blocks, between which errors are fed back: one type stands for all whose blocks are as long.
 
 Kept tokens are a sample of windows of text. Tokens of one window are alike, so those beside the ones that judge are
-not fitted; otherwise a layer seems to mend up to twice what it mends on other text.
+not fitted; otherwise a layer seems to mend more than it mends on other text, where 0.53 to 0.60 of the error was left
+and not 0.36 to 0.42.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def parts(tokens: int, alike: int) -> tuple[Flags, Flags, Flags]:
     """Which of so many ``tokens`` judge, which are fitted, and which of these at first, each bool [tokens].
 
     Args:
-        alike: tokens that follow each other and may be of one window.
+        alike: how many tokens that follow each other may be of one window; so many beside those that judge are left
+            out.
     """
     run = max(1, min(max(alike, 64), tokens // (2 * _RUNS)))
     guard, place = min(alike, run), np.arange(tokens)
@@ -219,7 +221,7 @@ class _Trial:
         return replace(own, **rough), replace(own, **better)
 
     def _prior(self) -> Floats | None:
-        """Second moments of what goes into the layer's experts, [D, D]; None where those are too wide."""
+        """Second moments of what goes into the layer's experts, float32 [D, D]; None where those are too wide."""
         x = self.tokens.x[self.fitted]
         if x.shape[1] > _MOST_COLUMNS:
             return None

@@ -39,6 +39,8 @@ RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03)
 _LEAST_GAIN = 0.02
 # Of so many runs of tokens one judges; there are at least so many that do, if the tokens suffice.
 _HELD_OUT_EVERY, _JUDGES = 8, 8
+# Share of the tokens that are fitted.
+FITTED = 1 - 1 / _HELD_OUT_EVERY
 
 
 @dataclass(frozen=True)

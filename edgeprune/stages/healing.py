@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.build.store import Store
-from edgeprune.decide.mended import FINE_BITS, HealingText, expert_bits, text_share
+from edgeprune.decide.mended import FINE_BITS, HealingText, expert_bits
 from edgeprune.decide.plan import PRESET, Plan
 from edgeprune.device.probe import cores
 from edgeprune.errors import BadFile
@@ -209,8 +209,7 @@ class HealStages(NarrowStages):
 
     def _say_cut(self, plan: Plan) -> None:
         tokens = self.healing_tokens(plan)
-        share = text_share(expert_bits(self.architecture, plan.types), fewer=_fewer(plan))
-        if tokens < int(share * self.settings.healing_tokens):
+        if tokens < self.healing_text.wanted(expert_bits(self.architecture, plan.types), fewer=_fewer(plan)):
             limit = format_bytes(MOST_BYTES)
             self.listener.say(f"healing on {tokens:,} tokens, as many as {limit} of disk hold for layers so wide")
 
