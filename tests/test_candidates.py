@@ -13,19 +13,20 @@ import toys
 
 from edgeprune.decide.candidates import (
     Candidate,
-    Problem,
     allowed_types,
     candidate,
     candidates,
     priced,
 )
 from edgeprune.decide.mended import FEEDBACK_SHARE, FINE_MENDED, LEFT_COST, OUTER_SHARE, HealingText, Mending
+from edgeprune.decide.problem import Problem
 from edgeprune.device.budget import make_budget
 from edgeprune.device.profile import Profile, find_profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
+from edgeprune.measure.cost import Cost, Response, total
 from edgeprune.measure.distortion import candidate_types
 from edgeprune.measure.launch import Launch
-from edgeprune.measure.sensitivity import RIPPLES, Response, Sensitivity, all_sites
+from edgeprune.measure.sensitivity import RIPPLES, Sensitivity, all_sites
 from edgeprune.measure.shares import Mended, Sampled
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, read_architecture
@@ -64,8 +65,9 @@ def measured(architecture: Architecture) -> Sensitivity:
     sites = [site.key for site in all_sites(architecture)]
     costs = np.random.default_rng(0).uniform(0.01, 0.1, len(sites))
     responses = {key: Response(cost, 9 * cost) for key, cost in zip(sites, costs, strict=True)}
-    # The smallest ripple costs so much more than its parts: any change of a type does.
-    together = {str(RIPPLES[0]): UNREST + sum(response.nats(RIPPLES[0]) for response in responses.values())}
+    # Any change of a type costs so much more than its parts.
+    unit = total(response.unit for response in responses.values())
+    together = {str(error): UNREST + (unit * error).nats for error in RIPPLES}
     layers = architecture.moe_layers
     mended = {layers[0]: {"Q3_K": MENDED}, layers[-1]: {}}
     return Sensitivity(responses, distortions, {}, {}, together=together, mended=mended)
@@ -131,8 +133,10 @@ def assert_consistent(problem: Problem, found: Candidate) -> None:
     # Every extent is a multiple of 32 bytes here but the biases' and norms', which are padded.
     data = sum((shape.nbytes + made.alignment - 1) // made.alignment * made.alignment for shape in shapes)
     assert made.nbytes == len(made.header) + data
-    quant = sum(problem.sensitivity.nats(architecture.tensor(name), kind) for name, kind in plan.types.items())
-    assert plan.predicted.nats_quant == pytest.approx(problem.sensitivity.at_once(quant) if plan.types else 0.0)
+    quant = total(problem.sensitivity.cost(architecture.tensor(name), kind) for name, kind in plan.types.items())
+    drop = problem.reduction(plan.kept)
+    alone = problem.sensitivity.nats(quant + drop) - problem.sensitivity.nats(drop)
+    assert plan.predicted.nats_quant == pytest.approx(alone if plan.types else 0.0)
     assert plan.predicted.nats_drop == problem.drop_nats[plan.kept]
     assert plan.predicted.nats == pytest.approx(plan.predicted.nats_drop + plan.predicted.nats_quant)
     assert all(plan.predicted.pool_bytes[pool.pool] <= pool.total_bytes for pool in problem.budget.pools)
@@ -152,17 +156,16 @@ def test_healing_leaves_what_its_trial_left(pose: Pose) -> None:
 
     def left(role: str, name: str, layer: int = 0, kept: int = EXPERTS) -> float:
         tensor = next(t for t in problem.architecture.tensors if t.role == role and t.layer == layer)
-        return problem.quantised(tensor, name, kept, healed=True) / problem.quantised(
-            tensor, name, kept, healed=False
-        )
+        healed, plain = (problem.quantised(tensor, name, kept, healed=heal) for heal in (True, False))
+        assert healed.rerouted / plain.rerouted == pytest.approx(healed.direct / plain.direct)
+        return healed.direct / plain.direct
 
-    # Errors of Q6_K lie where cost is linear; those of IQ3_XXS do not all.
     for role in ("expert_up", "expert_gate"):
         assert left(role, "Q6_K") == fine(MENDED.inner(875))
     assert left("attention", "Q6_K") == pytest.approx(OUTER_SHARE)
     assert left("expert_down", "Q6_K") == 1.0  # a row is one block
     assert left("expert_up", "IQ3_XXS") < left("attention", "IQ3_XXS") < left("expert_down", "IQ3_XXS") == 1.0
-    assert left("attention", "IQ3_XXS") == pytest.approx(OUTER_SHARE, abs=0.05)
+    assert left("attention", "IQ3_XXS") == pytest.approx(OUTER_SHARE)
     # Half of the experts see the whole text, and twice as much of it each.
     assert left("expert_up", "Q6_K", kept=EXPERTS // 2) == fine(MENDED.inner(2 * 7_000))
     assert left("expert_up", "Q6_K", layers[-1]) == 1.0  # whose activation is not known
@@ -177,8 +180,10 @@ def test_error_feedback_mends_what_its_trial_mended(pose: Pose) -> None:
     assert mending.left(down, "Q4_K", 512) == pytest.approx(LEFT_COST * MENDED.down)
     assert mending.left(down, "Q4_0", 256) == FEEDBACK_SHARE
     up = problem.architecture.tensor("blk.0.ffn_up_exps.weight")
-    narrower = replace(mending, share=0.75)  # which uses all of the text
-    assert narrower.left(up, "Q4_K", 256) == pytest.approx(LEFT_COST * MENDED.inner(7_000 / 0.75))
+    # Half of the text for less to fit; all of it where experts are fewer.
+    narrower, fewer = replace(mending, channels=0.75), replace(mending, kept=0.5, channels=0.75)
+    assert narrower.left(up, "Q4_K", 256) == pytest.approx(LEFT_COST * MENDED.inner(3_500 / 0.75))
+    assert fewer.left(up, "Q4_K", 256) == pytest.approx(LEFT_COST * MENDED.inner(7_000 / (0.5 * 0.75)))
 
 
 def test_without_a_trial_nothing_inside_the_experts_is_mended(pose: Pose) -> None:
@@ -194,29 +199,46 @@ def test_healing_makes_good_what_is_rounded_in_blocks_but_not_the_output(pose: P
     problem = replace(pose(file_limit=4 * MIB), text=TEXT)
     healed = replace(problem, heal=True)
     inside, output = (problem.architecture.tensor(n) for n in ("blk.0.ffn_up_exps.weight", "output.weight"))
-    for name in ("Q4_K", "IQ3_XXS"):
-        assert problem.quantised(inside, name, EXPERTS, healed=True) < problem.quantised(
-            inside, name, EXPERTS, healed=False
-        )
-        assert problem.quantised(output, name, EXPERTS, healed=True) == problem.quantised(
-            output, name, EXPERTS, healed=False
-        )
-    plan = must(candidate(healed, COUNTS[0])).plan
-    assert plan.heal
-    expected = sum(
-        healed.quantised(problem.architecture.tensor(n), k, plan.kept, healed=True) for n, k in plan.types.items()
-    )
-    assert plan.predicted.nats_quant == pytest.approx(expected + UNREST)
-    # The plan that knows of healing is the better one once it is healed, and the worse one otherwise.
-    plain = must(candidate(problem, plan.kept)).plan
 
     def cost(types: Mapping[str, str], heal: bool) -> float:
-        return sum(
-            problem.quantised(problem.architecture.tensor(n), k, plan.kept, healed=heal) for n, k in types.items()
-        )
+        tensors = ((problem.architecture.tensor(name), kind) for name, kind in types.items())
+        return total(problem.quantised(*own, EXPERTS, healed=heal) for own in tensors).nats
 
+    for name in ("Q4_K", "IQ3_XXS"):
+        assert cost({inside.name: name}, True) < cost({inside.name: name}, False)
+        assert cost({output.name: name}, True) == cost({output.name: name}, False)
+    plan = must(candidate(healed, COUNTS[0])).plan
+    assert plan.heal and plan.kept == EXPERTS
+    assert plan.predicted.nats_quant == pytest.approx(cost(plan.types, True) + UNREST)
+    # The plan that knows of healing is the better one once it is healed, and the worse one otherwise.
+    plain = must(candidate(problem, plan.kept)).plan
     assert cost(plan.types, True) <= cost(plain.types, True) * 1.001
     assert cost(plain.types, False) <= cost(plan.types, False) * 1.001
+
+
+def test_errors_of_types_and_of_dropped_experts_reroute_tokens_together(pose: Pose) -> None:
+    """Less than the sum of what each costs where there is nothing else; unrest is paid once."""
+    problem = pose(file_limit=4 * MIB)
+    plan = must(candidate(problem, COUNTS[1])).plan
+    types = total(
+        problem.quantised(problem.architecture.tensor(n), k, plan.kept, healed=False) for n, k in plan.types.items()
+    )
+    assert plan.types and types.rerouted > 0 and problem.reduction(plan.kept).rerouted > 0
+    assert problem.sensitivity.nats(problem.reduction(plan.kept)) == pytest.approx(problem.dropped(plan.kept))
+    assert plan.predicted.nats_quant < types.nats < problem.sensitivity.nats(types)
+    assert problem.nats(plan.kept, Cost()) == pytest.approx(problem.dropped(plan.kept))
+    # Keeping all experts costs nothing, of which there is nothing to share.
+    assert problem.nats(EXPERTS, types) == pytest.approx(types.nats + UNREST)
+
+
+def test_whoever_loses_more_by_dropping_is_predicted_to_lose_more(pose: Pose) -> None:
+    """Without a jump where that comes out of the unrest; less than nothing, as may be measured, is nothing."""
+    problem = pose(file_limit=4 * MIB)
+    unrest, types = problem.sensitivity.unrest, Cost(1e-3, 1e-6)
+    drops = [-1e-5, 0.0, 0.5 * unrest, 0.999 * unrest, 1.001 * unrest, 2 * unrest, 1e-2]
+    found = [replace(problem, drop_nats={COUNTS[1]: drop}).nats(COUNTS[1], types) for drop in drops]
+    assert found == sorted(found) and found[0] == found[3] == pytest.approx(unrest + types.nats)
+    assert found[4] < 1.01 * found[3]
 
 
 @pytest.mark.parametrize("megabytes", [9.0, 4.0, 2.5, 1.5])
@@ -227,7 +249,7 @@ def test_candidates_hold_a_file_size_and_are_ordered_by_cost(pose: Pose, megabyt
         assert_consistent(problem, one)
         # What is far from the best is only a point of the curve.
         near = one.plan.predicted.nats < 2 * found[0].plan.predicted.nats
-        assert one.plan.predicted.gap <= (1e-3 if near else 0.2)
+        assert one.plan.predicted.gap <= (0.01 if near else 0.3)  # with a few tensors it cannot be proven closer
     nats = [one.plan.predicted.nats for one in found]
     assert nats == sorted(nats)
     assert len({one.plan.kept for one in found}) == len(found)

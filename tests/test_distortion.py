@@ -61,6 +61,6 @@ def test_type_without_an_entry_cannot_be_asked_for(synthetic: toys.Maker) -> Non
     tensor = read_architecture(GgufFile(synthetic("qwen3moe"))).tensor("blk.0.attn_q.weight")
     for known in ({}, {tensor.name: {}}):
         with pytest.raises(BadFile, match=r"blk\.0\.attn_q\.weight cannot be given the type Q4_K") as refusal:
-            Sensitivity({}, known, {}, {}).nats(tensor, "Q4_K")
+            Sensitivity({}, known, {}, {}).cost(tensor, "Q4_K")
         assert refusal.value.hint == "leave it in F32"
-        assert Sensitivity({}, known, {}, {}).nats(tensor, "F32") == 0.0
+        assert Sensitivity({}, known, {}, {}).cost(tensor, "F32").nats == 0.0

@@ -130,7 +130,7 @@ class _Measured(TryStages):
 @pytest.mark.parametrize(
     ("nats", "start", "tried"),
     [
-        ({8: 3, 6: 2, 4: 1, 2: 4}, 6, [6, 4, 2]),
+        ({8: 3, 6: 2, 4: 1, 2: 4}, 6, [6, 4, 2, 8]),
         ({8: 1, 6: 2, 4: 3, 2: 4}, 6, [6, 4, 8]),
         ({8: 3, 6: 1, 4: 2, 2: 4}, 6, [6, 4, 8]),
         ({8: 1, 6: 2, 4: 3, 2: 4}, 8, [8, 6]),
@@ -154,6 +154,20 @@ def test_numbers_of_experts_and_widths_are_tried_while_it_gets_better(
     numbers = [-own.width or own.kept for own in line]
     found = _Measured(nats)._walk(line, numbers.index(start))
     assert [numbers[index] for index in found] == tried
+
+
+def test_what_is_predicted_to_be_far_worse_is_not_built_and_what_is_good_beyond_it_is() -> None:
+    """Rows of 160 and 128 weights are of the same types, those of 192 and 224 of dearer ones."""
+    predicted = {12: 3.2, 16: 1.3, -224: 6.2, -192: 6.2, -160: 1.2, -128: 1.8}
+    plan = Plan("toy", 16, 16, {}, {}, Launch(), "test", "solver", Prediction(), {}, heal=True)
+    line = []
+    for number, nats in predicted.items():
+        narrow = replace(plan, width=-number, narrowing="camera") if number < 0 else plan
+        fewer = replace(plan, kept=number, keep={0: tuple(range(number))}) if 0 < number < 16 else narrow
+        line.append(replace(fewer, predicted=Prediction(nats=nats)))
+    found = _Measured({16: 1.1, -160: 1.2, -128: 1.9})._walk(line, 4)
+    assert [-line[index].width or line[index].kept for index in found] == [-160, -128, 16]
+    assert line[least(found)].kept == 16 and not line[least(found)].width
 
 
 def test_a_file_that_computes_no_numbers_is_not_the_best() -> None:

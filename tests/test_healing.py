@@ -242,15 +242,17 @@ def test_the_text_to_heal_on_follows_from_experts_and_their_types(toy_gguf: Toy)
 
     text = HealingText(asked=1000, most=900)
 
-    def tokens(kept: int, *types: str) -> int:
+    def tokens(kept: int, *types: str, narrower: bool = False) -> int:
         plan = plan_for(model, kept, dict(zip(experts, types * len(experts), strict=False)))
-        return text.tokens(expert_bits(architecture, plan.types), fewer=bool(plan.keep))
+        return text.tokens(expert_bits(architecture, plan.types), fewer=bool(plan.keep), narrower=narrower)
 
     everyone = architecture.experts
     assert tokens(4, "IQ2_XXS") == tokens(4, "Q8_0") == 900  # of 1,000, as many as the disk holds
     assert tokens(everyone, "Q5_K") == tokens(everyone, "Q8_0", "Q4_K", "Q4_K") == 125
     assert tokens(everyone, "Q4_K") == tokens(everyone, "Q5_K", "Q5_K", "IQ2_XXS") == 250
     assert tokens(everyone, "Q3_K") == tokens(everyone, "Q2_K", "Q2_K", "Q6_K") == 500
+    assert tokens(everyone, "Q8_0", narrower=True) == tokens(everyone, "IQ2_XXS", narrower=True) == 500
+    assert tokens(4, "Q8_0", narrower=True) == 900
 
 
 def test_a_prefix_is_the_pruned_model_as_far_as_it_goes(toy_gguf: Toy, tmp_path: Path) -> None:

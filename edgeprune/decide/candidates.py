@@ -6,29 +6,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from edgeprune.decide.keep import keep_set
 from edgeprune.decide.latency import speed
-from edgeprune.decide.mended import HEALED_SHARE, NARROW_HEALED_SHARE, HealingText, Mending
 from edgeprune.decide.placement import Placement, place
 from edgeprune.decide.plan import SOLVER, Plan, Prediction
+from edgeprune.decide.problem import Problem
 from edgeprune.decide.solver import Choice, Solution, smallest_bytes, solve, undominated
-from edgeprune.device.budget import CACHE, Budget
-from edgeprune.device.probe import cores
+from edgeprune.decide.tangents import Way
+from edgeprune.decide.tangents import least as least_cost
+from edgeprune.device.budget import CACHE
 from edgeprune.device.profile import Profile
 from edgeprune.errors import BadFile, DoesNotFit, UsageError
-from edgeprune.measure.launch import Launch, prompt_tokens
-from edgeprune.measure.rates import KernelRates
-from edgeprune.measure.sensitivity import Sensitivity
-from edgeprune.measure.shares import Sampled
+from edgeprune.measure.cost import total
+from edgeprune.measure.launch import prompt_tokens
 from edgeprune.model import ggml
-from edgeprune.model.architecture import Architecture, Tensor
-from edgeprune.model.gguf import GgufFile, align
+from edgeprune.model.architecture import Tensor
+from edgeprune.model.gguf import align
 from edgeprune.model.layout import Layout, layout
 from edgeprune.units import format_bytes
 
@@ -37,105 +31,6 @@ _HOPELESS = 2.0
 # Each retry gives up this share of the memory when the tensors' sizes do not pack into two pools.
 _PACKING_STEP = 0.02
 _PACKING_TRIES = 25
-
-
-def _as_it_is(plan: Plan) -> Plan:
-    return plan
-
-
-def _no_time(_: Plan) -> float:
-    return 0.0
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a plan is chosen for and from.
-
-    Attributes:
-        file: the source GGUF.
-        ranked: experts of each layer, best first, int [E].
-        drop_nats: measured cost of keeping K experts, not healed, nats per token, by K; 0 for all.
-        types: GGML types that may be used (besides each tensor's own).
-        launch: settings before placement.
-        made_from: digests for the plan.
-        heal: whether the plan's changed experts are healed.
-        text: that they are healed on, or None where what that mends is not known.
-        train: whether those of a plan with fewer or narrower ones are trained before.
-        limit_seconds: most time to encode what changes type, on all cores.
-        part_bytes: most bytes of one file if it is to be split, or 0.
-        healing: about how many seconds healing a plan takes here.
-        reduced: makes of a plan that drops experts the one that merges them.
-        rates: measured speed of the device's products, or None where its bandwidth has to do.
-        width: channels that every expert keeps, or 0 for all; ``drop_nats`` is then of both.
-        narrowing: the score that chooses them, or "".
-        channels: digest of their order by it, or "".
-        mtp: whether blocks that predict further tokens are kept.
-    """
-
-    file: GgufFile
-    architecture: Architecture
-    sensitivity: Sensitivity
-    ranked: Mapping[int, npt.NDArray[np.intp]]
-    drop_nats: Mapping[int, float]
-    types: frozenset[str]
-    budget: Budget
-    profile: Profile
-    launch: Launch
-    method: str
-    made_from: dict[str, Any]
-    heal: bool = False
-    text: HealingText | None = None
-    train: bool = False
-    limit_seconds: float = math.inf
-    part_bytes: int = 0
-    rates: KernelRates | None = None
-    mtp: bool = False
-    reduced: Callable[[Plan], Plan] = _as_it_is
-    healing: Callable[[Plan], float] = _no_time
-    width: int = 0
-    narrowing: str = ""
-    channels: str = ""
-
-    def shape(self, tensor: Tensor, kept: int) -> tuple[int, ...]:
-        """Shape of ``tensor`` with ``kept`` experts."""
-        return tensor.kept_shape(kept, self.width)
-
-    def quantised(self, tensor: Tensor, name: str, kept: int, *, healed: bool) -> float:
-        """Predicted nats per token that ``tensor`` costs as the type ``name`` beside ``kept`` experts; healing makes
-        good a part."""
-        if not healed or self.text is None:
-            return self.sensitivity.nats(tensor, name)
-        width = self.architecture.expert_width
-        whole = self.architecture.experts * width
-        share = kept * (self.width or width) / whole if whole else 1.0  # a dense model has no experts
-        mending = Mending(self.sampled, self.text, share)
-        return self.sensitivity.nats(tensor, name, mending.left(tensor, name, self.shape(tensor, 1)[0]))
-
-    def dropped(self, kept: int) -> float:
-        """Predicted nats per token that ``kept`` experts of the problem's width cost, healed if they are."""
-        whole = kept == self.architecture.experts
-        share = NARROW_HEALED_SHARE if whole else HEALED_SHARE
-        return self.drop_nats[kept] * (share if self.heal and (self.width or not whole) else 1.0)
-
-    def seconds(self, tensor: Tensor, kept: int, name: str) -> float:
-        """Time to encode ``tensor`` with ``kept`` experts as the type ``name`` on all cores of this machine; 0 where
-        that was not measured. Healed experts are encoded twice, without error feedback and with it."""
-        rate = self.sensitivity.rates.get(name, 0.0)
-        if name == tensor.type or rate <= 0:
-            return 0.0
-        shape = self.shape(tensor, kept)
-        twice = self.heal and tensor.is_expert and ggml.BY_NAME[name].feeds_back(shape[0])
-        return (1 + twice) * float(np.prod(shape, dtype=np.int64)) / (rate * self.threads)
-
-    @cached_property
-    def sampled(self) -> Sampled:
-        """What healing leaves of the errors of types."""
-        return Sampled(self.sensitivity.mended)
-
-    @cached_property
-    def threads(self) -> int:
-        """That encode and solve; asking the system takes as long as everything else that is computed for a tensor."""
-        return cores()
 
 
 def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str]:
@@ -157,7 +52,7 @@ def allowed_types(profile: Profile, forced: Sequence[str] = ()) -> frozenset[str
     return frozenset(names)
 
 
-def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[Choice]:
+def _ways(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[Way]:
     """Ways to store ``tensor``: its own type, and every allowed measured one; none may be, for huge weights.
 
     With forced types its own one only if it is among them, or if no other is.
@@ -168,17 +63,20 @@ def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[
     if _divides(tensor.type, shape) and (not forced or not names or tensor.type in problem.types):
         names.append(tensor.type)
     names = names or measured  # narrower rows are none of the source's type, nor of a forced one
-    return undominated(
-        [
-            Choice(
-                name,
-                align(ggml.tensor_bytes(name, shape), problem.file.alignment),
-                problem.quantised(tensor, name, kept, healed=problem.heal),
-                problem.seconds(tensor, kept, name) if problem.limit_seconds < math.inf else 0.0,
-            )
-            for name in names
-        ]
-    )
+    return [
+        Way(
+            name,
+            align(ggml.tensor_bytes(name, shape), problem.file.alignment),
+            problem.quantised(tensor, name, kept, healed=problem.heal),
+            problem.seconds(tensor, kept, name) if problem.limit_seconds < math.inf else 0.0,
+        )
+        for name in names
+    ]
+
+
+def _choices(problem: Problem, tensor: Tensor, kept: int, forced: bool) -> list[Choice]:
+    """The ways as far as bytes and seconds decide; nats are what they cost directly."""
+    return undominated([way.at(0.0) for way in _ways(problem, tensor, kept, forced)])
 
 
 def _divides(type_name: str, shape: tuple[int, ...]) -> bool:
@@ -237,22 +135,23 @@ class Candidate:
 def candidate(
     problem: Problem, kept: int, *, forced_types: bool = False, hopeless: float = math.inf
 ) -> Candidate | None:
-    """The best plan with ``kept`` experts, or None when none fits; a good one where all cost more than ``hopeless``
-    nats."""
+    """The best plan with ``kept`` experts, or None when none fits; a good one where that costs more than ``hopeless``
+    nats.
+
+    Raises:
+        EdgepruneError: the solver failed.
+    """
     tensors = [tensor for tensor in problem.architecture.tensors if tensor.quantisable]
-    items = [_choices(problem, tensor, kept, forced_types) for tensor in tensors]
+    ways = [_ways(problem, tensor, kept, forced_types) for tensor in tensors]
     limit, _ = _limits(problem, kept)
+    reduction, enough = problem.reduction(kept), hopeless - problem.sensitivity.unrest
     for attempt in range(_PACKING_TRIES):
-        least = int(limit * (1 - _PACKING_STEP * attempt))
-        enough = problem.sensitivity.one_by_one(hopeless - problem.dropped(kept))
-        solution = solve(items, least, problem.limit_seconds, hopeless=enough)
+        size = int(limit * (1 - _PACKING_STEP * attempt))
+        solution = least_cost(ways, size, problem.limit_seconds, base=reduction, hopeless=enough)
         if solution is None:
             return None
-        types = {
-            tensor.name: choices[pick].type
-            for tensor, choices, pick in zip(tensors, items, solution.picks, strict=True)
-            if choices[pick].type != tensor.type
-        }
+        names = (own[pick].type for own, pick in zip(ways, solution.picks, strict=True))
+        types = {tensor.name: name for tensor, name in zip(tensors, names, strict=True) if name != tensor.type}
         found = priced(problem, kept, types, solution)
         if found is not None:
             return found
@@ -280,12 +179,12 @@ def priced(
     too_big = problem.budget.file_limit_bytes is not None and made.nbytes > problem.budget.file_limit_bytes
     if where is None or too_big:
         return None
-    alone = sum(
+    quantised = total(
         problem.quantised(tensor, types[tensor.name], kept, healed=plan.heal)
         for tensor in problem.architecture.tensors
         if tensor.name in types
     )
-    quant = problem.sensitivity.at_once(alone) if types else 0.0
+    quant = problem.nats(kept, quantised) - problem.dropped(kept)
     seconds = sum(problem.seconds(t, kept, types[t.name]) for t in problem.architecture.tensors if t.name in types)
     promised = _promised(plan, made, where, problem.dropped(kept), quant, solution.gap if solution else 0.0)
     healing = problem.healing(plan) if plan.heal else 0.0

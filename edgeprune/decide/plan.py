@@ -36,7 +36,7 @@ class Prediction:
         file_bytes: exact size of the file.
         pool_bytes: peak memory by pool.
         nats: KL divergence from the source, nats per token: ``nats_drop`` measured by masking, less what healing
-            takes back, plus ``nats_quant`` predicted from sensitivities.
+            takes back, plus ``nats_quant``, which the types add to it by the sensitivities.
         decode_per_s: tokens per second at the start of the context.
         prefill_per_s: the same of a prompt, or 0 where it cannot be said.
         gap: proven relative gap to the best choice of types.

@@ -90,12 +90,12 @@ def solve(
     if best.nbytes <= limit_bytes and best.seconds <= limit_seconds:
         return best
     worth = [list(range(len(choices))) for choices in items]
-    relaxed = _relaxed(items, limit_bytes, limit_seconds)
-    if relaxed is not None:
-        rounded, bound = relaxed.rounded, relaxed.bound
+    loose = relaxed(items, limit_bytes, limit_seconds)
+    if loose is not None:
+        rounded, bound = loose.rounded, loose.bound
         if bound >= hopeless or rounded.gap <= _enough(limit_seconds):
             return rounded
-        worth = _worthwhile(relaxed.items, relaxed.price, rounded.nats - bound)
+        worth = _worthwhile(loose.items, loose.price, rounded.nats - bound)
     few = [[choices[pick] for pick in picks] for choices, picks in zip(items, worth, strict=True)]
     found = _proven(few, limit_bytes, limit_seconds)
     return found and replace(found, picks=tuple(picks[pick] for picks, pick in zip(worth, found.picks, strict=True)))
@@ -109,7 +109,7 @@ def _enough(limit_seconds: float) -> float:
 def _proven(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: float) -> Solution | None:
     """``solve`` by branch and bound."""
     # Not below zero, though a cost may be: a measured divergence of nearly nothing has either sign.
-    dearest = max(abs(choice.nats) for choices in items for choice in choices)
+    dearest = max(abs(choice.nats) for choices in items for choice in choices) or 1.0
     solution = _milp(items, limit_bytes, limit_seconds, dearest)
     if solution is None:
         return None
@@ -152,7 +152,7 @@ def _slope(choices: Sequence[Choice], small: int, large: int) -> float:
 
 
 @dataclass(frozen=True)
-class _Relaxed:
+class Relaxed:
     """The linear relaxation: its solution ``rounded`` to whole choices, its cost, which no solution goes below, its
     price of a byte, and the items with the price of a second in their costs."""
 
@@ -162,7 +162,7 @@ class _Relaxed:
     items: Sequence[Sequence[Choice]]
 
 
-def _relaxed(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: float) -> _Relaxed | None:
+def relaxed(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds: float) -> Relaxed | None:
     """The relaxation within both limits, or None where no rounded solution is found that keeps to them.
 
     A second is given a price, as a byte is, which is searched for on a logarithmic scale. At every price the cost
@@ -191,7 +191,7 @@ def _relaxed(items: Sequence[Sequence[Choice]], limit_bytes: int, limit_seconds:
     if best is None:
         return None
     gap = (best.nats - bound) / best.nats if best.nats > 0 else math.inf
-    return _Relaxed(replace(best, gap=max(0.0, gap)), bound, price, priced)
+    return Relaxed(replace(best, gap=max(0.0, gap)), bound, price, priced)
 
 
 def _worthwhile(items: Sequence[Sequence[Choice]], price: float, slack: float) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """What a relative error at each weight's output costs, in nats per token.
 
 Noise of known size is added to the output of one weight at a time through the eval callback, and the
-KL divergence of the logits is read. Two sizes are measured, so that the cost of a given error is
-interpolated and its linearity is seen, not assumed.
+KL divergence of the logits is read. Two sizes are measured, so that the two parts of the cost
+(``measure.cost``) are seen apart.
 """
 
 from __future__ import annotations
@@ -10,25 +10,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from edgeprune.errors import BadFile
 from edgeprune.files import check_keys, checked_number
+from edgeprune.measure.cost import LARGE, SMALL, Cost, Response, Together, fit_together, total
 from edgeprune.measure.shares import Mended, mended
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture, Tensor
 
-SMALL, LARGE = 0.01, 0.1
-# Injected everywhere at once: an error that is lost in the unrest which any change brings, and a usual one.
-RIPPLES = (1e-5, 1e-2)
+# Injected everywhere at once: from one that is lost in the unrest which any change brings to a usual one.
+RIPPLES = (1e-5, 1e-4, 1e-3, 1e-2)
 MOST_LAYERS_MEASURED = 12
-# Cost is never taken to grow slower than the error to this power, nor faster than to that one.
-_EXPONENTS = (0.6, 1.4)
-# Nor are all errors at once taken to cost less, or more, than these shares of what they cost one by one.
-_SHARES = (0.5, 1.5)
-# Of an interval that holds a number, until even a small one is known to six digits.
-_HALVINGS = 40
 _LOOKUP = " (lookup)"  # behind the weight's name in a site's key
 
 
@@ -42,36 +37,6 @@ class Site:
     @property
     def key(self) -> str:
         return self.weight + _LOOKUP if self.lookup else self.weight
-
-
-@dataclass(frozen=True)
-class Response:
-    """Measured cost at one site.
-
-    Attributes:
-        small, large: nats per token at relative squared errors ``SMALL`` and ``LARGE``.
-        interpolated: taken from neighbouring layers instead of measured.
-    """
-
-    small: float
-    large: float
-    interpolated: bool = False
-
-    @property
-    def exponent(self) -> float:
-        """d log(nats) / d log(error) between the two points; 1 where cost is linear in squared error."""
-        if self.small <= 0 or self.large <= 0:
-            return 1.0
-        slope = math.log(self.large / self.small) / math.log(LARGE / SMALL)
-        return min(max(slope, _EXPONENTS[0]), _EXPONENTS[1])
-
-    def nats(self, relative_square: float) -> float:
-        """Predicted cost of an error: linear below the small point, the measured power above it."""
-        if self.small <= 0:  # below what rounding lets us see: the line through the large point
-            return max(self.large, 0.0) * relative_square / LARGE
-        if relative_square <= SMALL:
-            return self.small * relative_square / SMALL
-        return self.small * float((relative_square / SMALL) ** self.exponent)
 
 
 @dataclass(frozen=True)
@@ -103,17 +68,17 @@ class Sensitivity:
     speeds: dict[str, float] = field(default_factory=dict)
     mended: dict[int, dict[str, Mended]] = field(default_factory=dict)
 
-    def nats(self, tensor: Tensor, type_name: str, share: float = 1.0) -> float:
-        """Predicted cost in nats per token of giving ``tensor`` the type ``type_name``.
+    def cost(self, tensor: Tensor, type_name: str, share: float = 1.0) -> Cost:
+        """What giving ``tensor`` the type ``type_name`` is predicted to add to the cost of other errors.
 
         Args:
-            share: of the weights' error in the product that is left when others make up for it.
+            share: of the weights' squared error in the product that is left when others make up for it.
 
         Raises:
             BadFile: the type has no distortion, because it cannot hold the tensor's largest weight.
         """
         if type_name == tensor.type:
-            return 0.0
+            return Cost()
         if type_name not in self.distortions.get(tensor.name, {}):
             raise BadFile(
                 f"{tensor.name} cannot be given the type {type_name}: it holds weights beyond that type's range",
@@ -122,65 +87,53 @@ class Sensitivity:
         product, lookup = self.distortions[tensor.name][type_name]
         product = share * product + self.rounded(tensor, type_name)
         pairs = ((Site(tensor.name, False), product), (Site(tensor.name, True), lookup))
-        known = [self.responses[site.key].nats(error) for site, error in pairs if site.key in self.responses]
+        known = [self.responses[site.key].unit * error for site, error in pairs if site.key in self.responses]
         if known or not self.responses:
-            return sum(known)
+            return self.at_once.of(total(known))
         # What was not seen in the graph is not free: it costs as much as the most sensitive tensor.
-        return max(response.nats(product) for response in self.responses.values())
+        dearest = max((response.unit * product for response in self.responses.values()), key=lambda cost: cost.nats)
+        return self.at_once.of(dearest)
+
+    def nats(self, cost: Cost) -> float:
+        """Nats per token that all errors at once cost whose costs add up to ``cost``: any error brings ``unrest``."""
+        return cost.nats + self.unrest if cost.nats > 0 else 0.0
+
+    def error_of(self, keys: Sequence[str], nats: float) -> Cost:
+        """The cost of such an error at all of the sites ``keys`` that it comes to ``nats`` per token, where there are
+        no others; a direct one where those are unknown."""
+        unit = self.at_once.of(total(self.responses[key].unit for key in keys if key in self.responses))
+        left = max(nats - self.unrest, 0.0)
+        return unit * unit.square_for(left) if unit.nats > 0 else Cost(left)
+
+    @cached_property
+    def at_once(self) -> Together:
+        """How errors at all sites at once cost beside what they cost one by one."""
+        return fit_together(self._unit, {float(error): nats for error, nats in self.together.items()})
 
     @property
     def unrest(self) -> float:
-        """Nats per token that any change costs, however small: some tokens go to other experts, whose gates were all
-        but equal. What the smallest ripple costs beyond the sum of what it costs at each site."""
-        small = RIPPLES[0]
-        return max(0.0, self.together.get(str(small), 0.0) - self._summed(small))
+        """Nats per token that any change costs, however small."""
+        return self.at_once.unrest
 
     @property
     def additivity(self) -> float | None:
-        """What errors of ``RIPPLES[1]`` at all sites at once cost in the sum of what each costs alone; None where it
-        was not measured."""
-        large = RIPPLES[1]
-        return self.together[str(large)] / self._summed(large) if str(large) in self.together else None
+        """What errors of the largest of ``RIPPLES`` at all sites at once cost in the sum of what each costs alone;
+        None where it was not measured."""
+        largest = RIPPLES[-1]
+        alone = sum((response.unit * largest).nats for response in self.responses.values() if not response.unseen)
+        return self.together[str(largest)] / alone if str(largest) in self.together and alone > 0 else None
 
     @property
     def linearity(self) -> float | None:
         """Median over the sites of the power of the squared error that cost grows with between ``SMALL`` and
-        ``LARGE``, as predictions take it: 1 where it is linear; None where nothing was measured."""
-        powers = [response.exponent for response in self.responses.values() if not response.interpolated]
+        ``LARGE``; None where nothing was measured."""
+        powers = [r.exponent for r in self.responses.values() if not r.interpolated and r.exponent is not None]
         return statistics.median(powers) if powers else None
 
-    def at_once(self, summed: float) -> float:
-        """Nats per token of errors that cost ``summed`` one by one, when all are there, with ``unrest``.
-
-        Errors of ``RIPPLES[1]`` cost a share of their sum that was measured; those of ``RIPPLES[0]`` the whole of it,
-        by the definition of unrest. The share of errors between is read off a straight line over the logarithm of
-        their size; that of larger ones stays. More one by one is always more at once.
-        """
-        small, large = RIPPLES
-        whole = self._summed(large)
-        if str(large) not in self.together or not summed > 0 or not whole > 0:
-            return summed + self.unrest
-        measured = min(max((self.together[str(large)] - self.unrest) / whole, _SHARES[0]), _SHARES[1])
-        way = math.log(large * summed / whole / small) / math.log(large / small)
-        return summed * (1 + (measured - 1) * min(max(way, 0.0), 1.0)) + self.unrest
-
-    def one_by_one(self, nats: float) -> float:
-        """The inverse of ``at_once``: what errors cost one by one that cost ``nats`` per token when all are there; 0
-        where that is less than unrest alone."""
-        if nats <= self.at_once(0.0):
-            return 0.0
-        if math.isinf(nats):
-            return nats
-        low, high = 0.0, nats
-        while self.at_once(high) < nats:
-            low, high = high, 2 * high
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.at_once(middle) < nats else (low, middle)
-        return high
-
-    def _summed(self, error: float) -> float:
-        return sum(response.nats(error) for response in self.responses.values())
+    @cached_property
+    def _unit(self) -> Cost:
+        """The sum over all sites that text goes through, one by one, at a relative squared error of 1."""
+        return total(response.unit for response in self.responses.values() if not response.unseen)
 
     def rounded(self, tensor: Tensor, type_name: str) -> float:
         """Relative squared error that rounding the inputs of ``tensor`` adds when it gets the type ``type_name``;
@@ -200,11 +153,12 @@ class Sensitivity:
         factors = {}
         for block, nats in floor.items():
             costs = [
-                self.responses[key].nats(own[block])
+                self.responses[key].unit * own[block]
                 for name, own in rounding.items()
                 if block in own and (key := Site(name, False).key) in self.responses
             ]
-            factors[block] = max(nats - self.unrest, 0.0) / sum(costs) if sum(costs) > 0 else 1.0
+            summed = self.at_once.of(total(costs))
+            factors[block] = summed.square_for(nats - self.unrest) if summed.nats > 0 else 1.0
         return {
             name: {int(block): error * factors.get(block, 1.0) for block, error in own.items()}
             for name, own in rounding.items()
@@ -213,7 +167,13 @@ class Sensitivity:
     def to_json(self) -> dict[str, Any]:
         return {
             "responses": {
-                key: {"small": r.small, "large": r.large, "interpolated": r.interpolated}
+                key: {
+                    "small": r.small,
+                    "large": r.large,
+                    "interpolated": r.interpolated,
+                    "settled": r.settled,
+                    "unseen": r.unseen,
+                }
                 for key, r in self.responses.items()
             },
             "distortions": self.distortions,
@@ -252,7 +212,10 @@ class Sensitivity:
                 dict(value["made_from"]),
                 {name: checked_number(f"rate of {name}", rate) for name, rate in value["rates"].items()},
                 {name: _rounding(name, own) for name, own in value["rounding"].items()},
-                {name: checked_number(f"the cost of {name}", nats) for name, nats in value["together"].items()},
+                {
+                    _size(name): checked_number(f"the cost of {name}", nats)
+                    for name, nats in value["together"].items()
+                },
                 {name: checked_number(f"speed of {name}", speed) for name, speed in value["speeds"].items()},
                 {int(layer): mended(layer, own) for layer, own in value.get("mended", {}).items()},
             )
@@ -273,9 +236,17 @@ class Sensitivity:
 
 
 def _response(key: str, entry: Mapping[str, Any]) -> Response:
-    check_keys(f"the response of {key}", entry, {"small", "large"}, {"interpolated"})
+    flags = ("interpolated", "settled", "unseen")
+    check_keys(f"the response of {key}", entry, {"small", "large"}, set(flags))
     small, large = (checked_number(f"the response of {key}", entry[size]) for size in ("small", "large"))
-    return Response(small, large, bool(entry.get("interpolated", False)))
+    return Response(small, large, *(bool(entry.get(name, False)) for name in flags))
+
+
+def _size(name: str) -> str:
+    """``name`` if it is a relative squared error."""
+    if not 0 < float(name) < math.inf:
+        raise BadFile(f"the saved sensitivity has the cost of an error of {name}")
+    return name
 
 
 def _errors(name: str, own: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -347,8 +318,11 @@ def responses(
     graph has no such product), the others interpolated between layers on a logarithmic scale, tensor kind by
     tensor kind."""
     pairs = zip(sites, costs[: len(sites)], costs[len(sites) :], strict=True)
+    settled = {site.key: _settled(architecture, site) for site in all_sites(architecture)}
     measured = {
-        site.key: Response(small, large) for site, small, large in pairs if small is not None and large is not None
+        site.key: Response(small, large, settled=settled.get(site.key, False))
+        for site, small, large in pairs
+        if small is not None and large is not None
     }
     layer_of = {tensor.name: tensor.layer for tensor in architecture.tensors}
     by_kind: dict[str, list[tuple[int, Response]]] = {}
@@ -357,8 +331,23 @@ def responses(
             by_kind.setdefault(_kind(site.key), []).append((layer_of[site.weight], measured[site.key]))
     for site in all_sites(architecture):
         if site.key not in measured and _kind(site.key) in by_kind:
-            measured[site.key] = _between(by_kind[_kind(site.key)], layer_of[site.weight])
+            layer, known = layer_of[site.weight], by_kind[_kind(site.key)]
+            alike = [own for own in known if own[1].settled == settled[site.key]] or known
+            between, growth = _between(known, layer), _between(alike, layer)
+            if min(growth.small, growth.large, between.small) > 0:  # behind the last router it is another one
+                between = replace(between, large=between.small * growth.large / growth.small)
+            measured[site.key] = replace(between, settled=settled[site.key], unseen=layer >= architecture.layers)
     return measured
+
+
+def _settled(architecture: Architecture, site: Site) -> bool:
+    """Whether a token's experts are known to be all chosen before the product at ``site``."""
+    if site.lookup:
+        return False
+    tensor, last = architecture.tensor(site.weight), architecture.moe_layers[-1]
+    if tensor.layer == last:
+        return tensor.is_expert or tensor.role == "shared"
+    return tensor.layer > last or tensor.role in ("embedding", "output")
 
 
 def _kind(key: str) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from edgeprune.build.builder import Build, describe
-from edgeprune.decide.candidates import Candidate, Problem, allowed_types, candidates, priced
+from edgeprune.decide.candidates import Candidate, allowed_types, candidates, priced
 from edgeprune.decide.keep import check_method, check_room, fewest_kept, keep_set
 from edgeprune.decide.narrowing import MOST_RANKING_SECONDS, check_narrowing, ranking_seconds, widths_to_try
 from edgeprune.decide.plan import DROP, USER, Plan
+from edgeprune.decide.problem import Problem
 from edgeprune.decide.solver import prepare
 from edgeprune.device.profile import Profile
 from edgeprune.errors import BadFile, DoesNotFit, Unsupported, UsageError

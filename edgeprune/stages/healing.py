@@ -48,9 +48,9 @@ def changed_layers(plan: Plan, architecture: Architecture) -> list[int]:
     return [layer for layer in architecture.moe_layers if plan.keep or plan.width or layer in retyped]
 
 
-def _fewer(plan: Plan) -> bool:
-    """Whether ``plan`` has fewer experts than the source, or narrower ones."""
-    return bool(plan.keep or plan.width)
+def _changes(plan: Plan) -> dict[str, bool]:
+    """Whether ``plan`` has fewer experts than the source, and narrower ones."""
+    return {"fewer": bool(plan.keep), "narrower": bool(plan.width)}
 
 
 def groups(layers: Sequence[int], count: int) -> list[tuple[int, int]]:
@@ -84,7 +84,7 @@ class HealStages(NarrowStages):
 
     def healing_tokens(self, plan: Plan) -> int:
         """Tokens that ``plan`` is healed on."""
-        return self.healing_text.tokens(expert_bits(self.architecture, plan.types), fewer=_fewer(plan))
+        return self.healing_text.tokens(expert_bits(self.architecture, plan.types), **_changes(plan))
 
     def _healing_made_from(self, tokens: int) -> dict[str, Any]:
         return {
@@ -109,7 +109,7 @@ class HealStages(NarrowStages):
     def _stages(self, plan: Plan, changed: Sequence[int]) -> list[tuple[int, int]]:
         """Groups of the layers that ``plan`` has ``changed``."""
         most = self._most_stages
-        if not self.settings.heal_stages and not _fewer(plan):
+        if not self.settings.heal_stages and not any(_changes(plan).values()):
             fine = expert_bits(self.architecture, plan.types) >= FINE_BITS
             most = min(STAGES_OF_FINE if fine else MOST_STAGES_OF_WHOLE, -(-len(changed) // LAYERS_OF_WHOLE))
         return groups(changed, most)
@@ -209,7 +209,7 @@ class HealStages(NarrowStages):
 
     def _say_cut(self, plan: Plan) -> None:
         tokens = self.healing_tokens(plan)
-        if tokens < self.healing_text.wanted(expert_bits(self.architecture, plan.types), fewer=_fewer(plan)):
+        if tokens < self.healing_text.wanted(expert_bits(self.architecture, plan.types), **_changes(plan)):
             limit = format_bytes(MOST_BYTES)
             self.listener.say(f"healing on {tokens:,} tokens, as many as {limit} of disk hold for layers so wide")
 

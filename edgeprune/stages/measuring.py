@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +36,7 @@ MOST_ENUMERATED = 16
 # The score of layers that cannot be replayed.
 FALLBACK = "reap"
 # Raised when a measurement changes its meaning, so that saved ones are made again.
-FORMAT = 7
+FORMAT = 8
 # What the halves of the held-out text do.
 _HALVES = {CHOOSING: " that chooses", REPORTING: " that reports"}
 
@@ -270,11 +270,14 @@ class MeasureStages(TextStages):
         if not found.distortions:
             rounding = self._rounding()
             measured = self._distortions(rounding["inputs"])
-            found.distortions.update(measured["errors"])
-            found.rates.update(measured["rates"])
-            found.together.update(rounding["together"])
-            found.rounding.update(found.to_floor(measured["rounding"], rounding["floor"]))
-            found.speeds.update(tokens=rounding["tokens_per_s"], products=measured["products_per_s"])
+            found = replace(
+                found,
+                distortions=measured["errors"],
+                rates=measured["rates"],
+                together=rounding["together"],
+                speeds={"tokens": rounding["tokens_per_s"], "products": measured["products_per_s"]},
+            )
+            found = replace(found, rounding=found.to_floor(measured["rounding"], rounding["floor"]))
             write_text(self.folder.sensitivity, to_json(found.to_json()))
         return found
 

@@ -19,8 +19,9 @@ from edgeprune.device.machine import AUTO
 from edgeprune.errors import BadFile, DoesNotFit, EdgepruneError
 from edgeprune.files import digest, file_digest, read_json, to_json, write_text
 from edgeprune.measure import child
+from edgeprune.measure.cost import LARGE, SMALL
 from edgeprune.measure.launch import Launch, generated_tokens, prompt_tokens
-from edgeprune.measure.sensitivity import LARGE, RIPPLES, SMALL
+from edgeprune.measure.sensitivity import RIPPLES
 from edgeprune.measure.text import HELD_OUT, REPORTING
 from edgeprune.model.ggml import tensor_bytes
 from edgeprune.model.headers import DEFAULT_ALIGNMENT, align
@@ -306,13 +307,14 @@ class Run(ChooseStages):
 
     def _additivity(self, plan: Plan) -> dict[str, str]:
         """How far errors add up, which the prediction reckons with; nothing where no type was chosen by it."""
-        found = self.sensitivity.additivity if plan.types and self.folder.sensitivity.is_file() else None
-        if found is None:
+        known = self.sensitivity if plan.types and self.folder.sensitivity.is_file() else None
+        if known is None or known.additivity is None:
             return {}
+        power = f"{known.linearity:.2f} (median)" if known.linearity is not None else "unknown"
         return {
-            "prediction": f"errors of {RIPPLES[1]:.0%} in all products at once cost {found:.2f} of the sum of what "
-            f"they cost one by one; any change costs {self.sensitivity.unrest:.1e} nats per token; from errors of "
-            f"{SMALL:.0%} to {LARGE:.0%}, cost grows with their power {self.sensitivity.linearity:.2f} (median)"
+            "prediction": f"squared errors of {RIPPLES[-1]:.0%} in all products at once cost {known.additivity:.2f} "
+            f"of the sum of what they cost one by one; any change costs {known.unrest:.1e} nats per token; from "
+            f"squared errors of {SMALL:.0%} to {LARGE:.0%}, cost grows with their power {power}"
             + (self._mended() if plan.heal else "")
         }
 

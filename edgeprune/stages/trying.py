@@ -20,8 +20,8 @@ from edgeprune.stages.deciding import DecideStages
 _Key = TypeVar("_Key")
 # Files that are built before one is taken.
 MOST_TRIED = 4
-# Plans that drop or narrow experts are tried beside one that keeps all only if a prediction is within this factor:
-# nats of dropping and narrowing are less certain than nats of types.
+# Plans that drop or narrow experts are tried beside another one only if their prediction is within this factor of
+# its: nats of dropping and narrowing are less certain than nats of types.
 _NEAR = 2.0
 
 
@@ -85,8 +85,8 @@ class TryStages(DecideStages):
         return plan
 
     def _walk(self, line: Sequence[Plan], start: int) -> dict[int, float]:
-        """Measured nats per token by index: of ``start``, on from there while it gets better, and of the best on the
-        other side of the plan that keeps everything.
+        """Measured nats per token by index: of ``start``, on from there while it gets better, and of what is best
+        among the others by prediction. Those that are predicted far worse than ``start`` are not built.
 
         Args:
             line: from the fewest experts over all of them to the narrowest.
@@ -94,20 +94,24 @@ class TryStages(DecideStages):
         # Training every file would take as long, each, as training the one that is wanted.
         plans = [replace(own, train=False) for own in line]
         nats = {start: self.tried(plans[start])}
+        near = {n for n, own in enumerate(line) if own.predicted.nats <= _NEAR * line[start].predicted.nats}
         for step in (1, -1) if line[start].width or not line[start].keep else (-1, 1):
             here = start
-            while len(nats) < MOST_TRIED and 0 <= here + step < len(line):
+            while len(nats) < MOST_TRIED and here + step in near:
                 nats[here + step] = self.tried(plans[here + step])
                 if nats[here + step] >= nats[here]:
                     break
                 here += step
             if len(nats) > 2:  # it got better that way, so not the other way
                 break
-        across = [index for index, own in enumerate(line) if index not in nats and _across(own, line[start])]
-        if across and len(nats) < MOST_TRIED:
-            best = min(across, key=lambda index: line[index].predicted.nats)
-            if line[best].predicted.nats <= _NEAR * line[start].predicted.nats:
-                nats[best] = self.tried(plans[best])
+        # Widths have their own types, so that predictions along the line are no single dale.
+        worst = max(line[index].predicted.nats for index in nats)
+        others = [
+            n for n in near if n not in nats and (_across(line[n], line[start]) or line[n].predicted.nats < worst)
+        ]
+        if others and len(nats) < MOST_TRIED:
+            best = min(others, key=lambda index: line[index].predicted.nats)
+            nats[best] = self.tried(plans[best])
         return nats
 
     def better_of(self, plan: Plan, build: Build, smaller: RunFolder) -> tuple[Plan, Build]:

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.measure.cost import Response
 from edgeprune.measure.distortion import candidate_types
 from edgeprune.measure.reservoir import Reservoir
-from edgeprune.measure.sensitivity import Response, Sensitivity, all_sites
+from edgeprune.measure.sensitivity import Sensitivity, all_sites
 from edgeprune.measure.statistics import ACCUMULATORS, RATIO_BINS, InputMoments, LayerStatistics, Statistics
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Architecture
