@@ -95,11 +95,8 @@ class Problem:
         """
         if not healed or self.text is None:
             return self.sensitivity.cost(tensor, name)
-        experts, width = self.architecture.experts, self.architecture.expert_width
-        # A dense model has none.
-        mending = Mending(
-            self.sampled, self.text, kept / experts if experts else 1.0, self.width / width if self.width else 1.0
-        )
+        channels = self.width / self.architecture.expert_width if self.width else 1.0
+        mending = Mending(self.sampled, self.text, kept / self.architecture.experts, channels)
         return self.sensitivity.cost(tensor, name, mending.left(tensor, name, self.shape(tensor, 1)[0]))
 
     def dropped(self, kept: int) -> float:

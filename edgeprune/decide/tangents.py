@@ -39,7 +39,8 @@ class Way:
     seconds: float = 0.0
 
     def at(self, slope: float) -> Choice:
-        """With its nats, where so many nats per token more are lost by a square nat of tokens that go elsewhere."""
+        """With what it costs in nats per token, where ``slope`` (1 / nats) is that of the root of ``Cost.rerouted``
+        by the sum under it."""
         return Choice(self.type, self.nbytes, self.cost.direct + slope * self.cost.rerouted, self.seconds)
 
 
@@ -53,6 +54,7 @@ class _Knapsack:
     base: Cost
 
     def items(self, slope: float) -> list[list[Choice]]:
+        """Those of each tensor's ways that no other is at least as good as, at ``slope``, smallest first."""
         return [undominated([way.at(slope) for way in own]) for own in self.ways]
 
     def whole(self, items: Sequence[Sequence[Choice]], found: Solution) -> tuple[Solution, Cost]:
@@ -77,11 +79,11 @@ class _Knapsack:
         fixed = self.base.direct + math.sqrt(low) + slope * (self.base.rerouted - low)
         if proven:
             solution = solve(items, self.limit_bytes, self.limit_seconds)
-            bound = solution.nats * (1 - solution.gap) if solution is not None else 0.0
+            found = None if solution is None else (solution, solution.nats * (1 - solution.gap))
         else:
             loose = relaxed(items, self.limit_bytes, self.limit_seconds)
-            solution, bound = (loose.rounded, loose.bound) if loose is not None else (None, 0.0)
-        return None if solution is None else (bound + fixed, self.whole(items, solution)[0])
+            found = None if loose is None else (loose.rounded, loose.bound)
+        return None if found is None else (found[1] + fixed, self.whole(items, found[0])[0])
 
 
 def least(
@@ -117,6 +119,7 @@ def least(
 
 
 def _gap(nats: float, bound: float) -> float:
+    """Share of ``nats`` by which ``bound`` lies below."""
     return max(0.0, 1 - bound / nats) if nats > 0 else 0.0
 
 
@@ -127,6 +130,7 @@ def _deviation(low: float, high: float) -> float:
 
 
 def _most(ways: Sequence[Sequence[Way]], base: Cost) -> float:
+    """The largest sum of ``Cost.rerouted``, square nats per token, that choices can have."""
     return base.rerouted + sum(max(way.cost.rerouted for way in own) for own in ways)
 
 
