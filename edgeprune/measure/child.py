@@ -15,6 +15,7 @@ import importlib
 import inspect
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -55,6 +56,99 @@ if hasattr(signal, "SIGBUS"):
 _POLITE = {"GOMP_SPINCOUNT": "1000", "OPENBLAS_NUM_THREADS": "1"}
 
 
+class Worker:
+    """A child process that does one task after another, for tasks that begin with the same preparations: the tables
+    of the coarsest types take llama.cpp four seconds to make.
+
+    It is started by the first call, and anew by the next after one that it died in. A context manager: the process
+    is gone at the end, with all that it held.
+    """
+
+    def __init__(self, *, as_user: bool = False) -> None:
+        """
+        Args:
+            as_user: leave the threads' way of waiting as the user's own programs have it, to measure their speed.
+        """
+        self._as_user = as_user
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def call(
+        self,
+        task: str,
+        arguments: dict[str, Any],
+        progress: Progress | None = None,
+        *,
+        silent_seconds: float | None = None,
+    ) -> Any:
+        """As the function ``call``, in this process."""
+        outcome = self._outcome({"task": task, "arguments": arguments}, progress, silent_seconds)
+        if "error" in outcome:
+            kind = KINDS.get(outcome["error"], EdgepruneError)
+            raise kind(outcome["cause"], rows=[(a, b) for a, b in outcome["rows"]], hint=outcome["hint"])
+        return outcome["value"]
+
+    def _outcome(
+        self, order: dict[str, Any], progress: Progress | None, silent_seconds: float | None
+    ) -> dict[str, Any]:
+        process, log = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        watch, outcome = _Watch(process, SILENT_SECONDS if silent_seconds is None else silent_seconds), None
+        watch.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(order).encode() + b"\n")
+                process.stdin.flush()
+            outcome = _listen(process.stdout, progress, watch.heard)
+            if outcome is None:
+                raise _crash(order["task"], process.wait(), log, watch)
+        finally:
+            watch.stop()
+            if outcome is None:
+                self._end()
+        return outcome
+
+    def _running(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+        """The process and its log."""
+        if self._process is None or self._log is None:
+            self._log = tempfile.TemporaryFile()
+            environment = {
+                **({} if self._as_user else _POLITE),
+                **os.environ,
+                "PYTHONPATH": _python_path(),
+                "TOKENIZERS_PARALLELISM": "false",
+                "GGML_NO_BACKTRACE": "1",  # a debugger's frames would push the failed check out of the log's end
+            }
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "edgeprune.measure.child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env=environment,
+            )
+        return self._process, self._log
+
+    def _end(self) -> None:
+        """Let the process go, whatever it does."""
+        process, log = self._process, self._log
+        self._process = self._log = None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    if stream is not None:
+                        stream.close()
+        if log is not None:
+            log.close()
+
+
 def call(
     task: str,
     arguments: dict[str, Any],
@@ -63,54 +157,20 @@ def call(
     as_user: bool = False,
     silent_seconds: float | None = None,
 ) -> Any:
-    """The value that ``task`` returns for ``arguments``, computed in a child process.
+    """The value that ``task`` returns for ``arguments``, computed in a child process of its own.
 
     Args:
         task: ``"edgeprune.room.module:function"``.
         progress: called with steps done and steps in all, as the task reports them.
-        as_user: leave the threads' way of waiting as the user's own programs have it, to measure their speed.
+        as_user: as of ``Worker``.
         silent_seconds: end the child when it reports nothing for so long, instead of after hours.
 
     Raises:
         NativeCrash: the child died; the message has the reason and the end of its log.
         EdgepruneError: whatever the task raised.
     """
-    command = [sys.executable, "-m", "edgeprune.measure.child", task]
-    environment = {
-        **({} if as_user else _POLITE),
-        **os.environ,
-        "PYTHONPATH": _python_path(),
-        "TOKENIZERS_PARALLELISM": "false",
-        "GGML_NO_BACKTRACE": "1",  # a debugger's frames would push the failed check out of the log's end
-    }
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
-        )
-        watch = _Watch(process, SILENT_SECONDS if silent_seconds is None else silent_seconds)
-        watch.start()
-        try:
-            assert process.stdin is not None and process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(arguments).encode() + b"\n")
-                process.stdin.flush()
-            outcome = _listen(process.stdout, progress, watch.heard)
-            process.wait()
-        finally:
-            watch.stop()
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            for stream in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    if stream is not None:
-                        stream.close()
-        if outcome is None:
-            raise _crash(task, process.returncode, log, watch.verdict)
-    if "error" in outcome:
-        kind = KINDS.get(outcome["error"], EdgepruneError)
-        raise kind(outcome["cause"], rows=[(a, b) for a, b in outcome["rows"]], hint=outcome["hint"])
-    return outcome["value"]
+    with Worker(as_user=as_user) as worker:
+        return worker.call(task, arguments, progress, silent_seconds=silent_seconds)
 
 
 def _python_path() -> str:
@@ -169,21 +229,22 @@ def _processor_seconds(pid: int) -> float:
 def _listen(
     stream: IO[bytes], progress: Progress | None, heard: Callable[[], None] = lambda: None
 ) -> dict[str, Any] | None:
-    outcome = None
+    """What the child says at the end of a task; None if it died before."""
     for line in stream:
         heard()
         if not line.endswith(b"\n"):  # the child died while it wrote
             break
-        message = json.loads(line)
-        if "done" in message:
-            if progress is not None:
-                progress(message["done"], message["total"])
-        else:
-            outcome = message
-    return outcome
+        message: dict[str, Any] = json.loads(line)
+        if "done" not in message:
+            return message
+        if progress is not None:
+            progress(message["done"], message["total"])
+    return None
 
 
-def _crash(task: str, code: int, log: IO[bytes], verdict: str) -> NativeCrash:
+def _crash(task: str, code: int, log: IO[bytes], watch: _Watch) -> NativeCrash:
+    watch.stop()  # it may be about to say why
+    verdict = watch.verdict
     log.seek(0)
     lines = [line.strip() for line in log.read().decode("utf-8", errors="replace").splitlines()]
     tail = deque((line for line in lines if line), maxlen=_LOG_LINES)
@@ -223,48 +284,55 @@ def peak_memory_bytes() -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
-def _end_with_parent() -> None:
-    """Exit as soon as standard input closes, which it does when the parent is gone."""
+def _orders() -> queue.SimpleQueue[dict[str, Any]]:
+    """What the parent wants done, one JSON object a line of standard input. The process ends with that stream, which
+    closes when the parent is done with it, or gone."""
+    orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
-    def watch() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(0, 1024):
-                pass
+    def read() -> None:
+        # The last line may be a part of one.
+        with contextlib.suppress(OSError, ValueError), os.fdopen(os.dup(0), "rb") as stream:
+            for line in stream:
+                orders.put(json.loads(line))
+        # llama.cpp frees its backends at exit in an order that can crash after the work is done.
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=read, daemon=True).start()
+    return orders
 
 
-def _main(task: str) -> None:
+def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills
     channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
-    arguments = json.loads(_first_line())
-    _end_with_parent()
-    module_name, _, function_name = task.partition(":")
-    if not module_name.startswith("edgeprune."):
-        raise SystemExit(f"not a task of edgeprune: {task}")
+    orders = _orders()
 
     def progress(done: int, total: int) -> None:
         channel.write(json.dumps({"done": done, "total": total}) + "\n")
 
+    while True:
+        message = _done(progress=progress, **orders.get())
+        channel.write(json.dumps(message) + "\n")
+
+
+def _done(task: str, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """What the parent is told of ``task`` when it has ended."""
+    module_name, _, function_name = task.partition(":")
+    if not module_name.startswith("edgeprune."):
+        raise SystemExit(f"not a task of edgeprune: {task}")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
         if "progress" in inspect.signature(function).parameters:
             arguments["progress"] = progress
-        message: dict[str, Any] = {"value": function(**arguments)}
+        return {"value": function(**arguments)}
     except Exception as error:
         explained = error if isinstance(error, EdgepruneError) else _explained(function_name, error)
-        message = {
+        return {
             "error": type(explained).__name__,
             "cause": explained.cause,
             "rows": explained.rows,
             "hint": explained.hint,
         }
-    channel.write(json.dumps(message) + "\n")
-    channel.close()
-    # llama.cpp frees its backends at exit in an order that can crash after the work is done.
-    os._exit(0)
 
 
 def _explained(task: str, error: Exception) -> EdgepruneError:
@@ -300,16 +368,5 @@ def _failed_import(error: Exception) -> str:
     return "" if package == __package__.partition(".")[0] else package
 
 
-def _first_line() -> bytes:
-    """One line of standard input, unbuffered, so that the watcher sees what follows."""
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        chunk = os.read(0, 65536)
-        if not chunk:
-            os._exit(1)
-        line += chunk
-    return bytes(line)
-
-
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main()

@@ -194,11 +194,11 @@ class HealStages(NarrowStages):
         if stages:
             self._say_cut(plan)
             teacher = self.teacher(self.healing_tokens(plan))
-            with self.listener.progress("heal the experts") as progress:
+            with self.listener.progress("heal the experts") as progress, child.Worker() as encoder:
                 passed, whole = 0, sum(end for _, end in stages)
                 for stage in stages:  # one costs as it is deep: all before it is built and observed
                     part = within(progress, passed, stage[1], whole)
-                    done |= self._heal(plan, store, stage, merged, teacher, part)
+                    done |= self._heal(encoder, plan, store, stage, merged, teacher, part)
                     write_text(record, to_json(done))
                     passed += stage[1]
         for layer, found in done.items():
@@ -222,6 +222,7 @@ class HealStages(NarrowStages):
 
     def _heal(
         self,
+        encoder: child.Worker,
         plan: Plan,
         store: Store,
         stage: tuple[int, int],
@@ -246,14 +247,14 @@ class HealStages(NarrowStages):
         build, observe, fit = (
             within(progress, *part, sum(STEPS)) for part in zip((0, *accumulate(STEPS)), STEPS, strict=False)
         )
-        child.call(
+        encoder.call(
             "edgeprune.build.staged:write_prefix",
             {**common, "output": str(prefix), "statistics": statistics},
             build,
         )
         made_from = {"model": plan.digest, "stage": list(stage)}
         self._tokens(prefix, student, made_from, tokens, plan.kept, observe, stage)
-        found: dict[str, Any] = child.call(
+        found: dict[str, Any] = encoder.call(
             "edgeprune.build.staged:heal_layers",
             {**common, "teacher": str(teacher), "student": str(student)},
             fit,
