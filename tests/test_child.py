@@ -38,6 +38,40 @@ def test_a_value_comes_back_whole_however_large() -> None:
     assert child.call("edgeprune.files:digest", {"value": value}) == digest(value)
 
 
+def test_a_worker_does_one_task_after_another_in_one_process() -> None:
+    with child.Worker() as worker:
+        assert worker.call("edgeprune.files:digest", {"value": 1}) == digest(1)
+        (process,) = children(psutil.Process())
+        with pytest.raises(UsageError, match="12 parsecs"):
+            worker.call("edgeprune.units:parse_bytes", {"text": "12 parsecs"})
+        assert worker.call("edgeprune.units:parse_bytes", {"text": "12MiB"}) == 12 << 20
+        assert children(psutil.Process()) == [process]
+    assert gone(process)
+
+
+def test_a_worker_begins_anew_after_a_crash() -> None:
+    with child.Worker() as worker:
+        worker.call("edgeprune.files:digest", {"value": 1})
+        (process,) = children(psutil.Process())
+        with pytest.raises(NativeCrash, match="exit code 1"):
+            worker.call("os:getcwd", {})
+        assert gone(process)
+        assert worker.call("edgeprune.files:digest", {"value": 2}) == digest(2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_a_worker_gives_back_what_a_task_has_let_go_of() -> None:
+    """Many small pieces: large ones go back to the system by themselves."""
+    with child.Worker() as worker:
+        worker.call("edgeprune.units:parse_bytes", {"text": "12MiB"})
+        (process,) = children(psutil.Process())
+        before = process.memory_info().rss
+        worker.call("edgeprune.files:digest", {"value": [[number] for number in range(400_000)]})
+        peak = worker.call("edgeprune.measure.child:peak_memory_bytes", {})
+        assert peak > before + (40 << 20)
+        assert process.memory_info().rss < before + (peak - before) / 2
+
+
 def test_progress_is_forwarded_in_order(tiny_checkpoint: Path, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     output = tmp_path / "model.gguf"

@@ -247,7 +247,8 @@ def test_the_text_to_heal_on_follows_from_experts_and_their_types(toy_gguf: Toy)
         return text.tokens(expert_bits(architecture, plan.types), fewer=bool(plan.keep), narrower=narrower)
 
     everyone = architecture.experts
-    assert tokens(4, "IQ2_XXS") == tokens(4, "Q8_0") == 900  # of 1,000, as many as the disk holds
+    assert tokens(4, "Q4_K") == tokens(4, "Q8_0") == 900  # of 1,000, as many as the disk holds
+    assert tokens(4, "IQ2_XXS") == tokens(4, "IQ2_XXS", narrower=True) == 500
     assert tokens(everyone, "Q5_K") == tokens(everyone, "Q8_0", "Q4_K", "Q4_K") == 125
     assert tokens(everyone, "Q4_K") == tokens(everyone, "Q5_K", "Q5_K", "IQ2_XXS") == 250
     assert tokens(everyone, "Q3_K") == tokens(everyone, "Q2_K", "Q2_K", "Q6_K") == 500

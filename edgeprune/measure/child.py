@@ -3,14 +3,15 @@
 A task is a function ``module:function`` inside this package that takes JSON-like keyword arguments,
 and optionally ``progress``, and returns a JSON-like value. Large results travel as files.
 
-The child speaks one JSON object per line on a descriptor of its own; whatever native code prints goes to
-its standard error, of which the end is kept for the message when it dies. It ends itself when its
-parent is gone, because its standard input then closes.
+Parent and child speak one JSON object per line; the child has a descriptor of its own for it, and whatever
+native code prints goes to its standard error, of which the end is kept for the message when it dies. It
+ends itself when its parent is gone, because its standard input then closes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import inspect
 import json
@@ -117,7 +118,7 @@ class Worker:
     def _running(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         """The process and its log."""
         if self._process is None or self._log is None:
-            self._log = tempfile.TemporaryFile()
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 - is closed in _end
             environment = {
                 **({} if self._as_user else _POLITE),
                 **os.environ,
@@ -312,7 +313,18 @@ def _main() -> None:
 
     while True:
         message = _done(progress=progress, **orders.get())
+        _give_back()
         channel.write(json.dumps(message) + "\n")
+
+
+def _give_back() -> None:
+    """What the last task has let go of is for others while this process waits: glibc keeps it for the next one. After
+    layers were healed it was 320 of 440 MiB."""
+    import ctypes
+
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _done(task: str, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
