@@ -82,9 +82,9 @@ class Settings:
         training_tokens: most tokens that are used for it.
         training_steps: most steps that it takes.
         heal_stages: most groups of layers that this is done in, or 0 for the default.
-        healing_tokens: how much text is used for it where experts are dropped; half of that where they are in fewer
-            than 4 bits a weight on average, or all stay and are narrower; where all stay as wide as they were, a
-            quarter in fewer than 5, else an eighth.
+        healing_tokens: how much text is used for it where experts are dropped; half of that where those that are
+            left have fewer than 4 bits a weight on average, or all stay and are narrower; where all stay as wide as
+            they were, a quarter in fewer than 5, else an eighth.
         mtp: what becomes of blocks that predict further tokens, ``keep`` or ``drop``.
         limit_seconds: most time for encoding what changes type, or 0 for any.
         output: run directory, or None for the default.

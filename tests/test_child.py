@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -59,7 +60,36 @@ def test_a_worker_begins_anew_after_a_crash() -> None:
         assert worker.call("edgeprune.files:digest", {"value": 2}) == digest(2)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_a_worker_that_was_killed_while_it_waited_is_replaced() -> None:
+    with child.Worker() as worker:
+        worker.call("edgeprune.files:digest", {"value": 1})
+        (process,) = children(psutil.Process())
+        process.kill()
+        assert gone(process)
+        assert worker.call("edgeprune.files:digest", {"value": 2}) == digest(2)
+
+
+def test_an_answer_to_an_interrupted_call_is_none_to_the_next(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    arguments = {"folder": str(tiny_checkpoint), "output": str(tmp_path / "x.gguf")}
+    with child.Worker() as worker:
+        with pytest.raises(KeyboardInterrupt):
+            worker.call("edgeprune.model.convert:convert_task", arguments, interrupt)
+        assert worker.call("edgeprune.files:digest", {"value": 2}) == digest(2)
+
+
+def test_the_log_of_a_crash_is_that_of_its_task(synthetic: Callable[[str], Path]) -> None:
+    arguments = {"shadow": str(synthetic("qwen3moe")), "launch": {"context": 256, "batch": 32}}
+    with child.Worker() as worker:
+        worker.call("edgeprune.measure.benchmark:price", arguments)  # llama.cpp writes to the log
+        with pytest.raises(NativeCrash) as error:
+            worker.call("os:getcwd", {})
+    assert error.value.rows == (("log", "not a task of edgeprune: os:getcwd"),)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc")
 def test_a_worker_gives_back_what_a_task_has_let_go_of() -> None:
     """Pieces with others between them that stay: glibc keeps those for the process."""
     program = (
@@ -276,7 +306,7 @@ def test_the_child_ends_when_its_parent_is_gone(how: signal.Signals, hanging: Pa
     )
     parent = subprocess.Popen([sys.executable, "-c", program], env=environment())
     (worker,) = children(psutil.Process(parent.pid))
-    while worker.num_threads() < 2:  # the second one watches the parent
+    while worker.num_threads() < 2:  # the second one reads orders, and ends with the parent
         time.sleep(0.02)
     parent.send_signal(how)
     parent.wait()

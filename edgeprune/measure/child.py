@@ -61,8 +61,8 @@ class Worker:
     """A child process that does one task after another, for tasks that begin with the same preparations: the tables
     of the coarsest types take llama.cpp four seconds to make.
 
-    It is started by the first call, and anew by the next after one that it died in. A context manager: the process
-    is gone at the end, with all that it held.
+    It is started by the first call, and anew by the next if it has died. A context manager: the process is gone at
+    the end, with all that it held. Not for several threads.
     """
 
     def __init__(self, *, as_user: bool = False) -> None:
@@ -88,7 +88,17 @@ class Worker:
         *,
         silent_seconds: float | None = None,
     ) -> Any:
-        """As the function ``call``, in this process."""
+        """The value that ``task`` returns for ``arguments``, computed in the child process.
+
+        Args:
+            task: ``"edgeprune.room.module:function"``.
+            progress: called with steps done and steps in all, as the task reports them.
+            silent_seconds: end the child when it reports nothing for so long, instead of after hours.
+
+        Raises:
+            NativeCrash: the child died; the message has the reason and the end of its log.
+            EdgepruneError: whatever the task raised.
+        """
         outcome = self._outcome({"task": task, "arguments": arguments}, progress, silent_seconds)
         if "error" in outcome:
             kind = KINDS.get(outcome["error"], EdgepruneError)
@@ -101,22 +111,30 @@ class Worker:
         process, log = self._running()
         assert process.stdin is not None and process.stdout is not None
         watch, outcome = _Watch(process, SILENT_SECONDS if silent_seconds is None else silent_seconds), None
+        # Not by seeking: the child writes at the offset that it shares with this process.
+        begins = os.fstat(log.fileno()).st_size
         watch.start()
         try:
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):  # it is gone
                 process.stdin.write(json.dumps(order).encode() + b"\n")
                 process.stdin.flush()
             outcome = _listen(process.stdout, progress, watch.heard)
             if outcome is None:
-                raise _crash(order["task"], process.wait(), log, watch)
+                code = process.wait()
+                watch.stop()  # it may be about to say why
+                raise _crash(order["task"], code, log, begins, watch.verdict)
         finally:
-            watch.stop()
-            if outcome is None:
-                self._end()
+            try:
+                watch.stop()
+            finally:
+                if outcome is None:  # a process that may still be at it is not asked again
+                    self._end()
         return outcome
 
     def _running(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         """The process and its log."""
+        if self._process is not None and self._process.poll() is not None:
+            self._end()  # it was killed while it waited, most likely for its memory
         if self._process is None or self._log is None:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 - is closed in _end
             environment = {
@@ -136,18 +154,18 @@ class Worker:
         return self._process, self._log
 
     def _end(self) -> None:
-        """Let the process go, whatever it does."""
-        process, log = self._process, self._log
-        self._process = self._log = None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout):
+        """Let the process go, whatever it does: llama.cpp frees its backends at an orderly exit in an order that can
+        crash."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
                 with contextlib.suppress(OSError):
                     if stream is not None:
                         stream.close()
-        if log is not None:
-            log.close()
+        if self._log is not None:
+            self._log.close()
+        self._process = self._log = None
 
 
 def call(
@@ -158,17 +176,13 @@ def call(
     as_user: bool = False,
     silent_seconds: float | None = None,
 ) -> Any:
-    """The value that ``task`` returns for ``arguments``, computed in a child process of its own.
+    """``Worker.call`` in a child process of its own.
 
     Args:
-        task: ``"edgeprune.room.module:function"``.
-        progress: called with steps done and steps in all, as the task reports them.
         as_user: as of ``Worker``.
-        silent_seconds: end the child when it reports nothing for so long, instead of after hours.
 
     Raises:
-        NativeCrash: the child died; the message has the reason and the end of its log.
-        EdgepruneError: whatever the task raised.
+        NativeCrash, EdgepruneError: as there.
     """
     with Worker(as_user=as_user) as worker:
         return worker.call(task, arguments, progress, silent_seconds=silent_seconds)
@@ -243,10 +257,9 @@ def _listen(
     return None
 
 
-def _crash(task: str, code: int, log: IO[bytes], watch: _Watch) -> NativeCrash:
-    watch.stop()  # it may be about to say why
-    verdict = watch.verdict
-    log.seek(0)
+def _crash(task: str, code: int, log: IO[bytes], begins: int, verdict: str) -> NativeCrash:
+    """Why the process died that was at ``task``, of which ``log`` tells from ``begins`` on."""
+    log.seek(begins)
     lines = [line.strip() for line in log.read().decode("utf-8", errors="replace").splitlines()]
     tail = deque((line for line in lines if line), maxlen=_LOG_LINES)
     if verdict:
@@ -287,16 +300,16 @@ def peak_memory_bytes() -> int:
 
 def _orders() -> queue.SimpleQueue[dict[str, Any]]:
     """What the parent wants done, one JSON object a line of standard input. The process ends with that stream, which
-    closes when the parent is done with it, or gone."""
+    closes when the parent is gone."""
     orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     def read() -> None:
-        # The last line may be a part of one.
-        with contextlib.suppress(OSError, ValueError), os.fdopen(os.dup(0), "rb") as stream:
-            for line in stream:
-                orders.put(json.loads(line))
-        # llama.cpp frees its backends at exit in an order that can crash after the work is done.
-        os._exit(1)
+        try:
+            with os.fdopen(os.dup(0), "rb") as stream:
+                for line in stream:
+                    orders.put(json.loads(line))
+        finally:  # whatever it was: nothing more can be asked for
+            os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
     return orders
@@ -313,13 +326,13 @@ def _main() -> None:
 
     while True:
         message = _done(progress=progress, **orders.get())
-        _give_back()
         channel.write(json.dumps(message) + "\n")
+        _give_back()  # after what it has done is told
 
 
 def _give_back() -> None:
-    """What the last task has let go of is for others while this process waits: glibc keeps it for the next one. After
-    layers were healed it was 320 of 440 MiB."""
+    """What the last task has let go of is for others until there is another: glibc keeps it for this process. After
+    layers were healed that was 320 of 440 MiB."""
     import ctypes
 
     gc.collect()
