@@ -80,10 +80,12 @@ def test_an_answer_to_an_interrupted_call_is_none_to_the_next(tiny_checkpoint: P
         assert worker.call("edgeprune.files:digest", {"value": 2}) == digest(2)
 
 
-def test_the_log_of_a_crash_is_that_of_its_task(synthetic: Callable[[str], Path]) -> None:
-    arguments = {"shadow": str(synthetic("qwen3moe")), "launch": {"context": 256, "batch": 32}}
+def test_the_log_of_a_crash_is_that_of_its_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llama_cpp.py").write_text("import sys\nprint('of an earlier task', file=sys.stderr)\n1 / 0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with child.Worker() as worker:
-        worker.call("edgeprune.measure.benchmark:price", arguments)  # llama.cpp writes to the log
+        with pytest.raises(EdgepruneError):
+            worker.call("edgeprune.measure.llama:backend_devices", {})
         with pytest.raises(NativeCrash) as error:
             worker.call("os:getcwd", {})
     assert error.value.rows == (("log", "not a task of edgeprune: os:getcwd"),)
