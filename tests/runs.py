@@ -56,8 +56,15 @@ class Running:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
+    def wait_for_file(self, path: Path) -> None:
+        """Come back as soon as ``path`` is there, or the command has ended."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not path.exists() and self.process.poll() is None:
+            assert time.monotonic() < deadline, f"{path} did not appear in time"
+            time.sleep(0.01)
+
     def wait_for(self, task: str) -> psutil.Process | None:
-        """The child that works on ``task``, as soon as there is one; None if the command ends before."""
+        """The child that began with ``task``, as soon as there is one; None if the command ends before."""
         own = psutil.Process(self.process.pid)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:

@@ -92,22 +92,22 @@ def test_the_log_of_a_crash_is_that_of_its_task(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc")
-def test_a_worker_gives_back_what_a_task_has_let_go_of() -> None:
+def test_a_worker_gives_back_what_a_task_has_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces with others between them that stay: glibc keeps those for the process."""
-    program = (
-        "import psutil\n"
-        "from edgeprune.measure import child\n"
-        "pieces = [b'x' * size for _ in range(1_000) for size in (100_000, 600)]\n"
-        "stay = pieces[1::2]\n"
+    (tmp_path / "llama_cpp.py").write_text(
+        "import builtins\n"
+        "pieces = [b'x' * size for _ in range(2_000) for size in (100_000, 600)]\n"
+        "builtins.stay = pieces[1::2]\n"
         "del pieces\n"
-        "before = psutil.Process().memory_info().rss\n"
-        "child._give_back()\n"
-        "print(before - psutil.Process().memory_info().rss)\n"
+        "1 / 0\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment()
-    )
-    assert int(done.stdout) > 80_000_000
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with child.Worker() as worker:
+        with pytest.raises(EdgepruneError):
+            worker.call("edgeprune.measure.llama:backend_devices", {})
+        (process,) = children(psutil.Process())
+        assert worker.call("edgeprune.measure.child:peak_memory_bytes", {}) > 200_000_000
+        assert process.memory_info().rss < 100_000_000
 
 
 def test_progress_is_forwarded_in_order(tiny_checkpoint: Path, tmp_path: Path) -> None:

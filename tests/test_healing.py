@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tracemalloc
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -560,7 +561,22 @@ def test_tokens_of_another_text_are_refused(toy_gguf: Toy, tmp_path: Path) -> No
 # The whole run.
 
 
-def test_a_healed_model_is_nearer_to_the_original(tmp_path: Path, own_home: Path, one_core: None) -> None:
+def processes_started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with every child process from now on."""
+    started: list[Any] = []
+
+    class Counted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            started.append(self.args)
+
+    monkeypatch.setattr(subprocess, "Popen", Counted)
+    return started
+
+
+def test_a_healed_model_is_nearer_to_the_original(
+    tmp_path: Path, own_home: Path, one_core: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The demo with six of eight experts: on held-out text, against the same experts unhealed."""
     folder = tmp_path / "run"
     settings = Settings(
@@ -579,7 +595,10 @@ def test_a_healed_model_is_nearer_to_the_original(tmp_path: Path, own_home: Path
         assert found is not None and found.plan.heal
         plain = run.divergence(run.source, "held_out", [{str(k): list(v) for k, v in found.plan.keep.items()}])[0]
         # Killed while it deleted what is healed: what is missing is healed again.
+        started = processes_started(monkeypatch)
         down = Store(Path(run.healed(found.plan))).folder / "blk.1.ffn_down_exps.weight.tensor"
+        # The source observed, and each of two groups of layers; one process has encoded both.
+        assert len(started) == 1 + 2 + 1
         before = down.read_bytes()
         down.unlink()
         run.healed(found.plan)

@@ -59,7 +59,7 @@ _POLITE = {"GOMP_SPINCOUNT": "1000", "OPENBLAS_NUM_THREADS": "1"}
 
 class Worker:
     """A child process that does one task after another, for tasks that begin with the same preparations: the tables
-    of the coarsest types take llama.cpp four seconds to make.
+    of the coarsest types take llama.cpp up to four seconds to make.
 
     It is started by the first call, and anew by the next if it has died. A context manager: the process is gone at
     the end, with all that it held. Not for several threads.
@@ -108,13 +108,13 @@ class Worker:
     def _outcome(
         self, order: dict[str, Any], progress: Progress | None, silent_seconds: float | None
     ) -> dict[str, Any]:
-        process, log = self._running()
+        process, log = self._running(order["task"])
         assert process.stdin is not None and process.stdout is not None
         watch, outcome = _Watch(process, SILENT_SECONDS if silent_seconds is None else silent_seconds), None
         # Not by seeking: the child writes at the offset that it shares with this process.
         begins = os.fstat(log.fileno()).st_size
-        watch.start()
         try:
+            watch.start()
             with contextlib.suppress(OSError):  # it is gone
                 process.stdin.write(json.dumps(order).encode() + b"\n")
                 process.stdin.flush()
@@ -131,10 +131,10 @@ class Worker:
                     self._end()
         return outcome
 
-    def _running(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-        """The process and its log."""
-        if self._process is not None and self._process.poll() is not None:
-            self._end()  # it was killed while it waited, most likely for its memory
+    def _running(self, task: str) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+        """The process and its log; ``task`` names it in lists of processes, if it is started."""
+        if self._process is None or self._process.poll() is not None:
+            self._end()  # it was killed while it waited, most likely for its memory, or could not be started
         if self._process is None or self._log is None:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 - is closed in _end
             environment = {
@@ -145,7 +145,7 @@ class Worker:
                 "GGML_NO_BACKTRACE": "1",  # a debugger's frames would push the failed check out of the log's end
             }
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "edgeprune.measure.child"],
+                [sys.executable, "-m", "edgeprune.measure.child", task],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
@@ -308,7 +308,9 @@ def _orders() -> queue.SimpleQueue[dict[str, Any]]:
             with os.fdopen(os.dup(0), "rb") as stream:
                 for line in stream:
                     orders.put(json.loads(line))
-        finally:  # whatever it was: nothing more can be asked for
+        except Exception:  # the parent died while it wrote; or it is no order
+            traceback.print_exc()
+        finally:  # nothing more can be asked for
             os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
@@ -344,7 +346,8 @@ def _done(task: str, arguments: dict[str, Any], progress: Progress) -> dict[str,
     """What the parent is told of ``task`` when it has ended."""
     module_name, _, function_name = task.partition(":")
     if not module_name.startswith("edgeprune."):
-        raise SystemExit(f"not a task of edgeprune: {task}")
+        os.write(2, f"not a task of edgeprune: {task}\n".encode())
+        os._exit(1)
     try:
         function = getattr(importlib.import_module(module_name), function_name)
         if "progress" in inspect.signature(function).parameters:

@@ -107,7 +107,7 @@ def built(run: Run, plan: Plan, heal: bool) -> tuple[float, float]:
 
 def row(run: Run, size: str, nbytes: int, rival: float) -> Row:
     plan = chosen(run, nbytes)
-    run.teacher(run.healing_tokens(plan))  # once for all sizes, so it is in no row's seconds
+    run.teacher(run.healing_tokens(plan))  # once for all sizes of so much text, so it is in no row's seconds
     assert plan.predicted.file_bytes <= nbytes
     (plain, plain_seconds), (healed, healed_seconds) = built(run, plan, False), built(run, plan, True)
     weights = sum(int(np.prod(t.kept_shape(plan.kept, plan.width), dtype=np.int64)) for t in run.architecture.tensors)
