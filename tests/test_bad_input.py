@@ -387,6 +387,9 @@ def test_the_least_that_is_named_does_work(option: str, good_gguf: Path, small_t
     assert given == option
     done = run_edgeprune(*words, option, least)
     assert done.returncode == 0, done.stderr
+    if option == "--file-size":  # to the byte, measured or not
+        less = f"{int(least.removesuffix('B')) - 1}B"
+        assert f"`--file-size {least}`" in first_lines(run_edgeprune(*words, option, less), 3)[1]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from edgeprune.measure.cost import total
 from edgeprune.measure.launch import prompt_tokens
 from edgeprune.model import ggml
 from edgeprune.model.architecture import Tensor
+from edgeprune.model.convert import PADDING
 from edgeprune.model.gguf import align
 from edgeprune.model.layout import Layout, layout
 from edgeprune.units import format_bytes
@@ -119,9 +120,13 @@ def _limits(problem: Problem, kept: int) -> tuple[int, int]:
     fixed = sum(align(t.nbytes, bare.alignment) for t in bare.tensors if t.name not in quantisable)
     limit = problem.budget.weights_bytes - fixed
     if problem.budget.file_limit_bytes is not None:
-        headers = bare.nbytes - sum(align(t.nbytes, bare.alignment) for t in bare.tensors)  # of all parts
-        limit = min(limit, problem.budget.file_limit_bytes - headers - fixed)
+        limit = min(limit, problem.budget.file_limit_bytes - _headers_bytes(bare) - fixed)
     return limit, fixed
+
+
+def _headers_bytes(made: Layout) -> int:
+    """Of all parts."""
+    return made.nbytes - sum(align(tensor.nbytes, made.alignment) for tensor in made.tensors)
 
 
 @dataclass(frozen=True)
@@ -345,7 +350,8 @@ def _least(problem: Problem, kept: int, quantisable_bytes: int, by_file: bool) -
     quantisable = {tensor.name for tensor in problem.architecture.tensors if tensor.quantisable}
     fixed = sum(align(t.nbytes, bare.alignment) for t in bare.tensors if t.name not in quantisable)
     if by_file:  # an expert's id and a tensor's type change no length of the header
-        return f"`--file-size {len(bare.header) + fixed + quantisable_bytes + bare.alignment}B`"
+        unknown = 0 if problem.file.get(PADDING) is None else bare.alignment
+        return f"`--file-size {_headers_bytes(bare) + fixed + quantisable_bytes + unknown}B`"
     if len(problem.budget.pools) == 1 and problem.profile.name.startswith("memory-"):
         lines = sum(line.nbytes for line in problem.budget.pools[0].lines)
         # What the process itself takes varies a little from run to run.

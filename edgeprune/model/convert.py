@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 BASE_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 SOURCE_KEY = "edgeprune.source_digest"
-_PADDING = "edgeprune.padding"
+# In headers that stand for those of files that are not made yet; they are up to one alignment shorter.
+PADDING = "edgeprune.padding"
 LARGEST_F16 = 65504.0
 Progress = Callable[[int, int], None]
 _WEIGHTS_TOGETHER = 1 << 23  # that are looked at and encoded in one go
@@ -204,9 +205,9 @@ def without_weights(far: Header, vocabulary: int) -> Header:
     entries = [entry for entry in far.entries.values() if entry.raw]  # what was skipped of a far file
     bare = without_vocabulary(entries, vocabulary)
     shapes = [TensorShape(info.name, info.shape, info.type) for info in far.tensors.values()]
-    empty = header([*bare, make_entry(_PADDING, "str", "")], shapes, far.alignment)
+    empty = header([*bare, make_entry(PADDING, "str", "")], shapes, far.alignment)
     missing = far.data_offset - len(empty) - far.alignment  # never larger, whatever is added to it
-    bare.append(make_entry(_PADDING, "str", " " * max(missing, 0)))
+    bare.append(make_entry(PADDING, "str", " " * max(missing, 0)))
     own = {entry.key: entry for entry in bare}
     return Header(far.path, own, far.tensors, far.alignment, far.data_offset, far.size)
 

@@ -216,7 +216,9 @@ class DecideStages(TrainStages):
             own = [tensor for tensor in architecture.tensors if tensor.quantisable]
             rows = {tensor.name: tensor.kept_shape(1, width)[0] for tensor in own}
             free = {t.name: {kind: [0.0, 0.0] for kind in candidate_types(t, rows[t.name])} for t in own}
-            return replace(self.unmeasured(free, types), width=width)
+            # What the file will say of its making takes bytes, too.
+            free_choice = self.unmeasured(free, types)
+            return replace(free_choice, width=width, heal=self.settings.heal, train=self.settings.train)
 
         narrowest = [smallest(width) for width in self._widths()[-1:]]
         forced = bool(self.settings.types)
